@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from shared_core.device import World
 
-__all__ = ["CommandConfig", "CommandLine", "Outcome", "Session", "argument", "exit_on_error"]
+__all__ = ["Advance", "CommandConfig", "CommandLine", "Outcome", "Session", "argument", "exit_on_error"]
 
 _Config = TypeVar("_Config", bound="CommandConfig")
 _INTERRUPTED = 130
@@ -400,7 +400,9 @@ def _validate(config_type: type[_Config], settings: Mapping[str, Any], places: M
     try:
         return config_type.model_validate(dict(settings))
     except ValidationError as error:
-        raise InputError(_explain(config_type, error.errors()[0], places)) from error
+        # A key that does not exist is the likelier mistake than one that is missing.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise InputError(_explain(config_type, details[0], places)) from error
 
 
 def _explain(config_type: type[CommandConfig], error: ErrorDetails, places: Mapping[str, str | None]) -> str:

@@ -28,9 +28,11 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.adam import adam
 
 from shared_core.errors import InputError
 from sparsity_norm.functional import Anything, masked_linear, sparsity_scale
+from sparsity_norm.ratings import Number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,6 +65,8 @@ class SparseRows:
         Shape ``(entries,)``, integer of the same type, ascending within a row.
     values
         Shape ``(entries,)``; an entry is observed whatever its value.
+    targets
+        What a model that reads ``values`` should predict at the same places; the values themselves when ``None``.
 
     Examples
     --------
@@ -74,6 +78,7 @@ class SparseRows:
     indptr: Integer[Tensor, " rows_plus_one"]
     columns: Integer[Tensor, " entries"]
     values: Float[Tensor, " entries"]
+    targets: Float[Tensor, " entries"] | None = None
 
     @classmethod
     def of(
@@ -81,6 +86,7 @@ class SparseRows:
         indptr: Any,
         columns: Any,
         values: Any,
+        targets: Any = None,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -92,6 +98,7 @@ class SparseRows:
             torch.as_tensor(indptr, dtype=index, device=device),
             torch.as_tensor(columns, dtype=index, device=device),
             values,
+            None if targets is None else torch.as_tensor(targets, dtype=dtype, device=device),
         )
 
     def __len__(self) -> int:
@@ -102,6 +109,11 @@ class SparseRows:
     def counts(self) -> Integer[Tensor, " rows"]:
         """Observed entries of each row."""
         return self.indptr.diff()
+
+    @property
+    def wanted(self) -> Float[Tensor, " entries"]:
+        """The targets, or else the values."""
+        return self.values if self.targets is None else self.targets
 
     def select(self, rows: Integer[Tensor, " chosen"], entries: int | None = None) -> SparseRows:
         """Return the rows named by ``rows``, in that order, by index arithmetic on the device.
@@ -114,7 +126,8 @@ class SparseRows:
         entries = int(indptr[-1]) if entries is None else entries
         places = torch.repeat_interleave(starts - indptr[:-1], counts, output_size=entries)
         places += torch.arange(entries, dtype=places.dtype, device=places.device)
-        return SparseRows(indptr, self.columns[places], self.values[places])
+        targets = None if self.targets is None else self.targets[places]
+        return SparseRows(indptr, self.columns[places], self.values[places], targets)
 
 
 class BatchGradients(NamedTuple):
@@ -148,7 +161,10 @@ class AutoRec(nn.Module):
     hidden
         Number ``H`` of hidden units.
     power
-        Exponent of ``K / s``: 1 is the paper's, 0.5 keeps the second moment, 0 switches the scaling off.
+        Exponent of ``K / (s + tau)``: 1 is the paper's, 0.5 keeps the second moment, 0 switches the scaling off.
+    tau
+        Added to the observed count: tames the scale of instances with fewer entries than any in training. The paper
+        has 0.
     hidden_activation, output_activation
         ``"sigmoid"``, ``"tanh"``, ``"relu"`` or ``"identity"``.
     seed
@@ -175,7 +191,8 @@ class AutoRec(nn.Module):
         features: int,
         hidden: int = 500,
         *,
-        power: float = 1.0,
+        power: Number = 1.0,
+        tau: Number = 0.0,
         hidden_activation: str = "sigmoid",
         output_activation: str = "identity",
         seed: int | torch.Generator = 0,
@@ -188,10 +205,13 @@ class AutoRec(nn.Module):
                 raise InputError(f"{name}: {size} is too small; it must be at least 1")
         if not (math.isfinite(power) and power >= 0):
             raise InputError(f"power: {power} must be a number of at least 0")
+        if not (math.isfinite(tau) and tau >= 0):
+            raise InputError(f"tau: {tau} must be a number of at least 0")
         for name, activation in (("hidden_activation", hidden_activation), ("output_activation", output_activation)):
             if activation not in _ACTIVATIONS:
                 raise InputError(f"{name}: {activation!r} is none of {sorted(_ACTIVATIONS)}")
         self.power = float(power)
+        self.tau = float(tau)
         self.hidden_activation = hidden_activation
         self.output_activation = output_activation
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
@@ -240,8 +260,8 @@ class AutoRec(nn.Module):
         return self
 
     def input_scale(self, counts: Integer[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Return ``(K / max(s, 1)) ** power`` for observed counts ``s``; NaN while ``K`` is not fitted."""
-        return sparsity_scale(counts.to(self.observed_mean.dtype), self.observed_mean, power=self.power)
+        """Return ``(K / max(s + tau, 1)) ** power`` for observed counts ``s``; NaN while ``K`` is not fitted."""
+        return sparsity_scale(counts.to(self.observed_mean.dtype), self.observed_mean, power=self.power, tau=self.tau)
 
     def encode(self, x: Float[Tensor, "batch _"], mask: Anything | None = None) -> Float[Tensor, "batch hidden"]:
         """Return the codes ``h`` of instances.
@@ -260,12 +280,14 @@ class AutoRec(nn.Module):
             For another number of features than the model's, a mask that does not fit, values that are not finite, or
             ``K`` not fitted.
         """
-        preactivation = masked_linear(x, mask, self.V.t(), self.encoder_bias, self.observed_mean, power=self.power)
+        preactivation = masked_linear(
+            x, mask, self.V.t(), self.encoder_bias, self.observed_mean, power=self.power, tau=self.tau
+        )
         return self.activate_hidden(preactivation)
 
     def encode_rows(self, rows: SparseRows) -> Float[Tensor, "batch hidden"]:
         """Return the codes of sparse rows; a row without entries is coded by the biases alone."""
-        summed = _sum_embeddings(rows, rows.values, self.encoder_weight)
+        summed = sum_embeddings(rows, rows.values, self.encoder_weight)
         return self.activate_hidden(summed * self.input_scale(rows.counts)[:, None] + self.encoder_bias)
 
     def decode(self, codes: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch features"]:
@@ -275,13 +297,15 @@ class AutoRec(nn.Module):
     def decode_cells(self, codes: Float[Tensor, "batch hidden"], cells: SparseRows) -> Float[Tensor, " cells"]:
         """Return the predictions at the stored places of ``cells`` only, in their order; without gradient."""
         with torch.no_grad():
-            return _ACTIVATIONS[self.output_activation][0](
-                _cell_products(cells, codes, self.decoder_weight, self.decoder_bias)
-            )
+            return self.activate_output(_cell_products(cells, codes, self.decoder_weight, self.decoder_bias))
 
     def forward(self, x: Float[Tensor, "batch _"], mask: Anything | None = None) -> Float[Tensor, "batch features"]:
         """Return the predictions of all features of each instance; arguments as in :meth:`encode`."""
         return self.decode(self.encode(x, mask))
+
+    def activate_output(self, preactivation: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Apply ``g``."""
+        return _ACTIVATIONS[self.output_activation][0](preactivation)
 
     def activate_hidden(self, preactivation: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Apply ``f``."""
@@ -290,26 +314,33 @@ class AutoRec(nn.Module):
 
 @dataclass(frozen=True)
 class _DenseInstances:
-    """The dense path's copy of the whole matrix: zero where nothing is observed, and where that is."""
+    """The dense path's copy of the whole matrix, zero where nothing is observed, and where that is."""
 
     values: Float[Tensor, "instances features"]
+    wanted: Float[Tensor, "instances features"]
     observed: Bool[Tensor, "instances features"]
 
     @classmethod
     def of(cls, rows: SparseRows, features: int) -> _DenseInstances:
         place = (torch.repeat_interleave(rows.counts), rows.columns.long())
         values = rows.values.new_zeros(len(rows), features)
-        observed = torch.zeros_like(values, dtype=torch.bool)
         values[place] = rows.values
+        wanted = values
+        if rows.targets is not None:
+            wanted = torch.zeros_like(values)
+            wanted[place] = rows.targets
+        observed = torch.zeros_like(values, dtype=torch.bool)
         observed[place] = True
-        return cls(values, observed)
+        return cls(values, wanted, observed)
 
     def select(self, rows: Tensor) -> _DenseInstances:
-        return _DenseInstances(self.values[rows], self.observed[rows])
+        values = self.values[rows]
+        wanted = values if self.wanted is self.values else self.wanted[rows]
+        return _DenseInstances(values, wanted, self.observed[rows])
 
 
 def batch_gradients(
-    model: AutoRec, rows: SparseRows, *, reg: float, path: Literal["dense", "sparse"] = "sparse"
+    model: AutoRec, rows: SparseRows, *, reg: Number, path: Literal["dense", "sparse"] = "sparse"
 ) -> BatchGradients:
     """Return the mini-batch objective and its gradient in closed form, by either path.
 
@@ -356,24 +387,24 @@ def _sparse_gradients(
     activate_output, output_slope = _ACTIVATIONS[model.output_activation]
     scale = model.input_scale(rows.counts)[:, None]
     codes = model.activate_hidden(
-        _sum_embeddings(rows, rows.values, model.encoder_weight).mul_(scale).add_(model.encoder_bias)
+        sum_embeddings(rows, rows.values, model.encoder_weight).mul_(scale).add_(model.encoder_bias)
     )
     kept = codes if keep is None else codes * keep
     predicted = activate_output(_cell_products(rows, kept, model.decoder_weight, model.decoder_bias))
-    error = predicted - rows.values
+    error = predicted - rows.wanted
     squared_error = error.dot(error)
     if model.output_activation != "identity":
         error *= output_slope(predicted)
     error /= batch
-    delta = _sum_embeddings(rows, error, model.decoder_weight)
+    delta = sum_embeddings(rows, error, model.decoder_weight)
     if keep is not None:
         delta *= keep
     delta *= hidden_slope(codes)
 
     by_column, order = _transpose(rows, model.features)
     return squared_error, {
-        "encoder_weight": _sum_embeddings(by_column, rows.values[order], delta * scale),
-        "decoder_weight": _sum_embeddings(by_column, error[order], kept),
+        "encoder_weight": sum_embeddings(by_column, rows.values[order], delta * scale),
+        "decoder_weight": sum_embeddings(by_column, error[order], kept),
         "encoder_bias": delta.sum(0),
         "decoder_bias": torch.zeros_like(model.decoder_bias).index_add_(0, rows.columns, error),
     }
@@ -389,7 +420,7 @@ def _dense_gradients(
     codes = model.activate_hidden((instances.values @ model.encoder_weight).mul_(scale).add_(model.encoder_bias))
     kept = codes if keep is None else codes * keep
     predicted = activate_output(functional.linear(kept, model.decoder_weight, model.decoder_bias))
-    error = (predicted - instances.values).mul_(instances.observed)
+    error = (predicted - instances.wanted).mul_(instances.observed)
     squared_error = error.square().sum()
     if model.output_activation != "identity":
         error *= output_slope(predicted)
@@ -406,30 +437,32 @@ def _dense_gradients(
     }
 
 
-def _sum_embeddings(rows: SparseRows, weights: Tensor, table: Tensor) -> Tensor:
+def sum_embeddings(rows: SparseRows, weights: Tensor, table: Tensor) -> Tensor:
     """Return for each row the sum of ``weight * table[column]`` over its entries: a sparse-dense product."""
     return functional.embedding_bag(
         rows.columns, table, rows.indptr, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
 
 
-_CELLS_AT_ONCE = 1 << 16
-
-
 def _cell_products(rows: SparseRows, codes: Tensor, table: Tensor, bias: Tensor) -> Tensor:
     """Return ``codes[row] . table[column] + bias[column]`` for each entry of ``rows``."""
-    cell_bias = bias[rows.columns]
-    if rows.columns.numel() == 0:
-        return cell_bias
-    if codes.device.type in ("cpu", "cuda"):
-        _announce_sparse_csr()
-        pattern = torch.sparse_csr_tensor(rows.indptr, rows.columns, cell_bias, (len(rows), len(table)))
-        return torch.sparse.sampled_addmm(pattern, codes, table.t()).values()
+    if codes.device.type not in ("cpu", "cuda") or rows.columns.numel() == 0:
+        return _gathered_products(rows, codes, table, bias)
+    _announce_sparse_csr()
+    pattern = torch.sparse_csr_tensor(rows.indptr, rows.columns, bias[rows.columns], (len(rows), len(table)))
+    return torch.sparse.sampled_addmm(pattern, codes, table.t()).values()
+
+
+def _gathered_products(
+    rows: SparseRows, codes: Tensor, table: Tensor, bias: Tensor, *, cells_at_once: int = 1 << 16
+) -> Tensor:
+    """Return the same by gathering rows of both sides, on devices without CSR kernels."""
+    products = bias[rows.columns]
     of_row = torch.repeat_interleave(rows.counts)
-    for start in range(0, len(cell_bias), _CELLS_AT_ONCE):
-        chunk = slice(start, start + _CELLS_AT_ONCE)
-        cell_bias[chunk] += torch.linalg.vecdot(codes[of_row[chunk]], table[rows.columns[chunk]])
-    return cell_bias
+    for start in range(0, len(products), cells_at_once):
+        chunk = slice(start, start + cells_at_once)
+        products[chunk] += torch.linalg.vecdot(codes[of_row[chunk]], table[rows.columns[chunk]])
+    return products
 
 
 @cache
@@ -442,21 +475,25 @@ def _announce_sparse_csr() -> None:
 
 def _transpose(rows: SparseRows, features: int) -> tuple[SparseRows, Tensor]:
     """Return the transposed pattern (its ``columns`` are row numbers) and the order that sorts entries into it."""
-    entries = rows.columns.numel()
-    if rows.columns.device.type == "cpu":
-        # SciPy's counting sort takes a tenth of the time of a sort.
-        import scipy.sparse
+    if rows.columns.device.type != "cpu":
+        return _transpose_by_sorting(rows, features)
+    # SciPy's counting sort takes a tenth of the time of a sort.
+    import scipy.sparse
 
-        numbered = torch.arange(entries, dtype=rows.columns.dtype)
-        turned = scipy.sparse.csr_array(
-            (numbered.numpy(), rows.columns.numpy(), rows.indptr.numpy()), shape=(len(rows), features)
-        ).tocsc()
-        indptr, columns, order = (torch.from_numpy(part) for part in (turned.indptr, turned.indices, turned.data))
-    else:
-        order = torch.argsort(rows.columns, stable=True)
-        columns = torch.repeat_interleave(rows.counts, output_size=entries).to(rows.columns.dtype)[order]
-        counts = torch.bincount(rows.columns, minlength=features)
-        indptr = functional.pad(counts.cumsum(0), (1, 0)).to(rows.columns.dtype)
+    numbered = torch.arange(rows.columns.numel(), dtype=rows.columns.dtype)
+    turned = scipy.sparse.csr_array(
+        (numbered.numpy(), rows.columns.numpy(), rows.indptr.numpy()), shape=(len(rows), features)
+    ).tocsc()
+    indptr, columns, order = (torch.from_numpy(part) for part in (turned.indptr, turned.indices, turned.data))
+    return SparseRows(indptr, columns, rows.values), order
+
+
+def _transpose_by_sorting(rows: SparseRows, features: int) -> tuple[SparseRows, Tensor]:
+    """Return the same on any device."""
+    order = torch.argsort(rows.columns, stable=True)
+    columns = torch.repeat_interleave(rows.counts, output_size=len(order)).to(rows.columns.dtype)[order]
+    counts = torch.bincount(rows.columns, minlength=features)
+    indptr = functional.pad(counts.cumsum(0), (1, 0)).to(rows.columns.dtype)
     return SparseRows(indptr, columns, rows.values), order
 
 
@@ -517,9 +554,10 @@ class AutoRecTrainer:
     model
         The autoencoder to train in place; ``K`` is fitted on ``instances`` if it is not known yet.
     instances
-        Training rows, on the model's device; rows without an entry take no part.
+        Training rows, on the model's device, with targets if these are not the values; rows without an entry take no
+        part.
     validation
-        Held-out cells: a row for each of ``instances``; none when ``None``.
+        Held-out cells: a row for each of ``instances``, whose ``wanted`` are the targets; none when ``None``.
     reg
         Penalty of the objective; see the module's docstring.
     lr
@@ -537,7 +575,7 @@ class AutoRecTrainer:
     path
         ``"sparse"``, ``"dense"``, or the faster of both by :func:`choose_path`.
     clip
-        Lowest and highest prediction, for validation.
+        Lowest and highest prediction, for validation; two numbers, or two tensors of one entry a validation cell.
     seed
         Seed of the order of instances and of dropout.
 
@@ -560,15 +598,15 @@ class AutoRecTrainer:
         instances: SparseRows,
         *,
         validation: SparseRows | None = None,
-        reg: float = 5.0,
-        lr: float = 1e-3,
+        reg: Number = 5.0,
+        lr: Number = 1e-3,
         batch_size: int = 256,
         epochs: int = 50,
         schedule: str = "constant",
         patience: int | None = None,
-        dropout: float = 0.0,
+        dropout: Number = 0.0,
         path: Path = "auto",
-        clip: tuple[float, float] = (-math.inf, math.inf),
+        clip: tuple[Number | Tensor, Number | Tensor] = (-math.inf, math.inf),
         seed: int = 0,
     ) -> None:
         _check_options(reg, lr, batch_size, epochs, schedule, patience, dropout, path)
@@ -576,7 +614,8 @@ class AutoRecTrainer:
         self.instances = instances
         self.validation = validation if validation is not None and validation.columns.numel() else None
         self.reg, self.lr, self.batch_size, self.epochs = reg, lr, batch_size, epochs
-        self.schedule, self.patience, self.dropout, self.clip = schedule, patience, dropout, clip
+        self.schedule, self.patience, self.dropout = schedule, patience, dropout
+        self._low, self._high = (torch.as_tensor(bound).to(instances.values) for bound in clip)
         if not bool(torch.isfinite(model.observed_mean)):
             model.fit_counts(instances.counts)
         if instances.columns.numel() and int(instances.columns.max()) >= model.features:
@@ -597,12 +636,7 @@ class AutoRecTrainer:
             )
         )
         self._dense = _DenseInstances.of(instances, model.features) if self.path == "dense" else None
-        weights, biases = (
-            [parameter for name, parameter in model.named_parameters() if name.endswith(kind)]
-            for kind in ("_weight", "_bias")
-        )
-        fused = instances.values.device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.Adam([{"params": weights}, {"params": biases}], lr=lr, fused=fused)
+        self._adam = _Adam(dict(model.named_parameters()))
         self._generator = torch.Generator().manual_seed(seed)
         self._world = _world()
         self.epoch = 0
@@ -616,13 +650,20 @@ class AutoRecTrainer:
         out_of_patience = self.patience is not None and self.epoch - self.best_epoch >= self.patience
         return self.epoch >= self.epochs or (self.validation is not None and out_of_patience)
 
-    def run(self, on_epoch: Callable[[EpochReport], None] | None = None) -> list[EpochReport]:
+    def run(
+        self, on_epoch: Callable[[EpochReport], None] | None = None, *, stop_after: int | None = None
+    ) -> list[EpochReport]:
         """Train until :attr:`finished`, then put back the parameters of the best epoch.
 
-        ``on_epoch`` is called after each epoch; it may call :meth:`state`, and may stop training by raising.
+        Parameters
+        ----------
+        on_epoch
+            Called after each epoch; it may call :meth:`state`, and may stop training by raising.
+        stop_after
+            Do no more than so many of the epochs that the schedule is laid out for.
         """
         reports: list[EpochReport] = []
-        while not self.finished:
+        while not self.finished and (stop_after is None or self.epoch < stop_after):
             reports.append(self.run_epoch())
             if on_epoch is not None:
                 on_epoch(reports[-1])
@@ -640,9 +681,9 @@ class AutoRecTrainer:
         rank, world = self._world
         device = self.instances.values.device
         order = self._rated[torch.randperm(len(self._rated), generator=self._generator).to(device)]
+        lr = self.lr
         if self.schedule == "cosine":
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * self.epoch / self.epochs))
+            lr *= 0.5 * (1 + math.cos(math.pi * self.epoch / self.epochs))
         squared_error = self.instances.values.new_zeros((), dtype=torch.float64)
         batches = order.split(self.batch_size)
         # One wait for the device an epoch instead of one a batch.
@@ -650,7 +691,7 @@ class AutoRecTrainer:
             int(size) for size in torch.stack([self._counts[rows[rank::world]].sum() for rows in batches]).tolist()
         ]
         for rows, entries in zip(batches, sizes, strict=True):
-            squared_error += self._step(rows[rank::world], int(entries), len(rows))
+            squared_error += self._step(rows[rank::world], int(entries), len(rows), lr)
         if world > 1:
             torch.distributed.all_reduce(squared_error)
         self.epoch += 1
@@ -673,7 +714,7 @@ class AutoRecTrainer:
                     parameter.copy_(self._best[name])
 
     @torch.no_grad()
-    def _step(self, rows: Tensor, entries: int, batch: int) -> Tensor:
+    def _step(self, rows: Tensor, entries: int, batch: int, lr: float) -> Tensor:
         model = self.model
         keep = None
         if self.dropout > 0:
@@ -685,39 +726,34 @@ class AutoRecTrainer:
             squared_error, gradients = _dense_gradients(
                 model, self._dense.select(rows), self._counts[rows], batch, keep
             )
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-            if self._world[1] > 1:
-                torch.distributed.all_reduce(parameter.grad)
-        # Adam's ``weight_decay`` adds that multiple of the weights to the gradient: the penalty's own gradient.
-        self._optimizer.param_groups[0]["weight_decay"] = self.reg / batch
-        self._optimizer.step()
+        if self._world[1] > 1:
+            for gradient in gradients.values():
+                torch.distributed.all_reduce(gradient)
+        self._adam.step(gradients, lr=lr, decay=self.reg / batch)
         return squared_error
 
     @torch.no_grad()
     def _validate(self) -> float:
         if self.validation is None:
             return math.nan
-        predicted = self.model.decode_cells(self.model.encode_rows(self.instances), self.validation).clamp(*self.clip)
-        return float((predicted - self.validation.values).double().square().mean().sqrt())
+        predicted = self.model.decode_cells(self.model.encode_rows(self.instances), self.validation).clamp(
+            self._low, self._high
+        )
+        return float((predicted - self.validation.wanted).double().square().mean().sqrt())
 
     def state(self) -> dict[str, Any]:
         """Return all that training needs to go on from here, as nested dicts of tensors and numbers.
 
         Training on from it gives, on a CPU, bit for bit what training without a break gives.
         """
-        adam = self._optimizer.state_dict()["state"]
         return {
             "epoch": self.epoch,
             "best_epoch": self.best_epoch,
             "best_rmse": self.best_rmse,
             "generator": self._generator.get_state(),
-            "model": {name: value.detach().clone() for name, value in self.model.state_dict().items()},
-            "best": {name: value.clone() for name, value in self._best.items()},
-            "adam": {
-                str(index): {name: value.detach().clone() for name, value in entry.items()}
-                for index, entry in adam.items()
-            },
+            "model": _copies(self.model.state_dict()),
+            "best": _copies(self._best),
+            "adam": {kind: _copies(moments) for kind, moments in self._adam.moments.items()},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -731,19 +767,62 @@ class AutoRecTrainer:
         try:
             self.model.load_state_dict(state["model"])
             device = self.instances.values.device
-            self._best = {name: value.to(device).clone() for name, value in state["best"].items()}
-            layout = self._optimizer.state_dict()
-            layout["state"] = {
-                int(index): {name: value.clone() for name, value in entry.items()}
-                for index, entry in state["adam"].items()
-            }
-            self._optimizer.load_state_dict(layout)
+            self._best = _copies(state["best"], device)
+            self._adam.load({kind: _copies(moments, device) for kind, moments in state["adam"].items()})
             self._generator.set_state(state["generator"])
             self.epoch, self.best_epoch = int(state["epoch"]), int(state["best_epoch"])
             self.best_rmse = float(state["best_rmse"])
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"state: it does not fit this training run ({reason}); start afresh") from error
+
+
+def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+    return {name: value.detach().to(device or value.device, copy=True) for name, value in tensors.items()}
+
+
+class _Adam:
+    """Adam with its usual constants, by torch's functional form.
+
+    ``torch.optim.Adam`` does the same, but making one imports the compiler, which takes longer than a whole fit.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.moments = {
+            "mean": {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()},
+            "square": {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()},
+            "step": {name: torch.zeros((), device=value.device) for name, value in parameters.items()},
+        }
+
+    def load(self, moments: dict[str, dict[str, Tensor]]) -> None:
+        for kind, own in self.moments.items():
+            if moments[kind].keys() != own.keys() or any(moments[kind][name].shape != own[name].shape for name in own):
+                raise ValueError(f"moments {kind!r} are of other parameters")
+        self.moments = moments
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], *, lr: float, decay: float) -> None:
+        """Take a step; ``decay`` times a weight is added to its gradient, which is the gradient of the penalty."""
+        for kind in ("_weight", "_bias"):
+            names = [name for name in self.parameters if name.endswith(kind)]
+            values = [self.parameters[name].detach() for name in names]
+            adam(
+                values,
+                [gradients[name] for name in names],
+                [self.moments["mean"][name] for name in names],
+                [self.moments["square"][name] for name in names],
+                [],
+                [self.moments["step"][name] for name in names],
+                fused=values[0].device.type in ("cpu", "cuda"),
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=lr,
+                weight_decay=decay if kind == "_weight" else 0.0,
+                eps=1e-8,
+                maximize=False,
+            )
 
 
 def _world() -> tuple[int, int]:
@@ -754,13 +833,13 @@ def _world() -> tuple[int, int]:
 
 
 def _check_options(
-    reg: float,
-    lr: float,
+    reg: Number,
+    lr: Number,
     batch_size: int,
     epochs: int,
     schedule: str,
     patience: int | None,
-    dropout: float,
+    dropout: Number,
     path: str,
 ) -> None:
     if not (math.isfinite(reg) and reg >= 0):

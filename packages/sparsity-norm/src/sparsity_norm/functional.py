@@ -15,17 +15,34 @@ lies under a zero of the mask, NaN and infinity included.
 
 from __future__ import annotations
 
-import functools
-import warnings
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, overload, runtime_checkable
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shared_core.errors import InputError
+from sparsity_norm._checks import (
+    check_finite,
+    check_floating,
+    check_groups,
+    check_mask_values,
+    count_dtype,
+    is_concrete,
+)
+from sparsity_norm._csr import (
+    SampledProduct,
+    SparseCSR,
+    SparseMatmul,
+    check_csr_values,
+    check_pattern,
+    csr_count,
+    csr_parts,
+    csr_rows,
+    csr_tensor,
+    same_index_dtype,
+    scipy_parts,
+)
 
 __all__ = [
     "Observed",
@@ -51,31 +68,6 @@ Constant = Float[Tensor, "..."] | float | int
 """A number, or a tensor that broadcasts (a learned power, a fitted K, a centre a feature)."""
 
 
-@runtime_checkable
-class SparseCSR(Protocol):
-    """What this module needs of a SciPy CSR matrix or array, so that SciPy need not be imported for it."""
-
-    @property
-    def data(self) -> NDArray[Any]:
-        """Stored values."""
-        ...
-
-    @property
-    def indices(self) -> NDArray[Any]:
-        """Column of each stored value."""
-        ...
-
-    @property
-    def indptr(self) -> NDArray[Any]:
-        """Where each row starts in ``data``; one more than there are rows."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and columns."""
-        ...
-
-
 class Observed(NamedTuple):
     """An input split into what is known and how well it is known; made by `observe`.
 
@@ -94,65 +86,12 @@ class Observed(NamedTuple):
     counts: Float[Tensor, "*kept"]
 
 
-def is_concrete(*tensors: Tensor) -> bool:
-    """Whether values of the tensors may be looked at: not while compiling, exporting, tracing, vmapping or capturing.
-
-    Shapes are always checked; checks of *values* need a concrete tensor, and on a GPU a synchronisation.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        return False
-    # The only way torch has to say "inside vmap"; asking a batched tensor for its value raises.
-    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
-        return False
-    if any(tensor.is_meta for tensor in tensors):
-        return False
-    return not (any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing())
-
-
-def _place(index: list[int]) -> str:
-    if len(index) == 1:
-        return f"position {index[0]}"
-    if len(index) == 2:
-        return f"row {index[0]}, column {index[1]}"
-    return f"index {tuple(index)}"
-
-
-def _check_floating(x: Tensor, name: str) -> None:
-    if not x.is_floating_point():
-        raise InputError(f"{name} has dtype {x.dtype}; give a floating-point tensor, for example {name}.float()")
-
-
-def _check_finite(x: Tensor, observed: Tensor | None) -> None:
-    """Refuse NaN and infinity among observed entries; ``observed=None`` means that NaN marks missing entries."""
-    # One reduction without a temporary: a finite sum of the absolute kind proves every term finite.
-    probe = x.detach().sum(dtype=torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None)
-    if bool(torch.isfinite(probe)):
-        return
-    bad = torch.isinf(x) if observed is None else observed & ~torch.isfinite(x)
-    if not bool(bad.any()):
-        return
-    index = [int(i) for i in bad.nonzero()[0]]
-    if bool(torch.isnan(x[tuple(index)])):
-        raise InputError(
-            f"x is NaN at {_place(index)} although mask says observed; set the mask to 0 there or fill the value"
-        )
-    raise InputError(f"x is infinite at {_place(index)}; observed entries must be finite, use NaN for a missing one")
-
-
-def _check_mask_values(mask: Tensor, weighted: bool) -> None:
-    bad = ~((mask >= 0) & (mask <= 1)) if weighted else (mask != 0) & (mask != 1)
-    if bool(bad.any()):
-        index = [int(i) for i in bad.nonzero()[0]]
-        allowed = "in [0, 1]" if weighted else "0 or 1 (weighted=True allows confidences between them)"
-        raise InputError(f"mask is {mask[tuple(index)].item():g} at {_place(index)}; it must be {allowed}")
-
-
-def _check_scale(K: Constant | None, min_count: Number, tau: Number) -> None:
+def _check_scale(K: Constant | None, min_count: Number, tau: Number, validate: bool) -> None:
     if K is None:
         raise InputError(
             "K is missing; give the mean observed count of the training instances, as SparsityNorm().fit(x).K does"
         )
-    if not isinstance(K, Tensor) or is_concrete(K):
+    if not isinstance(K, Tensor) or (validate and is_concrete(K)):
         smallest = float(K.detach().min()) if isinstance(K, Tensor) else float(K)
         if not 0 < smallest < float("inf"):
             raise InputError(f"K is {smallest:g}; it must be positive and finite (the mean observed count on train)")
@@ -171,7 +110,7 @@ def _per_feature(vector: Tensor, x: Tensor, dim: Dim, name: str) -> Tensor:
     if vector.ndim == 1 and isinstance(dim, int) and vector.numel() != 1:
         features = x.shape[dim]
         if vector.shape[0] != features:
-            raise InputError(f"{name} has {vector.shape[0]} entries; expected {features} features")
+            raise InputError(f"{name}: expected {features} features, got {vector.shape[0]}")
         shape = [1] * x.ndim
         shape[dim] = features
         return vector.reshape(shape)
@@ -192,23 +131,6 @@ def _group_count(weights: Tensor, groups: Tensor, dim: int, keepdim: bool) -> Te
     index = groups.to(device=weights.device, dtype=torch.int64).expand_as(weights)
     count = slots.scatter_reduce(-1, index, weights, reduce="amax").sum(-1, keepdim=keepdim)
     return count.movedim(-1, dim) if keepdim else count
-
-
-def _check_groups(groups: Tensor, features: int) -> None:
-    if groups.ndim != 1 or groups.shape[0] != features:
-        raise InputError(f"groups has shape {tuple(groups.shape)}; expected ({features},), one group number a feature")
-    if groups.is_floating_point():
-        raise InputError(f"groups has dtype {groups.dtype}; give integer group numbers")
-    if is_concrete(groups) and features:
-        low, high = (int(bound) for bound in torch.aminmax(groups))
-        if low < 0 or high >= features:
-            bad = low if low < 0 else high
-            raise InputError(f"groups holds {bad}; group numbers must lie in 0..{features - 1}")
-
-
-def _count_dtype(x: Tensor) -> torch.dtype:
-    # bfloat16 counts above 256 and float16 counts above 2048 are not exact.
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def observe(
@@ -259,13 +181,13 @@ def observe(
     >>> observe(torch.tensor([[1.0, float("nan"), 3.0]])).counts
     tensor([[2.]])
     """
-    _check_floating(x, "x")
+    check_floating(x, "x")
     look = validate and is_concrete(x)
     confidence: Tensor | None = None
     if mask is None:
         observed = x == x
         if look:
-            _check_finite(x, None)
+            check_finite(x, None)
         values = torch.nan_to_num(x, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
     else:
         try:
@@ -278,11 +200,11 @@ def observe(
             observed = mask.expand_as(x)
         else:
             if look:
-                _check_mask_values(mask, weighted)
+                check_mask_values(mask, weighted)
             observed = (mask != 0).expand_as(x)
-            confidence = mask.to(_count_dtype(x)).expand_as(x) if weighted else None
+            confidence = mask.to(count_dtype(x)).expand_as(x) if weighted else None
         if look:
-            _check_finite(x, observed)
+            check_finite(x, observed)
         # Anything that is not finite goes before the first arithmetic, or 0 * NaN would reach values and gradients.
         values = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -294,9 +216,9 @@ def observe(
         values = values * (observed if confidence is None else confidence).to(x.dtype)
 
     if confidence is None and importance is None and groups is None:
-        count = observed.sum(dim, keepdim=True, dtype=_count_dtype(x))
+        count = observed.sum(dim, keepdim=True, dtype=count_dtype(x))
     else:
-        weights = observed.to(_count_dtype(x)) if confidence is None else confidence
+        weights = observed.to(count_dtype(x)) if confidence is None else confidence
         if importance is not None:
             weights = weights * _per_feature(importance.to(weights.dtype), x, dim, "importance")
         if groups is None:
@@ -304,7 +226,7 @@ def observe(
         else:
             if not isinstance(dim, int):
                 raise InputError(f"groups needs one counted dimension; dim is {dim}")
-            _check_groups(groups, x.shape[dim])
+            check_groups(groups, x.shape[dim])
             count = _group_count(weights, groups, dim, keepdim=True)
     return Observed(values, observed, count)
 
@@ -316,6 +238,7 @@ def sparsity_scale(
     power: Constant = 1.0,
     min_count: Number = 1.0,
     tau: Number = 0.0,
+    validate: bool = True,
 ) -> Float[Tensor, "*shape"]:
     """Return ``(K / max(count + tau, min_count)) ** power``, the factor that each instance is multiplied by.
 
@@ -331,6 +254,8 @@ def sparsity_scale(
         Smallest divisor, positive.
     tau : float, default 0.0
         Added to the count: shrinks instances with few observed entries.
+    validate : bool, default True
+        Look at the value of a tensor ``K`` (a synchronisation on a GPU).
 
     Returns
     -------
@@ -349,79 +274,13 @@ def sparsity_scale(
     """
     if _is_zero(power):
         return torch.ones_like(count)
-    _check_scale(K, min_count, tau)
+    _check_scale(K, min_count, tau, validate)
     assert K is not None
     divisor = (count + tau).clamp(min=min_count)
     ratio = K.to(divisor.dtype) / divisor if isinstance(K, Tensor) else K / divisor
     if not isinstance(power, Tensor) and power == 1:
         return ratio
     return ratio**power
-
-
-@functools.cache
-def _acknowledge_beta_warning() -> None:
-    """Let torch give its once-a-process remark that CSR tensors are in beta where nobody has to read it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
-
-
-def _csr_tensor(crow: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    _acknowledge_beta_warning()
-    return torch.sparse_csr_tensor(crow, cols, values, shape, check_invariants=False)
-
-
-def _csr_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if x.layout != torch.sparse_csr or x.ndim != 2:
-        raise InputError(
-            f"x has layout {x.layout} and shape {tuple(x.shape)}; give a dense tensor or a 2-D CSR one, "
-            "for example x.to_sparse_csr()"
-        )
-    return x.crow_indices(), x.col_indices(), x.values()
-
-
-def _csr_rows(crow: Tensor, entries: int) -> Tensor:
-    lengths = crow.diff()
-    return torch.repeat_interleave(torch.arange(lengths.shape[0], device=crow.device), lengths, output_size=entries)
-
-
-def _check_csr_values(crow: Tensor, cols: Tensor, values: Tensor) -> None:
-    if bool(torch.isfinite(values.detach().sum())) or bool(torch.isfinite(values).all()):
-        return
-    entry = int((~torch.isfinite(values)).nonzero()[0])
-    row = int(torch.searchsorted(crow, torch.tensor(entry, device=crow.device, dtype=crow.dtype), right=True)) - 1
-    what = "NaN" if bool(torch.isnan(values[entry])) else "infinite"
-    raise InputError(
-        f"x is {what} at row {row}, column {int(cols[entry])} although it is stored, and stored means observed; "
-        "remove the entry or fill the value"
-    )
-
-
-def _csr_count(
-    crow: Tensor,
-    cols: Tensor,
-    dtype: torch.dtype,
-    features: int,
-    groups: Tensor | None = None,
-    importance: Tensor | None = None,
-) -> Float[Tensor, " rows"]:
-    if groups is None and importance is None:
-        return crow.diff().to(dtype)
-    rows = _csr_rows(crow, cols.shape[0])
-    weights = torch.ones(cols.shape, dtype=dtype, device=cols.device)
-    if importance is not None:
-        if importance.shape != (features,):
-            raise InputError(f"importance has shape {tuple(importance.shape)}; expected {features} features")
-        weights = importance.to(dtype)[cols]
-    slots = rows
-    if groups is not None:
-        _check_groups(groups, features)
-        keys, slot = torch.unique(rows * features + groups.to(rows.dtype)[cols], return_inverse=True)
-        weights = torch.zeros(keys.shape, dtype=dtype, device=cols.device).scatter_reduce(
-            0, slot, weights, reduce="amax"
-        )
-        slots = torch.div(keys, features, rounding_mode="floor")
-    return torch.zeros(crow.shape[0] - 1, dtype=dtype, device=cols.device).index_add(0, slots, weights)
 
 
 def _normalize_csr_values(
@@ -439,9 +298,9 @@ def _normalize_csr_values(
     importance: Tensor | None,
     validate: bool,
 ) -> Tensor:
-    _check_floating(values, "x")
+    check_floating(values, "x")
     if validate and is_concrete(values):
-        _check_csr_values(crow, cols, values)
+        check_csr_values(crow, cols, values)
     if center is not None:
         offset = torch.as_tensor(center, device=values.device).to(values.dtype)
         if offset.numel() == 1:
@@ -449,22 +308,10 @@ def _normalize_csr_values(
         elif offset.shape == (features,):
             values = values - offset[cols]
         else:
-            raise InputError(f"center has shape {tuple(offset.shape)}; expected {features} features")
-    count = _csr_count(crow, cols, _count_dtype(values), features, groups, importance)
-    scale = sparsity_scale(count, K, power=power, min_count=min_count, tau=tau)
-    return (values * scale[_csr_rows(crow, cols.shape[0])]).to(values.dtype)
-
-
-def _writable(array: NDArray[Any]) -> Tensor:
-    # torch has no read-only tensors and warns about an array that is (a memory map, say).
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _scipy_parts(x: SparseCSR) -> tuple[Tensor, Tensor, Tensor]:
-    if len(x.shape) != 2 or getattr(x, "format", "csr") != "csr":
-        raise InputError(f"x is a sparse matrix of format {getattr(x, 'format', '?')}; give CSR, for example x.tocsr()")
-    data = x.data if np.issubdtype(x.data.dtype, np.floating) else x.data.astype(np.float64)
-    return _writable(x.indptr.astype(np.int64)), _writable(x.indices.astype(np.int64)), _writable(data)
+            raise InputError(f"center: expected {features} features, got shape {tuple(offset.shape)}")
+    count = csr_count(crow, cols, count_dtype(values), features, groups, importance)
+    scale = sparsity_scale(count, K, power=power, min_count=min_count, tau=tau, validate=validate)
+    return (values * scale[csr_rows(crow, cols.shape[0])]).to(values.dtype)
 
 
 def observed_count(
@@ -503,11 +350,11 @@ def observed_count(
     tensor([2., 3.])
     """
     if not isinstance(x, Tensor):
-        crow, cols, values = _scipy_parts(x)
-        return _csr_count(crow, cols, _count_dtype(values), x.shape[1], groups, importance)
+        crow, cols, values = scipy_parts(x)
+        return csr_count(crow, cols, count_dtype(values), x.shape[1], groups, importance)
     if x.layout != torch.strided:
-        crow, cols, values = _csr_parts(x)
-        return _csr_count(crow, cols, _count_dtype(values), x.shape[1], groups, importance)
+        crow, cols, values = csr_parts(x)
+        return csr_count(crow, cols, count_dtype(values), x.shape[1], groups, importance)
     count = observe(x, mask, dim=dim, groups=groups, weighted=weighted, importance=importance, validate=validate).counts
     return count.squeeze(dim)
 
@@ -658,10 +505,12 @@ def sparsity_normalize(
         )
         if _is_zero(power):
             return values
-        return (values * sparsity_scale(counts, K, power=power, min_count=min_count, tau=tau)).to(x.dtype)
+        return (values * sparsity_scale(counts, K, power=power, min_count=min_count, tau=tau, validate=validate)).to(
+            x.dtype
+        )
     if mask is not None:
         raise InputError("mask is not for a sparse x: its stored pattern is the mask; leave mask out")
-    crow, cols, values = _csr_parts(x) if isinstance(x, Tensor) else _scipy_parts(x)
+    crow, cols, values = csr_parts(x) if isinstance(x, Tensor) else scipy_parts(x)
     features = int(x.shape[1])
     scaled = _normalize_csr_values(
         crow,
@@ -678,86 +527,9 @@ def sparsity_normalize(
         validate=validate,
     )
     if isinstance(x, Tensor):
-        return _csr_tensor(crow, cols, scaled, tuple(x.shape))
+        return csr_tensor(crow, cols, scaled, tuple(x.shape))
     build: Any = type(x)
     return build((scaled.detach().numpy(), x.indices.copy(), x.indptr.copy()), shape=x.shape)
-
-
-def _transposed(crow: Tensor, cols: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the CSC view of a CSR pattern: column offsets, row numbers, and the order that sorts entries by column."""
-    order = torch.argsort(cols, stable=True)
-    offsets = torch.zeros(features + 1, dtype=crow.dtype, device=crow.device)
-    offsets[1:] = torch.bincount(cols, minlength=features).cumsum(0)
-    return offsets, _csr_rows(crow, cols.shape[0]).to(cols.dtype)[order], order
-
-
-def _bag(crow: Tensor, cols: Tensor, values: Tensor, table: Tensor) -> Tensor:
-    return nn.functional.embedding_bag(
-        cols, table.detach(), crow, mode="sum", per_sample_weights=values.detach(), include_last_offset=True
-    )
-
-
-class _SparseMatmul(torch.autograd.Function):
-    """``A @ table`` for a CSR ``A``: differentiable to any order, because its backward is made of its own kind."""
-
-    @staticmethod
-    def forward(ctx: Any, crow: Tensor, cols: Tensor, values: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(crow, cols, values, table)
-        return _bag(crow, cols, values, table)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
-        crow, cols, values, table = ctx.saved_tensors
-        (grad,) = grad_outputs
-        grad_values = _SampledProduct.apply(crow, cols, grad, table) if ctx.needs_input_grad[2] else None
-        grad_table = None
-        if ctx.needs_input_grad[3]:
-            offsets, rows, order = _transposed(crow, cols, table.shape[0])
-            grad_table = _SparseMatmul.apply(offsets, rows, values[order], grad)
-        return None, None, grad_values, grad_table
-
-
-class _SampledProduct(torch.autograd.Function):
-    """``left[row] . right[col]`` at the entries of a CSR pattern: the counterpart of `_SparseMatmul`."""
-
-    @staticmethod
-    def forward(ctx: Any, crow: Tensor, cols: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(crow, cols, left, right)
-        return _sampled_product(crow, cols, left.detach(), right.detach())
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
-        crow, cols, left, right = ctx.saved_tensors
-        (grad,) = grad_outputs
-        grad_left = _SparseMatmul.apply(crow, cols, grad, right) if ctx.needs_input_grad[2] else None
-        grad_right = None
-        if ctx.needs_input_grad[3]:
-            offsets, rows, order = _transposed(crow, cols, right.shape[0])
-            grad_right = _SparseMatmul.apply(offsets, rows, grad[order], left)
-        return None, None, grad_left, grad_right
-
-
-# Entries of the two gathered blocks that are alive at once where torch has no fused kernel (float16, bfloat16).
-_GATHERED_ELEMENTS = 1 << 20
-
-
-def _sampled_product(crow: Tensor, cols: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    if left.dtype in (torch.float32, torch.float64):
-        pattern = _csr_tensor(crow, cols, left.new_zeros(cols.shape), (left.shape[0], right.shape[0]))
-        return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
-    rows = _csr_rows(crow, cols.shape[0])
-    step = max(1, _GATHERED_ELEMENTS // max(1, left.shape[1]))
-    parts = [
-        torch.linalg.vecdot(left[rows[at : at + step]], right[cols[at : at + step]])
-        for at in range(0, cols.shape[0], step)
-    ]
-    return torch.cat(parts) if parts else left.new_zeros(cols.shape)
-
-
-def _same_index_dtype(crow: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-    if crow.dtype == cols.dtype:
-        return crow, cols
-    return crow.to(torch.int64), cols.to(torch.int64)
 
 
 def sparse_linear(
@@ -819,36 +591,23 @@ def sparse_linear(
     tensor([[1.5000],
             [1.5000]])
     """
-    crow, cols = _same_index_dtype(crow, cols)
+    crow, cols = same_index_dtype(crow, cols)
     if validate and is_concrete(crow, cols):
-        _check_pattern(crow, cols, weight.shape[0])
+        check_pattern(crow, cols, weight.shape[0])
     dtype = torch.promote_types(values.dtype, weight.dtype)
     values, weight = values.to(dtype), weight.to(dtype)
     if is_concrete(crow, cols, values, weight):
-        product = cast("Tensor", _SparseMatmul.apply(crow, cols, values, weight))
+        product = cast("Tensor", SparseMatmul.apply(crow, cols, values, weight))
     else:
-        rows = _csr_rows(crow, cols.shape[0])
+        rows = csr_rows(crow, cols.shape[0])
         product = weight.new_zeros(crow.shape[0] - 1, weight.shape[1]).index_add(
             0, rows, values[:, None] * weight[cols]
         )
     if not _is_zero(power):
-        stored = crow.diff().to(_count_dtype(product)) if count is None else count
-        scale = sparsity_scale(stored, K, power=power, min_count=min_count, tau=tau)
+        stored = crow.diff().to(count_dtype(product)) if count is None else count
+        scale = sparsity_scale(stored, K, power=power, min_count=min_count, tau=tau, validate=validate)
         product = (product * scale[:, None]).to(dtype)
     return product if bias is None else product + bias
-
-
-def _check_pattern(crow: Tensor, cols: Tensor, features: int) -> None:
-    entries = cols.shape[0]
-    if crow.shape[0] == 0 or int(crow[0]) != 0 or int(crow[-1]) != entries or bool((crow.diff() < 0).any()):
-        raise InputError(
-            f"crow does not fit cols: it must rise from 0 to {entries}, the number of entries, with rows + 1 offsets"
-        )
-    if entries:
-        low, high = (int(bound) for bound in torch.aminmax(cols))
-        if low < 0 or high >= features:
-            bad = low if low < 0 else high
-            raise InputError(f"cols holds {bad}; columns must lie in 0..{features - 1}, the rows of weight")
 
 
 def _sampled_pairs(hidden: Tensor, weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -856,7 +615,7 @@ def _sampled_pairs(hidden: Tensor, weight: Tensor, rows: Tensor, cols: Tensor) -
     sorted_cols = cols if order is None else cols[order]
     crow = torch.zeros(hidden.shape[0] + 1, dtype=cols.dtype, device=cols.device)
     crow[1:] = torch.bincount(rows, minlength=hidden.shape[0]).cumsum(0)
-    product = cast("Tensor", _SampledProduct.apply(crow, sorted_cols, hidden, weight))
+    product = cast("Tensor", SampledProduct.apply(crow, sorted_cols, hidden, weight))
     return product if order is None else product[torch.argsort(order)]
 
 
@@ -900,7 +659,7 @@ def sampled_decode(
     >>> sampled_decode(torch.eye(2), weight, None, rows, cols)
     tensor([3., 2.])
     """
-    rows, cols = _same_index_dtype(rows, cols)
+    rows, cols = same_index_dtype(rows, cols)
     if rows.shape != cols.shape:
         raise InputError(f"rows has {rows.shape[0]} entries but cols has {cols.shape[0]}; give pairs")
     if validate and is_concrete(rows, cols) and rows.numel():
@@ -973,11 +732,11 @@ def masked_linear(
             [15.]])
     """
     if x.shape[-1] != weight.shape[1]:
-        raise InputError(f"x has {x.shape[-1]} features; expected {weight.shape[1]} features")
+        raise InputError(f"x: expected {weight.shape[1]} features, got {x.shape[-1]}")
     if x.layout != torch.strided:
         if mask is not None:
             raise InputError("mask is not for a sparse x: its stored pattern is the mask; leave mask out")
-        crow, cols, values = _csr_parts(x)
+        crow, cols, values = csr_parts(x)
         values = _normalize_csr_values(
             crow,
             cols,
@@ -992,7 +751,7 @@ def masked_linear(
             importance=None,
             validate=validate,
         )
-        count = _csr_count(crow, cols, _count_dtype(values), x.shape[1], groups, importance)
+        count = csr_count(crow, cols, count_dtype(values), x.shape[1], groups, importance)
         return sparse_linear(
             crow,
             cols,
@@ -1012,7 +771,9 @@ def masked_linear(
     if _is_zero(power):
         return nn.functional.linear(values, weight, bias)
     product = nn.functional.linear(values, weight)
-    product = (product * sparsity_scale(counts, K, power=power, min_count=min_count, tau=tau)).to(product.dtype)
+    product = (product * sparsity_scale(counts, K, power=power, min_count=min_count, tau=tau, validate=validate)).to(
+        product.dtype
+    )
     return product if bias is None else product + bias.to(product.dtype)
 
 
@@ -1048,7 +809,7 @@ def _masked_conv(
             f"x has shape {tuple(x.shape)}; give (batch, channels, {'length' if spatial == 1 else 'height, width'})"
         )
     if x.shape[1] != weight.shape[1] * groups:
-        raise InputError(f"x has {x.shape[1]} channels; expected {weight.shape[1] * groups} channels")
+        raise InputError(f"x: expected {weight.shape[1] * groups} channels, got {x.shape[1]}")
     if mask is not None and mask.ndim == spatial + 1:
         mask = mask.unsqueeze(1)
     one_channel = mask is not None and mask.ndim == spatial + 2 and mask.shape[1] == 1
@@ -1057,10 +818,10 @@ def _masked_conv(
     # Counts do not go through autocast: bfloat16 is exact only up to 256 entries a window.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if one_channel:
-            seen = observed[:, :1].to(_count_dtype(x))
+            seen = observed[:, :1].to(count_dtype(x))
             per_window = weight[0, 0].numel()
         else:
-            seen = observed.unflatten(1, (groups, -1)).sum(2, dtype=_count_dtype(x))
+            seen = observed.unflatten(1, (groups, -1)).sum(2, dtype=count_dtype(x))
             per_window = weight[0].numel()
         kernel = torch.ones(seen.shape[1], 1, *weight.shape[2:], dtype=seen.dtype, device=x.device)
         window_count = convolve(seen, kernel, seen.shape[1])
@@ -1072,7 +833,11 @@ def _masked_conv(
             scale = scale * mask_out
         else:
             scale = sparsity_scale(
-                seen.sum(tuple(range(1, seen.ndim)), keepdim=True), K, power=power, min_count=min_count
+                seen.sum(tuple(range(1, seen.ndim)), keepdim=True),
+                K,
+                power=power,
+                min_count=min_count,
+                validate=validate,
             )
     if mask_out.shape[1] not in (1,):
         repeat = weight.shape[0] // mask_out.shape[1]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Compressed", "Duplicates", "RatingMatrix", "hold_out_users", "split_ratings"]
 
+Number = float | int
+Scale = tuple[Number, Number]
 Duplicates = Literal["error", "mean", "last"]
 """What to do with a (user, item) pair that is rated more than once."""
 
@@ -81,9 +83,7 @@ class RatingMatrix:
     scale: tuple[float, float]
 
     @classmethod
-    def of(
-        cls, ratings: Any, *, scale: tuple[float, float] | None = None, duplicates: Duplicates = "error"
-    ) -> RatingMatrix:
+    def of(cls, ratings: Any, *, scale: Scale | None = None, duplicates: Duplicates = "error") -> RatingMatrix:
         """Make a rating matrix of whatever holds ratings.
 
         Parameters
@@ -133,7 +133,7 @@ class RatingMatrix:
         items: Sequence[Any] | np.ndarray,
         values: Sequence[float] | np.ndarray,
         *,
-        scale: tuple[float, float] | None = None,
+        scale: Scale | None = None,
         duplicates: Duplicates = "error",
     ) -> RatingMatrix:
         """Make a rating matrix of three equally long sequences; ids are strings or integers, kept as strings.
@@ -154,7 +154,7 @@ class RatingMatrix:
         user: str = "user",
         item: str = "item",
         rating: str = "rating",
-        scale: tuple[float, float] | None = None,
+        scale: Scale | None = None,
         duplicates: Duplicates = "error",
     ) -> RatingMatrix:
         """Make a rating matrix of a data frame with one rating a row; the three columns are found by name.
@@ -174,9 +174,7 @@ class RatingMatrix:
         )
 
     @classmethod
-    def from_scipy(
-        cls, matrix: Any, *, scale: tuple[float, float] | None = None, duplicates: Duplicates = "error"
-    ) -> RatingMatrix:
+    def from_scipy(cls, matrix: Any, *, scale: Scale | None = None, duplicates: Duplicates = "error") -> RatingMatrix:
         """Make a rating matrix of a SciPy sparse matrix, users in rows; row and column numbers become the ids.
 
         Every stored entry is a rating, a stored zero too. Raises as :meth:`of`.
@@ -202,7 +200,7 @@ class RatingMatrix:
         *,
         user_ids: Sequence[Any] | np.ndarray,
         item_ids: Sequence[Any] | np.ndarray,
-        scale: tuple[float, float] | None = None,
+        scale: Scale | None = None,
         duplicates: Duplicates = "error",
     ) -> RatingMatrix:
         """Make a rating matrix of integer codes into given ids; ids without a rating are kept. Raises as :meth:`of`."""
@@ -354,7 +352,7 @@ class RatingMatrix:
 
 
 def split_ratings(
-    ratings: RatingMatrix, *, test_fraction: float = 0.1, seed: int | np.random.Generator = 0
+    ratings: RatingMatrix, *, test_fraction: Number = 0.1, seed: int | np.random.Generator = 0
 ) -> tuple[RatingMatrix, RatingMatrix]:
     """Split the ratings at random into a training and a test part; both keep all ids.
 

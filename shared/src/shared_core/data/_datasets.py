@@ -58,9 +58,9 @@ class ImageData(Dataset):
     """
 
     images: UInt8[np.ndarray, "n height width *channels"]
-    labels: Int64[np.ndarray, "n"]
+    labels: Int64[np.ndarray, " n"]
     class_names: tuple[str, ...]
-    groups: Int64[np.ndarray, "n"] | None = None
+    groups: Int64[np.ndarray, " n"] | None = None
     group_names: tuple[str, ...] = ()
     group_kind: str = ""
     peak: int = 255
@@ -75,7 +75,7 @@ class TableData(Dataset):
     """A table with one target: ``x`` (NaN = missing), ``y`` float64 (regression) or int64 (classification)."""
 
     x: Float[np.ndarray, "n features"]
-    y: Float[np.ndarray, "n"] | Int64[np.ndarray, "n"]
+    y: Float[np.ndarray, " n"] | Int64[np.ndarray, " n"]
     feature_names: tuple[str, ...]
     target_name: str
     task: Literal["regression", "classification"]
@@ -98,10 +98,10 @@ class RatingData(Dataset):
     scale : the lowest and highest rating allowed: as declared, else as found.
     """
 
-    users: Int64[np.ndarray, "n"]
-    items: Int64[np.ndarray, "n"]
-    values: Float[np.ndarray, "n"]
-    timestamps: Int64[np.ndarray, "n"] | None
+    users: Int64[np.ndarray, " n"]
+    items: Int64[np.ndarray, " n"]
+    values: Float[np.ndarray, " n"]
+    timestamps: Int64[np.ndarray, " n"] | None
     user_ids: tuple[str, ...]
     item_ids: tuple[str, ...]
     scale: tuple[float, float]
@@ -161,7 +161,7 @@ class SeriesData(Dataset):
 
     values: Float32[np.ndarray, "n steps channels"]
     static: Float32[np.ndarray, "n static"]
-    labels: Int64[np.ndarray, "n"]
+    labels: Int64[np.ndarray, " n"]
     ids: tuple[str, ...]
     channel_names: tuple[str, ...]
     static_names: tuple[str, ...]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,14 +118,16 @@ class PlainTable:
             values[row] = math.nan if (value := parse_number(text)) is None else value
         return None if np.isnan(values).any() else values
 
-    def texts(self, column: int, limit: int = 64) -> NDArray[np.bytes_] | None:
-        """Return a column of non-empty texts of up to ``limit`` characters as a fixed-width bytes array, or None."""
+    def ids(self, column: int, limit: int = 64) -> NDArray[Any] | None:
+        """Return a column of ids: numbers if all are, else texts of 1 to ``limit`` characters, else None."""
+        numbers = self.integers(column, canonical=True)
+        if numbers is not None:
+            return numbers
         starts = self.starts[:, column]
         length = self.stops[:, column] - starts
         if length.min() < 1 or length.max() > limit:
             return None
         offsets = np.arange(length.max())
-        characters = np.frombuffer(self.data, dtype=np.uint8)
         inside = offsets < length[:, None]
-        taken = characters[np.where(inside, starts[:, None] + offsets, 0)]
-        return np.ascontiguousarray(taken).view(f"S{len(offsets)}")[:, 0]
+        characters = np.frombuffer(self.data, dtype=np.uint8)[np.where(inside, starts[:, None] + offsets, 0)]
+        return np.ascontiguousarray(characters).view(f"S{len(offsets)}")[:, 0]

@@ -1,0 +1,67 @@
+"""Fill the tables of a README from docs/results, so that no figure in it was typed by hand.
+
+A place in the README is marked by a comment: ``<!-- results: PACKAGE/NAME.json [metric=..] [dataset=..] -->`` up to
+``<!-- end -->``. With ``--check`` nothing is written and the exit status says whether all tables are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = re.compile(r"(<!-- results: (\S+)((?: \w+=[^>]*?)?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(summary: dict, wanted: dict[str, str]) -> str:
+    rows = [row for row in summary["results"] if all(row[key] == value for key, value in wanted.items())]
+    lines = [
+        "| data | method | metric | mean | 95 % interval | n | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["dataset"], row["metric"]), []).append(row)
+    for group in groups.values():
+        best = (min if group[0]["better"] == "lower" else max)(row["mean"] for row in group)
+        for row in group:
+            mean = f"{row['mean']:.4f}"
+            bounds = "" if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
+            shown = f"**{mean}**" if row["mean"] == best and len(group) > 1 else mean
+            arrow = "↓" if row["better"] == "lower" else "↑"
+            cells = [row["dataset"], row["method"], f"{row['metric']} {arrow}", shown, bounds, row["n"]]
+            lines.append("| " + " | ".join(map(str, cells)) + f" | {row['seconds']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def fill(text: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        summary = json.loads((ROOT / "docs/results" / match[2]).read_text(encoding="utf-8"))
+        wanted = dict(pair.split("=", 1) for pair in match[3].split())
+        return match[1] + table(summary, wanted) + match[4]
+
+    return PLACE.sub(replace, text)
+
+
+def main() -> int:
+    check = "--check" in sys.argv
+    stale = []
+    for name in sys.argv[1:]:
+        if name == "--check":
+            continue
+        path = Path(name)
+        old = path.read_text(encoding="utf-8")
+        new = fill(old)
+        if new != old:
+            stale.append(name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    if check and stale:
+        print(f"tables out of date in {', '.join(stale)}; run: python scripts/readme_tables.py {' '.join(stale)}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
