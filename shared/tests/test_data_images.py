@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from scipy.io import savemat
 
-from shared_core.data import ImageData, find, load, read_idx
+from shared_core.data import ImageData, find, load
 from shared_core.data._images import parse_idx, resize_area, unpickle
 from shared_core.errors import InputError
 
@@ -31,6 +31,9 @@ def idx(array: np.ndarray) -> bytes:
         + b"".join(n.to_bytes(4, "big") for n in array.shape)
         + array.astype(array.dtype.newbyteorder(">")).tobytes()
     )
+
+
+WHOLE = idx(np.zeros((3, 2, 2), np.uint8))
 
 
 def real(name: str, **options) -> ImageData:
@@ -70,23 +73,26 @@ def test_any_bytes_are_an_array_or_one_line(content):
         assert idx(array) == content
 
 
-def test_idx_faults(tmp_path):
-    whole = idx(np.zeros((3, 2, 2), np.uint8))
-    path = tmp_path / "file"
-    for content, expected in [
-        (whole[:-1], "its header asks for 28 bytes and it has 27; is it truncated"),
-        (whole + b"\0", "its header asks for 28 bytes and it has 29"),
-        (whole[:9], "is it truncated"),
-        (b"", "is not an IDX file .it starts with nothing"),
-        (b"GIF89a", "is not an IDX file .it starts with 47494638"),
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (WHOLE[:-1], "f: its header asks for 28 bytes and it has 27; is it truncated"),
+        (WHOLE + b"\0", "f: its header asks for 28 bytes and it has 29"),
+        (WHOLE[:9], "is it truncated"),
+        (b"", "f: is not an IDX file .it starts with nothing"),
+        (b"GIF89a", "f: is not an IDX file .it starts with 47494638"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "is it truncated"),
-        (gzip.compress(whole)[:-9], "truncated"),
-    ]:
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=expected):
-            read_idx(path)
-    path.write_bytes(gzip.compress(whole))
-    assert read_idx(path).shape == (3, 2, 2)
+    ],
+)
+def test_idx_faults(content, expected):
+    with pytest.raises(InputError, match=expected):
+        parse_idx(content, "f")
+
+
+def test_truncated_gz(tmp_path):
+    (tmp_path / "kmnist").mkdir()
+    (tmp_path / "kmnist/train-images-idx3-ubyte.gz").write_bytes(gzip.compress(WHOLE)[:-9])
+    fails("train-images-idx3-ubyte.gz: cannot be read; it is damaged, truncated", "kmnist", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,8 @@ def main() -> None:
     print(f"{options.rows} x {options.columns}, {sparse['ratings']} ratings, {sparse['threads']} threads")
     for name, result in results.items():
         print(
-            f"{name:>7}: {result['seconds_an_epoch']:7.2f} s an epoch, {result['ratings_a_second'] / 1e6:6.3f} M ratings/s,"
-            f" {result['peak_bytes'] / 1e6:7.0f} MB, training RMSE {result['train_rmse']:.6f}"
+            f"{name:>7}: {result['seconds_an_epoch']:7.2f} s an epoch,"
+            f" {result['ratings_a_second'] / 1e6:6.3f} M ratings/s, {result['peak_bytes'] / 1e6:5.0f} MB, training RMSE {result['train_rmse']:.6f}"
         )
     print(f"  ratio: sparse is {ratios['speed']:.1f} times as fast, in 1/{1 / ratios['memory']:.1f} of the memory")
 

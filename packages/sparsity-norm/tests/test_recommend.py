@@ -537,6 +537,15 @@ def test_a_fit_that_is_taken_up_again_ends_as_one_without_a_break(tmp_path, opti
     np.testing.assert_array_equal(every_cell(resumed), every_cell(expected))
 
 
+def test_a_snapshot_is_the_recommender_as_of_that_epoch():
+    snapshots = []
+    options = {**OPTIONS, "validation": 0, "epochs": 4, "biases": True}
+    final = AutoRecRecommender(**options).fit(RATINGS, on_epoch=lambda progress: snapshots.append(progress.snapshot()))
+    shorter = AutoRecRecommender(**{**options, "epochs": 2}).fit(RATINGS)
+    np.testing.assert_array_equal(every_cell(snapshots[1]), every_cell(shorter))
+    np.testing.assert_array_equal(every_cell(snapshots[3]), every_cell(final))
+
+
 def test_progress_tells_the_phases():
     seen = []
     recommender = AutoRecRecommender(**{**OPTIONS, "epochs": 6, "patience": None}).fit(RATINGS, on_epoch=seen.append)

@@ -356,9 +356,10 @@ def vsp_report(
     if truth is not None:
         variables |= {"t": truth, "t_rank": _ranks(truth)}
     moments = _Moments(variables, units)
-    spread = dict(zip(moments.names, moments.spread, strict=True))
+    spread = dict(zip(moments.names, moments.spread.tolist(), strict=True))
+    varies = {name: found > 0 for name, found in spread.items()}
     samples = moments.resample(n_resamples, np.random.default_rng(seed))
-    undetermined = spread["count"] == 0 or len(counts) < _FEWEST
+    undetermined = not varies["count"] or len(counts) < _FEWEST
     tails = (1 - confidence) / 2
 
     def interval(statistic: Statistic, defined: bool = True) -> Interval:
@@ -383,24 +384,22 @@ def vsp_report(
 
             return statistic
 
-        counts_vary, logs_vary = spread["count"] > 0, spread["log"] > 0
         return Dependence(
-            interval(correlation(name, scale), spread[scale] > 0),
-            interval(correlation(f"{name}_rank", "rank"), counts_vary),
-            interval(slope("count"), counts_vary),
-            interval(slope("log"), logs_vary),
+            interval(correlation(name, scale), varies[scale]),
+            interval(correlation(f"{name}_rank", "rank"), varies["count"]),
+            interval(slope("count"), varies["count"]),
+            interval(slope("log"), varies["log"]),
         )
 
     found = dependence("y")
     found_truth = difference = excess = None
     if truth is not None:
         found_truth = dependence("t")
-        defined = bool(spread[scale] > 0)
 
         def correlation_difference(cov: Covariances) -> Vector:
             return correlation("y", scale)(cov) - correlation("t", scale)(cov)
 
-        difference = interval(correlation_difference, defined)
+        difference = interval(correlation_difference, varies[scale])
         # Where the truth does not vary there is no scale of its own; the prediction's serves.
         unit = spread["t"] or spread["y"] or 1.0
         reference = "t" if spread["t"] else "y"
@@ -409,7 +408,7 @@ def vsp_report(
             covariance = (spread["y"] * cov["y", scale] - spread["t"] * cov["t", scale]) / unit
             return _ratio(covariance, np.sqrt(cov[scale, scale] * cov[reference, reference]))
 
-        excess = interval(drift, defined)
+        excess = interval(drift, varies[scale])
     verdict, message = _judge(found.pearson, found_truth, difference, excess, tolerance, undetermined)
     return VSPReport(
         n=len(counts),

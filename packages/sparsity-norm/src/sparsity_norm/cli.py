@@ -63,7 +63,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     """Show what Sparsity Normalization does, and where it does not help, on two real data sets (under a minute)."""
     from sparsity_norm.data import load_table
     from sparsity_norm.experiments import compare_tables
-    from sparsity_norm.plots import plot_comparison, plot_count_curves
+    from sparsity_norm.plots import plot_comparison, plot_drift
 
     tables = [load_table("photograph"), load_table("breast_cancer")]
     results: list[Result] = []
@@ -76,14 +76,15 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
                 table,
                 arms=config.arms,
                 seeds=_seeds(config.seed, config.seeds),
+                folds=1 if len(table.x) > 2000 else 5,
                 rates=(0.05, 1.0),
                 device=str(session.device),
                 advance=_noting(advance),
             )
-            results += rows
+            results += [row for row in rows if row.metric in {"rmse", "accuracy", "count correlation gap"}]
             claims += found
-            panels[table.name] = {name: curves[name] for name in ("zero", "mean", "sn", "truth") if name in curves}
-    plot_count_curves(session.run.artifact("predictions.png"), panels)
+            panels[table.name] = {name: curves[name] for name in ("zero", "mean", "sn") if name in curves}
+    plot_drift(session.run.artifact("drift.png"), panels)
     plot_comparison(session.run.artifact("comparison.png"), results)
     notes = [
         "Networks of two hidden layers, all tuned alike; each row keeps a random 5 to 100 % of its entries.",
@@ -121,7 +122,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     """Compare Sparsity Normalization with its baselines, every method tuned alike, over several splits."""
     from sparsity_norm.data import TABLES
     from sparsity_norm.experiments import compare_ratings, compare_tables
-    from sparsity_norm.plots import plot_comparison, plot_count_curves
+    from sparsity_norm.plots import plot_comparison, plot_drift
 
     seeds = _seeds(config.seed, config.seeds)
     is_table = config.data in TABLES or config.target is not None
@@ -145,8 +146,8 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
                 device=str(session.device),
                 advance=_noting(advance),
             )
-        shown = {name: curves[name] for name in ("zero", "mean", "sn", "sn-center", "truth") if name in curves}
-        plot_count_curves(session.run.artifact("predictions.png"), {table.name: shown})
+        shown = {name: curves[name] for name in ("zero", "mean", "sn", "sn-center") if name in curves}
+        plot_drift(session.run.artifact("drift.png"), {table.name: shown})
     else:
         ratings = _ratings(config.data, config)
         options = {name: getattr(config, name) for name in ("hidden", "epochs", "lr", "batch_size")}
@@ -371,8 +372,8 @@ def _fit_table(config: FitConfig, session: Session) -> Outcome:
 def _table_results(model: TableModel, frame: pd.DataFrame, name: str, session: Session) -> list[Result]:
     import numpy as np
 
-    from sparsity_norm.experiments import OutOfFold, count_correlation, table_metrics
-    from sparsity_norm.plots import binned_curve, plot_count_curves
+    from sparsity_norm.experiments import OutOfFold, count_correlation, drift_curve, table_metrics
+    from sparsity_norm.plots import plot_drift
 
     x, y = model.schema.features(frame, name), model.schema.labels(frame, name)
     x, y = x[~np.isnan(y)], y[~np.isnan(y)]
@@ -388,11 +389,8 @@ def _table_results(model: TableModel, frame: pd.DataFrame, name: str, session: S
     metrics["count correlation gap"] = abs(
         count_correlation(found.count, found.prediction) - count_correlation(found.count, found.target)
     )
-    curves = {
-        model.estimator.input: binned_curve(found.count, found.prediction),
-        "truth": binned_curve(found.count, found.target),
-    }
-    plot_count_curves(session.run.artifact("predictions.png"), {name: curves})
+    drift = drift_curve(found.prediction, found.count, found.target)
+    plot_drift(session.run.artifact("drift.png"), {name: {model.estimator.input: drift}})
     return [
         summarize(
             [value],
@@ -558,7 +556,7 @@ class DiagnoseConfig(DataOptions):
 def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
     """Tell whether predictions depend on how much is known, before and after Sparsity Normalization, with a picture."""
     from sparsity_norm.experiments import diagnose_predictions, diagnose_ratings, diagnose_table
-    from sparsity_norm.plots import plot_count_curves
+    from sparsity_norm.plots import plot_drift
 
     name = config.data.stem
     if config.prediction is not None or config.count is not None:
@@ -571,7 +569,7 @@ def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
         found = diagnose_predictions(name, *columns)
     elif config.target is not None:
         given = config.model_dump(include=set(DataOptions.model_fields))
-        table = _named_or_own_table(CompareConfig(data=str(config.data), **given))
+        table = _named_or_own_table(CompareConfig.model_validate({"data": str(config.data)} | given))
         with session.progress("diagnose", 3) as advance:
             found = diagnose_table(
                 session.run,
@@ -593,7 +591,9 @@ def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
                 advance=_noting(advance),
             )
     write_json(session.run.artifact("audit.json"), found.reports)
-    plot_count_curves(session.run.artifact("audit.png"), {name: found.curves})
+    known = config.truth is not None or config.prediction is None
+    ylabel = "mean of prediction minus truth" if known else "mean prediction"
+    plot_drift(session.run.artifact("audit.png"), {name: found.curves}, ylabel=ylabel, zero=known)
     return Outcome(found.results, found.claims, found.notes)
 
 
@@ -644,10 +644,13 @@ class ExportConfig(CommandConfig):
 def export(config: ExportConfig, session: Session) -> Outcome:
     """Export a fitted model as a graph of (x, mask), checked against the model it came from."""
     from sparsity_norm.export import export_model
-    from sparsity_norm.models import load_model
+    from sparsity_norm.models import TableModel, load_model
 
     file = session.run.artifact(f"model.{config.format}")
-    difference = export_model(load_model(config.model), file, kind=config.format)
+    model = load_model(config.model)
+    if isinstance(model, TableModel):
+        model = model.estimator
+    difference = export_model(model, file, kind=config.format)
     note = "not checked: onnxruntime is not installed" if difference is None else f"largest difference {difference:.1e}"
     return Outcome(notes=[f"inputs x and mask (1 = known); {note}"])
 

@@ -8,20 +8,23 @@ them: by error on a validation part of the training data. The test part is looke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int64
 
 from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import Claim, Result, Run, summarize
 from sparsity_norm.ampute import ampute
+from sparsity_norm.audit import VSPReport, vsp_curve, vsp_report
 from sparsity_norm.data import Table
 from sparsity_norm.factorization import BaselineOnly, BiasedMF, GlobalMean, ItemKNN
 from sparsity_norm.impute import ARMS, make_transformer
-from sparsity_norm.plots import Curve, binned_curve
+from sparsity_norm.plots import Curve
 from sparsity_norm.ratings import RatingMatrix, split_ratings
 from sparsity_norm.recommend import AutoRecRecommender
 from sparsity_norm.serving import Recommender
@@ -30,16 +33,22 @@ from sparsity_norm.tables import learn_scale
 __all__ = [
     "RATING_ARMS",
     "TREE",
+    "Diagnosis",
     "OutOfFold",
     "RatingCell",
     "TableCell",
     "compare_ratings",
     "compare_tables",
     "count_correlation",
+    "diagnose_predictions",
+    "diagnose_ratings",
+    "diagnose_table",
+    "drift_curve",
     "out_of_fold",
     "rating_cell",
     "table_cell",
     "table_metrics",
+    "tuned_recommender",
 ]
 
 PAPER = "Yi et al., ICLR 2020"
@@ -131,13 +140,14 @@ def out_of_fold(
     rows: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     settings: list[dict[str, Any]] = []
-    for train, test in _folds(table, folds, seed):
-        offset, factor = learn_scale(table.x[train], table.scale)
-        x = (table.x - offset) * factor
-        predict, setting = _fit_arm(arm, x[train], table.y[train], table.task, model, seed, device)
-        rows.append(test)
-        scores.append(predict(x[test]))
-        settings.append(setting)
+    with _one_thread():
+        for train, test in _folds(table, folds, seed):
+            offset, factor = learn_scale(table.x[train], table.scale)
+            x = (table.x - offset) * factor
+            predict, setting = _fit_arm(arm, x[train], table.y[train], table.task, model, seed, device)
+            rows.append(test)
+            scores.append(predict(x[test]))
+            settings.append(setting)
     tested = np.concatenate(rows)
     return OutOfFold(
         rows=tested,
@@ -147,6 +157,17 @@ def out_of_fold(
         setting=settings[0],
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Keep torch to one thread: for networks this small a second one only waits, for minutes where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _folds(table: Table, folds: int, seed: int) -> list[tuple[Int64[np.ndarray, " train"], Int64[np.ndarray, " test"]]]:
@@ -276,8 +297,7 @@ class TableCell(TypedDict):
     metrics: dict[str, float]
     correlation: float
     true_correlation: float
-    curve: list[list[float]]
-    true_curve: list[list[float]]
+    drift: list[list[float]]
     seconds: float
     setting: dict[str, Any]
 
@@ -301,22 +321,35 @@ def table_cell(
     rates : keep each observed entry with the instance's own probability, uniform in this range; None removes nothing
     """
     if rates is not None:
-        x, _ = ampute(table.x, rates, random_state=seed)
+        x, _ = ampute(table.x, *rates, random_state=seed)
         table = Table(table.name, x, table.y, table.task, table.groups, table.scale)
     found = out_of_fold(table, arm, seed=seed, model=model, folds=folds, device=device)
+    drift = drift_curve(found.prediction, found.count, found.target)
     return {
         "metrics": table_metrics(found, table.task),
         "correlation": count_correlation(found.count, found.prediction),
         "true_correlation": count_correlation(found.count, found.target),
-        "curve": _curve_lists(binned_curve(found.count, found.prediction)),
-        "true_curve": _curve_lists(binned_curve(found.count, found.target)),
+        "drift": [drift.count.tolist(), drift.mean.tolist(), drift.half_width.tolist()],
         "seconds": found.seconds,
         "setting": found.setting,
     }
 
 
-def _curve_lists(curve: Curve) -> list[list[float]]:
-    return [curve.count.tolist(), curve.mean.tolist(), curve.half_width.tolist()]
+def drift_curve(
+    prediction: Float[np.ndarray, " n"], count: Float[np.ndarray, " n"], truth: Float[np.ndarray, " n"] | None = None
+) -> Curve:
+    """Mean of prediction minus truth in bins of the observed count (of the prediction itself without truth)."""
+    bins = vsp_curve(prediction if truth is None else prediction - truth, count)
+    mean = np.array([b.prediction for b in bins])
+    high = np.array([b.prediction_high for b in bins])
+    return Curve(np.array([b.count_mean for b in bins]), mean, np.nan_to_num(high - mean))
+
+
+def _mean_curve(cells: Sequence[TableCell]) -> Curve:
+    """Average the repetitions' curves, those with as many bins as the first."""
+    curves = [np.array(cell["drift"]) for cell in cells if len(cell["drift"][0]) == len(cells[0]["drift"][0])]
+    count, mean, half_width = np.mean(curves, axis=0)
+    return Curve(count, mean, half_width / np.sqrt(len(curves)))
 
 
 def table_metrics(found: OutOfFold, task: str) -> dict[str, float]:
@@ -358,7 +391,7 @@ def compare_tables(
 
     Returns
     -------
-    Results, claims, and for each arm (and ``truth``) the mean prediction against the observed count, first seed.
+    Results, claims, and for each arm the mean of prediction minus truth against the observed count.
     """
     cells: dict[str, list[TableCell]] = {}
     for arm in arms:
@@ -382,8 +415,7 @@ def compare_tables(
             results.append(
                 summarize(values, dataset=table.name, method=arm, metric=metric, better=better, seconds=seconds)
             )
-    curves = {arm: Curve(*map(np.asarray, found[0]["curve"])) for arm, found in cells.items()}
-    curves["truth"] = Curve(*map(np.asarray, first["true_curve"]))
+    curves = {arm: _mean_curve(found) for arm, found in cells.items()}
     return results, _table_claims(cells, table.name, next(iter(first["metrics"]))), curves
 
 
@@ -451,12 +483,13 @@ RATING_ARMS: dict[str, RatingArm] = {
     "autorec-sn-biases": _autorec(power=1.0, biases=True),
     "global-mean": _baseline(GlobalMean, [{}]),
     "baseline-only": _baseline(
-        BaselineOnly, [{"reg_user": u, "reg_item": i} for u, i in ((2, 2), (5, 5), (15, 10), (10, 15), (30, 30))]
+        BaselineOnly,
+        [{"reg_user": u, "reg_item": i} for u, i in ((2.0, 2.0), (5.0, 5.0), (10.0, 15.0), (15.0, 10.0), (30.0, 30.0))],
     ),
     "biased-mf": _baseline(
-        BiasedMF, [{"rank": r, "reg": s} for r, s in ((10, 5.0), (10, 10.0), (20, 5.0), (20, 10.0), (40, 10.0))]
+        BiasedMF, [{"rank": r, "reg": s} for r, s in ((10, 0.05), (10, 0.1), (20, 0.1), (40, 0.1), (40, 0.15))]
     ),
-    "item-knn": _baseline(ItemKNN, [{"k": k} for k in (10, 20, 40, 80, 160)]),
+    "item-knn": _baseline(ItemKNN, [{"neighbours": k} for k in (10, 20, 40, 80, 160)]),
 }
 
 
@@ -489,31 +522,8 @@ def rating_cell(
     UnknownKeyError
         For an arm that does not exist.
     """
-    if arm not in RATING_ARMS:
-        raise UnknownKeyError(f"no method '{arm}' for ratings; there are: {', '.join(RATING_ARMS)}")
-    method = RATING_ARMS[arm]
     started = time.perf_counter()
-    train, test = split_ratings(ratings, test_fraction=0.1, seed=seed)
-    fit_part, validation_part = split_ratings(train, test_fraction=0.1, seed=seed)
-    common = {"mode": mode, "random_state": seed, **(options or {})}
-    errors: list[float] = []
-    epochs: list[int] = []
-    for setting in method.settings if len(method.settings) > 1 else []:
-        # AutoRec holds the same part out by itself, to find its number of epochs.
-        searching = common | {"validation": 0.1, "refit": False}
-        model = method.build(setting, searching)
-        if isinstance(model, AutoRecRecommender):
-            model.fit(train)
-            epochs.append(model.n_epochs_)
-            errors.append(model.evaluate(validation_part).rmse)
-        else:
-            errors.append(model.fit(fit_part).evaluate(validation_part).rmse)
-    best = int(np.argmin(errors)) if errors else 0
-    setting = dict(method.settings[best])
-    final = common | {"validation": 0.0}
-    if epochs:
-        final["epochs"] = max(epochs[best], 1)
-    model = method.build(setting, final).fit(train)
+    model, test, setting = tuned_recommender(ratings, arm, seed=seed, mode=mode, options=options)
     seconds = time.perf_counter() - started
     found = model.evaluate(test)
     counts, predicted, true = _instance_means(model, test, mode)
@@ -523,8 +533,39 @@ def rating_cell(
         "correlation": count_correlation(counts, predicted),
         "true_correlation": count_correlation(counts, true),
         "seconds": seconds,
-        "setting": setting | ({"epochs": final["epochs"]} if epochs else {}),
+        "setting": setting,
     }
+
+
+def tuned_recommender(
+    ratings: RatingMatrix, arm: str, *, seed: int, mode: Mode = "item", options: Mapping[str, Any] | None = None
+) -> tuple[Recommender, RatingMatrix, dict[str, Any]]:
+    """Hold out a test part, choose a setting on validation ratings, and train on all that is left.
+
+    Parameters are those of :func:`rating_cell`; returns the fitted recommender, the test part and the setting chosen.
+    """
+    if arm not in RATING_ARMS:
+        raise UnknownKeyError(f"no method '{arm}' for ratings; there are: {', '.join(RATING_ARMS)}")
+    method = RATING_ARMS[arm]
+    train, test = split_ratings(ratings, test_fraction=0.1, seed=seed)
+    fit_part, validation_part = split_ratings(train, test_fraction=0.1, seed=seed)
+    common = {"mode": mode, "random_state": seed, **(options or {})}
+    errors: list[float] = []
+    epochs: list[int] = []
+    for setting in method.settings if len(method.settings) > 1 else []:
+        # AutoRec holds the same part out by itself, to find its number of epochs.
+        model = method.build(setting, common | {"validation": 0.1, "refit": False})
+        if isinstance(model, AutoRecRecommender):
+            model.fit(train)
+            epochs.append(model.n_epochs_)
+        else:
+            model.fit(fit_part)
+        errors.append(model.evaluate(validation_part).rmse)
+    best = int(np.argmin(errors)) if errors else 0
+    chosen = dict(method.settings[best])
+    final = common | {"validation": 0.0} | ({"epochs": max(epochs[best], 1)} if epochs else {})
+    model = method.build(chosen, final).fit(train)
+    return model, test, chosen | ({"epochs": final["epochs"]} if epochs else {})
 
 
 def _instance_means(
@@ -642,3 +683,176 @@ def _rating_claims(cells: Mapping[str, Sequence[RatingCell]], dataset: str) -> l
                 )
             )
     return claims
+
+
+# ---- diagnosis
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``diagnose`` reports: rows, verdicts as claims, sentences, the audits in full, and lines to draw."""
+
+    results: list[Result]
+    claims: list[Claim]
+    notes: list[str]
+    reports: dict[str, Any]
+    curves: dict[str, Curve]
+
+
+class _Predictions(TypedDict):
+    prediction: list[float]
+    count: list[float]
+    truth: list[float]
+    seconds: float
+
+
+def diagnose_predictions(
+    name: str,
+    prediction: Float[np.ndarray, " n"],
+    count: Float[np.ndarray, " n"],
+    truth: Float[np.ndarray, " n"] | None = None,
+) -> Diagnosis:
+    """Audit predictions that any model made.
+
+    Parameters
+    ----------
+    name : what to call the data
+    prediction : (n,) predicted values or probabilities of one class
+    count : (n,) how many inputs were known of each instance
+    truth : (n,) the true values; without them dependence can be told, bias cannot
+    """
+    for label, column in (("prediction", prediction), ("count", count), ("truth", truth)):
+        if column is not None and np.isnan(column).any():
+            row = int(np.isnan(column).argmax())
+            raise InputError(f"{name}: row {row + 1}: the {label} is missing; leave out rows without it")
+    report = vsp_report(prediction, count, truth)
+    claim = _verdict_claim(f"{name}: predictions depend on how much is known", report)
+    return Diagnosis(
+        [_dependence_row(report, name, "predictions", 0.0)],
+        [claim],
+        [f"{report.verdict}: {report.message}"],
+        {"predictions": report.to_dict()},
+        {"predictions": drift_curve(prediction, count, truth)},
+    )
+
+
+def _dependence_row(report: VSPReport, name: str, method: str, seconds: float) -> Result:
+    # The bootstrap interval is over instances, so n stays 1.
+    found = report.excess or report.pearson
+    metric = "excess count correlation" if report.excess else "count correlation"
+    value, low, high = (0.0 if np.isnan(part) else abs(part) for part in (found.value, found.low, found.high))
+    inside = found.low <= 0 <= found.high
+    low, high = (0.0, max(low, high)) if inside else (min(low, high), max(low, high))
+    return Result(
+        dataset=name,
+        method=method,
+        metric=metric,
+        unit="1",
+        better="lower",
+        mean=value,
+        low=low,
+        high=high,
+        n=1,
+        seconds=seconds,
+    )
+
+
+def _verdict_claim(text: str, report: VSPReport) -> Claim:
+    found = report.excess or report.pearson
+    problem = report.verdict in {"biased", "dependent"}
+    value = None if np.isnan(found.value) else found.value
+    return Claim(text=text, source="this run", holds=problem, value=value, threshold=report.tolerance)
+
+
+def _diagnose_arms(name: str, found: Mapping[str, _Predictions], before: str, after: str) -> Diagnosis:
+    results: list[Result] = []
+    notes: list[str] = []
+    reports: dict[str, VSPReport] = {}
+    curves: dict[str, Curve] = {}
+    for arm, data in found.items():
+        prediction, count, truth = (np.asarray(data[key]) for key in ("prediction", "count", "truth"))
+        reports[arm] = report = vsp_report(prediction, count, truth)
+        curves[arm] = drift_curve(prediction, count, truth)
+        results.append(_dependence_row(report, name, arm, data["seconds"]))
+        rmse = float(np.sqrt(np.mean((prediction - truth) ** 2)))
+        results.append(summarize([rmse], dataset=name, method=arm, metric="rmse", better="lower"))
+        notes.append(f"{arm}: {report.verdict}: {report.message}")
+    claims = [
+        _verdict_claim(
+            f"{name}: with {before} predictions depend on how much is known, beyond the truth", reports[before]
+        ),
+        _verdict_claim(f"{name}: with {after} they still do", reports[after]),
+    ]
+    errors = {row.method: row.mean for row in results if row.metric == "rmse"}
+    best = min(errors, key=lambda arm: errors[arm])
+    notes.append(f"smallest error on rows the model had not seen: {best} (rmse {errors[best]:.4g})")
+    audits: dict[str, Any] = {arm: report.to_dict() for arm, report in reports.items()}
+    return Diagnosis(sorted(results, key=lambda row: row.metric), claims, notes, audits, curves)
+
+
+def diagnose_table(
+    run: Run, table: Table, *, seed: int, folds: int = 5, device: str = "auto", advance: Callable[[str], None] = _silent
+) -> Diagnosis:
+    """Predict a table out of fold with zero imputation and with Sparsity Normalization, and audit both.
+
+    Parameters
+    ----------
+    run : where finished pieces are kept
+    table, seed, folds, device : as in :func:`out_of_fold`
+    advance : called with a short note after each piece
+    """
+    found: dict[str, _Predictions] = {}
+    for arm in ("zero", "sn", "sn-center"):
+
+        def compute(arm: str = arm) -> _Predictions:
+            part = out_of_fold(table, arm, seed=seed, folds=folds, device=device)
+            return {
+                "prediction": part.prediction.tolist(),
+                "count": part.count.tolist(),
+                "truth": part.target.tolist(),
+                "seconds": part.seconds,
+            }
+
+        found[arm] = run.once(f"{table.name}/{folds}/{arm}/{seed}", compute)
+        advance(arm)
+    return _diagnose_arms(table.name, found, "zero", "sn")
+
+
+def diagnose_ratings(
+    run: Run,
+    ratings: RatingMatrix,
+    *,
+    name: str,
+    seed: int,
+    mode: Mode = "user",
+    device: str = "auto",
+    advance: Callable[[str], None] = _silent,
+) -> Diagnosis:
+    """Train AutoRec with and without Sparsity Normalization and audit mean predictions against training counts.
+
+    Parameters
+    ----------
+    run : where finished pieces are kept
+    ratings, mode, seed : as in :func:`rating_cell`
+    name : what to call the data
+    device : where to train
+    advance : called with a short note after each piece
+    """
+    found: dict[str, _Predictions] = {}
+    options = {"hidden": 100, "lr": 3e-3, "epochs": 60, "device": device}
+    for arm in ("autorec-zero", "autorec-sn"):
+
+        def compute(arm: str = arm) -> _Predictions:
+            started = time.perf_counter()
+            model, test, _ = tuned_recommender(ratings, arm, seed=seed, mode=mode, options=options)
+            counts, predicted, true = _instance_means(model, test, mode)
+            return {
+                "prediction": predicted.tolist(),
+                "count": counts.tolist(),
+                "truth": true.tolist(),
+                "seconds": time.perf_counter() - started,
+            }
+
+        found[arm] = run.once(f"{name}/{mode}/{arm}/{seed}", compute)
+        advance(arm)
+    return _diagnose_arms(name, found, "autorec-zero", "autorec-sn")

@@ -36,14 +36,16 @@ class RatingGraph(nn.Module):
     def __init__(self, recommender: AutoRecRecommender) -> None:
         super().__init__()
         if recommender.biases:
-            raise InputError("a recommender with biases=True adds offsets outside the network; fit it without to export")
+            raise InputError(
+                "a recommender with biases=True adds offsets outside the network; fit it without to export"
+            )
         self.model = recommender.model_
         self.low, self.high = recommender.ratings_.scale
 
     def forward(
         self, x: Float[Tensor, "batch features"], mask: Bool[Tensor, "batch features"]
     ) -> Float[Tensor, "batch features"]:
-        """Predict every rating of each instance, clipped to the scale; what `x` holds where `mask` is 0 does not matter."""
+        """Predict every rating of each instance, clipped to the scale; `x` does not matter where `mask` is 0."""
         return self.model(x, mask).clamp(self.low, self.high)
 
 

@@ -125,7 +125,8 @@ class BaselineOnly(_OffsetRecommender):
 
     Examples
     --------
-    >>> BaselineOnly(reg_user=1, reg_item=1).fit((["a", "a", "b"], ["x", "y", "y"], [1, 3, 5])).predict("b", "x").round(1)
+    >>> ratings = (["a", "a", "b"], ["x", "y", "y"], [1, 3, 5])
+    >>> BaselineOnly(reg_user=1, reg_item=1).fit(ratings).predict("b", "x").round(1)
     array([2.8])
     """
 

@@ -18,7 +18,7 @@ from shared_core.runs import Result, atomic_path
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Curve", "binned_curve", "plot_comparison", "plot_count_curves", "plot_history"]
+__all__ = ["Curve", "plot_comparison", "plot_drift", "plot_history"]
 
 # Okabe and Ito's colours, which stay apart for readers who do not see all colours.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99"]
@@ -36,79 +36,43 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean of some values in bins of the observed count, with a 95 % band of that mean."""
+    """Mean of some values in bins of the observed count, with the half width of its 95 % interval."""
 
     count: Float[np.ndarray, " bins"]
     mean: Float[np.ndarray, " bins"]
     half_width: Float[np.ndarray, " bins"]
 
 
-def binned_curve(
-    count: Float[np.ndarray, " instances"], values: Float[np.ndarray, " instances"], bins: int = 10
-) -> Curve:
-    """Average `values` in bins of equal size along `count`; ties of the count stay together.
-
-    Parameters
-    ----------
-    count : (instances,) observed entries of each instance
-    values : (instances,) predictions, or the truth
-    bins : bins of about equal size; fewer come out when counts repeat
-
-    Examples
-    --------
-    >>> curve = binned_curve(np.array([1.0, 1, 4, 4]), np.array([0.0, 2, 5, 5]), bins=2)
-    >>> curve.count.tolist(), curve.mean.tolist()
-    ([1.0, 4.0], [1.0, 5.0])
-    """
-    if len(count) == 0:
-        raise InputError("no instances to draw a curve of")
-    edges = np.unique(np.quantile(count, np.linspace(0, 1, bins + 1)))
-    code = np.searchsorted(edges[1:-1], count, side="right")
-    size = np.bincount(code)
-    kept = size > 0
-
-    def average(numbers: np.ndarray) -> np.ndarray:
-        return (np.bincount(code, numbers) / np.maximum(size, 1))[kept]
-
-    mean = average(values)
-    variance = average(values**2) - mean**2
-    return Curve(average(count), mean, 1.96 * np.sqrt(np.maximum(variance, 0) / size[kept]))
-
-
-def plot_count_curves(
+def plot_drift(
     path: str | Path,
     panels: Mapping[str, Mapping[str, Curve]],
     *,
     xlabel: str = "number of known inputs",
-    ylabel: str = "mean prediction",
-    truth: str = "truth",
+    ylabel: str = "mean of prediction minus truth",
+    zero: bool = True,
 ) -> None:
-    """Draw predictions against the number of known inputs, a panel a data set, a line a method.
+    """Draw how predictions drift with the number of known inputs, a panel a data set, a line a method.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
-    panels : data set -> method -> curve; the method named `truth` is drawn in black
+    panels : data set -> method -> curve
     xlabel, ylabel : axis labels
-    truth : name of the curve of the true values
+    zero : draw the line of no drift
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+        figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, len(panels), squeeze=False)[0])
         for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-            methods = [name for name in curves if name != truth]
-            for name, colour in zip(methods, _COLOURS * len(methods), strict=False):
+            if zero:
+                axis.axhline(0, color="black", linewidth=1, linestyle="--", label="no drift")
+            for name, colour in zip(curves, _COLOURS * len(curves), strict=False):
                 curve = curves[name]
                 axis.plot(curve.count, curve.mean, "o-", color=colour, markersize=3.5, label=name)
-                axis.fill_between(
-                    curve.count, curve.mean - curve.half_width, curve.mean + curve.half_width, color=colour, alpha=0.15
-                )
-            if truth in curves:
-                curve = curves[truth]
-                axis.plot(curve.count, curve.mean, "s--", color="black", markersize=3.5, label=truth)
+                low, high = curve.mean - curve.half_width, curve.mean + curve.half_width
+                axis.fill_between(curve.count, low, high, color=colour, alpha=0.12, linewidth=0)
             axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-            widest = max((curve.count.max() / max(curve.count.min(), 1) for curve in curves.values()), default=1.0)
-            if widest > 30:
+            if max((curve.count.max() / max(curve.count.min(), 1) for curve in curves.values()), default=1.0) > 30:
                 axis.set_xscale("log")
             axis.legend()
         _save(figure, path)
@@ -128,7 +92,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
     if not groups:
         raise InputError("the run has no results to draw")
     with mpl.rc_context(_STYLE):
-        columns = min(len(groups), 3)
+        columns = 2 if len(groups) in {2, 4} else min(len(groups), 3)
         lines = -(-len(groups) // columns)
         tallest = max(len(rows) for rows in groups.values())
         figure = Figure(figsize=(4.6 * columns, (1.1 + 0.3 * tallest) * lines), layout="constrained")

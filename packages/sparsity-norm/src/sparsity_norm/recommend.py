@@ -6,6 +6,7 @@ Source: Yi et al., ICLR 2020, arXiv:1906.00150, applied to AutoRec (Sedhain et a
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -51,12 +52,15 @@ class FitProgress:
         What the epoch did.
     state
         Call it for all that ``fit(..., resume=)`` needs to go on from here: nested dicts of tensors, numbers, strings.
+    snapshot
+        Call it for a fitted recommender of its own as training stands now, fitted on what this phase trains on.
     """
 
     phase: Literal["search", "final"]
     epochs: int
     report: EpochReport
     state: Callable[[], dict[str, Any]]
+    snapshot: Callable[[], AutoRecRecommender]
 
 
 def ridge_column(
@@ -308,17 +312,54 @@ class AutoRecRecommender(Recommender):
         n_epochs = self.epochs if resume is None else int(resume["n_epochs"])
         # Too few ratings to hold any out: train for all epochs.
         validated = round(len(ratings) * self.validation) > 0
-        run = _Run(signature, history, on_epoch)
+        common = _Fit(signature, history, on_epoch)
         if validated and (resume is None or resume["phase"] == "search"):
             train, held_out = split_ratings(ratings, test_fraction=self.validation, seed=self.random_state)
             trainer, offsets = self._trainer(train, held_out)
-            run(trainer, "search", n_epochs, resume, record=True)
+            self._run(common, trainer, train, offsets, "search", n_epochs, resume, record=True)
             n_epochs, resume = trainer.best_epoch, None
             if not self.refit:
                 return self._serve(trainer.model, ratings, offsets, history, n_epochs)
         trainer, offsets = self._trainer(ratings, None)
-        run(trainer, "final", n_epochs, resume, record=not validated)
+        self._run(common, trainer, ratings, offsets, "final", n_epochs, resume, record=not validated)
         return self._serve(trainer.model, ratings, offsets, history, n_epochs)
+
+    def _run(
+        self,
+        common: _Fit,
+        trainer: AutoRecTrainer,
+        train: RatingMatrix,
+        offsets: _Offsets,
+        phase: Literal["search", "final"],
+        n_epochs: int,
+        resume: Mapping[str, Any] | None,
+        *,
+        record: bool,
+    ) -> None:
+        """Train through one phase, from the start or from a state, and tell of the progress."""
+        if resume is not None:
+            trainer.load_state(resume["trainer"])
+
+        def state() -> dict[str, Any]:
+            return {
+                "signature": common.signature,
+                "phase": phase,
+                "n_epochs": n_epochs,
+                "history": [dict(vars(report)) for report in common.history],
+                "trainer": trainer.state(),
+            }
+
+        def snapshot() -> AutoRecRecommender:
+            twin = AutoRecRecommender(**self.get_params())
+            return twin._serve(copy.deepcopy(trainer.model), train, offsets, list(common.history), trainer.epoch)
+
+        def advance(report: EpochReport) -> None:
+            if record:
+                common.history.append(report)
+            if common.on_epoch is not None:
+                common.on_epoch(FitProgress(phase, n_epochs, report, state, snapshot))
+
+        trainer.run(advance, stop_after=n_epochs)
 
     def _trainer(self, train: RatingMatrix, held_out: RatingMatrix | None) -> tuple[AutoRecTrainer, _Offsets]:
         device = resolve_device(self.device)
@@ -653,42 +694,13 @@ class AutoRecRecommender(Recommender):
         }
 
 
-@dataclass
-class _Run:
-    """Runs the phases of one fit and tells of their progress."""
+@dataclass(frozen=True)
+class _Fit:
+    """What the phases of one fit share."""
 
     signature: dict[str, Any]
     history: list[EpochReport]
     on_epoch: Callable[[FitProgress], None] | None
-
-    def __call__(
-        self,
-        trainer: AutoRecTrainer,
-        phase: Literal["search", "final"],
-        n_epochs: int,
-        resume: Mapping[str, Any] | None,
-        *,
-        record: bool,
-    ) -> None:
-        if resume is not None:
-            trainer.load_state(resume["trainer"])
-
-        def state() -> dict[str, Any]:
-            return {
-                "signature": self.signature,
-                "phase": phase,
-                "n_epochs": n_epochs,
-                "history": [dict(vars(report)) for report in self.history],
-                "trainer": trainer.state(),
-            }
-
-        def advance(report: EpochReport) -> None:
-            if record:
-                self.history.append(report)
-            if self.on_epoch is not None:
-                self.on_epoch(FitProgress(phase, n_epochs, report, state))
-
-        trainer.run(advance, stop_after=n_epochs)
 
 
 _REG_USER, _REG_ITEM = 15.0, 10.0

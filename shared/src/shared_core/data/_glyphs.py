@@ -156,7 +156,7 @@ def glyphs(
     Parameters
     ----------
     size : pixels; 28, 20 and 14 are usual.
-    classes : only so many classes of the split, drawn by ``seed``; default: all (about 1,950 in "all").
+    classes : only so many classes of the split, drawn by ``seed``; default: all (about 1,930 in "all").
     instances : images per class; the faces that have the character take turns.
     faces : use only these of ``FACES``; two calls with disjoint faces give support and query without common faces.
     seed : of the affine maps and of the choice of classes; the splits do not depend on it.

@@ -208,7 +208,9 @@ def _sniff(line: str, here: str, columns: Columns, sep: str | None, header: bool
         found = [fields.index(c) if isinstance(c, str) and c in fields else c for c in columns]
         positions = tuple(c for c in found if isinstance(c, int) and 0 <= c < len(fields))
         if len(positions) != len(columns) or not 3 <= len(positions) <= 4:
-            raise InputError(f"{here}: columns {', '.join(map(str, columns))}: not 3 or 4 of {', '.join(fields)}")
+            raise InputError(
+                f"{here}: columns {', '.join(map(repr, columns))}: not 3 or 4 of {', '.join(map(repr, fields))}"
+            )
         return _Layout(separator, len(fields), positions, isinstance(columns[0], str) or bool(header))
     if named and header is not False:
         return _Layout(separator, len(fields), tuple(position for position in usual if position >= 0), True)

@@ -56,12 +56,13 @@ def entry_of(name: str) -> Entry:
 def _locate(entry: Entry, root: str | Path | None) -> Path | None:
     """Return the first of the entry's folders that holds a file it expects, loose or in an archive."""
     base = data_root() if root is None else Path(root)
+    patterns = [f"{depth}{name}{gz}" for name in entry.files for gz in ("", ".gz") for depth in ("", "*/")]
     for path in (base / folder for folder in entry.folders):
-        if path.is_file() and is_archive(path):
-            return path
-        patterns = [f"{depth}{name}{suffix}" for name in entry.files for suffix in ("", ".gz") for depth in ("", "*/")]
-        if path.is_dir() and (any(map(is_archive, path.iterdir())) or any(any(path.glob(p)) for p in patterns)):
-            return path
+        with reading(path):
+            if path.is_file() and is_archive(path):
+                return path
+            if path.is_dir() and (any(map(is_archive, path.iterdir())) or any(any(path.glob(p)) for p in patterns)):
+                return path
     return None
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 
 from shared_core.cli import exit_on_error
 from shared_core.data._fetch import fetch
@@ -82,7 +81,7 @@ def _print(document: object, header: str, rows: Sequence[tuple[str, ...]], as_js
     if as_json:
         typer.echo(json.dumps(document, default=lambda value: getattr(value, "__name__", None) or str(value)))
         return
-    table = Table(*header.split(), box=None)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    lines = [tuple(header.split()), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
