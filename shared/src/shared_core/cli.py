@@ -89,7 +89,8 @@ class Outcome:
 class Advance(Protocol):
     """Tells the progress bar that `steps` more are done, with a short note such as the current loss."""
 
-    def __call__(self, steps: float = 1, *, note: str = "") -> None: ...
+    def __call__(self, steps: float = 1, *, note: str = "") -> None:
+        """Tell it."""
 
 
 @dataclass

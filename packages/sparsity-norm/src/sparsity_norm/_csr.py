@@ -107,8 +107,8 @@ def csr_count(
     return torch.zeros(crow.shape[0] - 1, dtype=dtype, device=cols.device).index_add(0, slots, weights)
 
 
-def _writable(array: NDArray[Any]) -> Tensor:
-    # torch has no read-only tensors and warns about an array that is (a memory map, say).
+def tensor_of(array: NDArray[Any]) -> Tensor:
+    # torch has no read-only tensors and warns about an array that is (a memory map from joblib, say).
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
@@ -116,7 +116,7 @@ def scipy_parts(x: SparseCSR) -> tuple[Tensor, Tensor, Tensor]:
     if len(x.shape) != 2 or getattr(x, "format", "csr") != "csr":
         raise InputError(f"x is a sparse matrix of format {getattr(x, 'format', '?')}; give CSR, for example x.tocsr()")
     data = x.data if np.issubdtype(x.data.dtype, np.floating) else x.data.astype(np.float64)
-    return _writable(x.indptr.astype(np.int64)), _writable(x.indices.astype(np.int64)), _writable(data)
+    return tensor_of(x.indptr.astype(np.int64)), tensor_of(x.indices.astype(np.int64)), tensor_of(data)
 
 
 def _transposed(crow: Tensor, cols: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from shared_core.errors import InputError
 __all__ = ["Amputed", "ampute"]
 
 Mechanism = Literal["mcar", "mar", "mnar"]
+Number = float | int
 
 
 class Amputed(NamedTuple):
@@ -37,12 +38,12 @@ class Amputed(NamedTuple):
 
 def ampute(
     x: ArrayLike,
-    low: float = 0.05,
-    high: float = 1.0,
+    low: Number = 0.05,
+    high: Number = 1.0,
     *,
     mechanism: Mechanism = "mcar",
     random_state: int | np.random.Generator = 0,
-    strength: float = 1.0,
+    strength: Number = 1.0,
     drivers: Sequence[int] | None = None,
     min_observed: int = 0,
 ) -> Amputed:
@@ -148,7 +149,7 @@ def _mar_rates(
     table: NDArray[np.float64],
     rates: NDArray[np.float64],
     drivers: NDArray[np.intp],
-    strength: float,
+    strength: Number,
     rng: np.random.Generator,
 ) -> NDArray[np.float64]:
     """Hand the drawn rates out by rank, the smallest to the largest score, so that they stay U(low, high)."""
@@ -162,7 +163,7 @@ def _mar_rates(
     return keep
 
 
-def _mnar_rates(table: NDArray[np.float64], rates: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+def _mnar_rates(table: NDArray[np.float64], rates: NDArray[np.float64], strength: Number) -> NDArray[np.float64]:
     """Keep ``sigmoid(offset_i - strength * z_ij)``, the offset such that row i keeps ``rate_i`` on average."""
     z = strength * _standardised(table)
     reach = np.abs(z).max(axis=1, initial=0.0) + 40.0

@@ -23,6 +23,7 @@ from shared_core.errors import InputError
 
 __all__ = ["CountBin", "CountCalibrator", "Dependence", "Interval", "VSPReport", "vsp_curve", "vsp_report"]
 
+Number = float | int
 Vector = NDArray[np.float64]
 Covariances = dict[tuple[str, str], Vector]
 Statistic = Callable[[Covariances], Vector]
@@ -52,7 +53,7 @@ class Interval:
         """Whether the interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
-    def within(self, tolerance: float) -> bool:
+    def within(self, tolerance: Number) -> bool:
         """Whether the interval lies inside ``[-tolerance, tolerance]``."""
         return -tolerance <= self.low and self.high <= tolerance
 
@@ -287,9 +288,9 @@ def vsp_report(
     *,
     scale: Literal["count", "log"] = "count",
     groups: ArrayLike | None = None,
-    confidence: float = 0.95,
+    confidence: Number = 0.95,
     n_resamples: int = 1000,
-    tolerance: float = 0.1,
+    tolerance: Number = 0.1,
     bins: int = 10,
     seed: int = 0,
 ) -> VSPReport:
@@ -413,8 +414,8 @@ def vsp_report(
     return VSPReport(
         n=len(counts),
         scale=scale,
-        confidence=confidence,
-        tolerance=tolerance,
+        confidence=float(confidence),
+        tolerance=float(tolerance),
         prediction=found,
         truth=found_truth,
         difference=difference,
@@ -430,7 +431,7 @@ def _judge(
     truth: Dependence | None,
     difference: Interval | None,
     excess: Interval | None,
-    tolerance: float,
+    tolerance: Number,
     undetermined: bool,
 ) -> tuple[Verdict, str]:
     if undetermined or np.isnan([pearson.value, pearson.low]).any():
@@ -453,7 +454,7 @@ def _judge(
     return "inconclusive", f"Inconclusive: {known}; more instances would tell."
 
 
-def _mean_interval(values: Vector, confidence: float) -> tuple[float, float, float]:
+def _mean_interval(values: Vector, confidence: Number) -> tuple[float, float, float]:
     mean = float(values.mean())
     if len(values) < 2:
         return mean, float("nan"), float("nan")
@@ -467,7 +468,7 @@ def vsp_curve(
     y_true: ArrayLike | None = None,
     *,
     bins: int = 10,
-    confidence: float = 0.95,
+    confidence: Number = 0.95,
 ) -> tuple[CountBin, ...]:
     """Average predictions (and truth) over bins of the observed count: the data of a Figure-1 style plot.
 
@@ -554,7 +555,7 @@ class CountCalibrator:
     counts_: Float[np.ndarray, " knots"]
     shifts_: Float[np.ndarray, " knots"]
 
-    def __init__(self, bounds: tuple[float, float] | None = None) -> None:
+    def __init__(self, bounds: tuple[Number, Number] | None = None) -> None:
         if bounds is not None and not bounds[0] < bounds[1]:
             raise InputError(f"bounds is {bounds}; give (low, high) with low < high")
         self.bounds = bounds

@@ -55,7 +55,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Rows of observed entries on one device: row ``r`` is the slice ``indptr[r]:indptr[r + 1]`` of the other two.
+    """Rows of observed entries on one device: row ``r`` is the slice ``indptr[r]:indptr[r + 1]`` of the other fields.
 
     Attributes
     ----------
@@ -140,7 +140,8 @@ class BatchGradients(NamedTuple):
     squared_error
         Sum over observed cells of the squared error.
     gradients
-        Derivative of ``loss`` by parameter name, in the shape of the parameter.
+        Derivative of ``loss`` by parameter name, in the parameter's shape: (features, hidden) for the two weights,
+        (hidden,) and (features,) for the biases of encoder and decoder.
     """
 
     loss: Float[Tensor, ""]
@@ -557,7 +558,7 @@ class AutoRecTrainer:
         Training rows, on the model's device, with targets if these are not the values; rows without an entry take no
         part.
     validation
-        Held-out cells: a row for each of ``instances``, whose ``wanted`` are the targets; none when ``None``.
+        Held-out cells: a row for each of ``instances``, columns as there, whose ``wanted`` are the targets; none when ``None``.
     reg
         Penalty of the objective; see the module's docstring.
     lr
@@ -575,7 +576,7 @@ class AutoRecTrainer:
     path
         ``"sparse"``, ``"dense"``, or the faster of both by :func:`choose_path`.
     clip
-        Lowest and highest prediction, for validation; two numbers, or two tensors of one entry a validation cell.
+        Lowest and highest prediction, for validation; two numbers, or two tensors of shape (cells,).
     seed
         Seed of the order of instances and of dropout.
 

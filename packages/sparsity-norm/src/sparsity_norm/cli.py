@@ -643,14 +643,12 @@ class ExportConfig(CommandConfig):
 @line.command(ExportConfig)
 def export(config: ExportConfig, session: Session) -> Outcome:
     """Export a fitted model as a graph of (x, mask), checked against the model it came from."""
-    from sparsity_norm.export import export_model
-    from sparsity_norm.models import TableModel, load_model
+    from sparsity_norm.export import export_graph
+    from sparsity_norm.models import graph_of, load_model
 
     file = session.run.artifact(f"model.{config.format}")
-    model = load_model(config.model)
-    if isinstance(model, TableModel):
-        model = model.estimator
-    difference = export_model(model, file, kind=config.format)
+    graph, features = graph_of(load_model(config.model))
+    difference = export_graph(graph, features, file, kind=config.format)
     note = "not checked: onnxruntime is not installed" if difference is None else f"largest difference {difference:.1e}"
     return Outcome(notes=[f"inputs x and mask (1 = known); {note}"])
 

@@ -6,68 +6,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from shared_core.errors import InputError
 from shared_core.runs import atomic_path
-from sparsity_norm.recommend import AutoRecRecommender
-from sparsity_norm.sklearn import SNClassifier, SNRegressor
 
-__all__ = ["RatingGraph", "export_model", "graph_of"]
-
-Exportable = SNClassifier | SNRegressor | AutoRecRecommender
+__all__ = ["export_graph"]
 
 
-class RatingGraph(nn.Module):
-    """A fitted recommender as a function of the ratings of whole instances: users in user mode, items in item mode.
+def export_graph(
+    graph: nn.Module, features: int, path: str | Path, *, kind: Literal["onnx", "pt2"] = "onnx"
+) -> float | None:
+    """Write a module of ``(x, mask)`` as one file and run the file against the module.
 
     Parameters
     ----------
-    recommender : a fitted recommender without offsets outside the network
-
-    Examples
-    --------
-    >>> rec = AutoRecRecommender(hidden=2, epochs=1, validation=0).fit((["a", "b"], ["x", "x"], [1, 3]))
-    >>> RatingGraph(rec)(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]])).shape
-    torch.Size([1, 2])
-    """
-
-    def __init__(self, recommender: AutoRecRecommender) -> None:
-        super().__init__()
-        if recommender.biases:
-            raise InputError(
-                "a recommender with biases=True adds offsets outside the network; fit it without to export"
-            )
-        self.model = recommender.model_
-        self.low, self.high = recommender.ratings_.scale
-
-    def forward(
-        self, x: Float[Tensor, "batch features"], mask: Bool[Tensor, "batch features"]
-    ) -> Float[Tensor, "batch features"]:
-        """Predict every rating of each instance, clipped to the scale; `x` does not matter where `mask` is 0."""
-        return self.model(x, mask).clamp(self.low, self.high)
-
-
-def graph_of(model: Exportable) -> tuple[nn.Module, int]:
-    """Return a module of ``(x, mask)`` in evaluation mode on the CPU, and the number of features it takes.
-
-    Raises
-    ------
-    InputError
-        When part of the model works outside its network.
-    """
-    if isinstance(model, AutoRecRecommender):
-        return RatingGraph(model).cpu().eval(), model.model_.features
-    return model.graph(), model.n_features_in_
-
-
-def export_model(model: Exportable, path: str | Path, *, kind: Literal["onnx", "pt2"] = "onnx") -> float | None:
-    """Write a fitted model as one file and run it against the model it came from.
-
-    Parameters
-    ----------
-    model : a fitted estimator or recommender
+    graph : maps (batch, features) float32 input and bool mask to its output; on the CPU, in evaluation mode
+    features : size of an instance
     path : file to write
     kind : ``onnx`` (needs the extra ``sparsity-norm[onnx]``) or ``pt2``, which ``torch.export.load`` reads
 
@@ -79,9 +34,8 @@ def export_model(model: Exportable, path: str | Path, *, kind: Literal["onnx", "
     Raises
     ------
     InputError
-        When a package is missing or the model cannot be a graph.
+        When a package is missing or the module cannot be exported.
     """
-    graph, features = graph_of(model)
     example = (torch.zeros(2, features), torch.ones(2, features, dtype=torch.bool))
     dynamic: Any = {"x": {0: torch.export.Dim("batch")}, "mask": {0: torch.export.Dim("batch")}}
     draw = torch.Generator().manual_seed(0)

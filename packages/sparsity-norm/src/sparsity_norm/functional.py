@@ -277,7 +277,7 @@ def sparsity_scale(
     _check_scale(K, min_count, tau, validate)
     assert K is not None
     divisor = (count + tau).clamp(min=min_count)
-    ratio = K.to(divisor.dtype) / divisor if isinstance(K, Tensor) else K / divisor
+    ratio = K.to(divisor.dtype) / divisor if isinstance(K, Tensor) else float(K) / divisor
     if not isinstance(power, Tensor) and power == 1:
         return ratio
     return ratio**power

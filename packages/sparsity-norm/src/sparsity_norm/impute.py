@@ -30,7 +30,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from shared_core.errors import InputError, UnknownKeyError
-from sparsity_norm.functional import Anything, Observed, observe
+from sparsity_norm._csr import tensor_of
+from sparsity_norm.functional import Anything, Number, Observed, observe
 from sparsity_norm.nn import InputLayer, MaskedLinear, MaskMode, NaNInput, SparsityNorm
 
 __all__ = [
@@ -112,8 +113,8 @@ class BatchNormInput(_ZeroFilled):
     def __init__(
         self,
         *,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
+        momentum: Number = 0.1,
+        eps: Number = 1e-5,
         mask: MaskMode = "nan",
         concat_mask: bool = False,
         validate: bool = True,
@@ -285,7 +286,7 @@ class _NaNTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return tags
 
     def _table(self, X: Any, *, reset: bool) -> NDArray[np.float64]:
-        table = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan", copy=not reset)
+        table = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan")
         return cast("NDArray[np.float64]", table)
 
 
@@ -331,7 +332,7 @@ class SoftImpute(_NaNTransformer):
     array([ 4.,  8., 12.])
     """
 
-    def __init__(self, ratio: float = 50.0, n_lambdas: int = 20, tol: float = 1e-5, max_iter: int = 200) -> None:
+    def __init__(self, ratio: Number = 50.0, n_lambdas: int = 20, tol: Number = 1e-5, max_iter: int = 200) -> None:
         self.ratio = ratio
         self.n_lambdas = n_lambdas
         self.tol = tol
@@ -444,9 +445,6 @@ class CompleteImputer(_NaNTransformer):
     def __init__(self, imputer: Any) -> None:
         self.imputer = imputer
 
-    def _with_fallback(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.where(np.isnan(table) & np.isfinite(self.fallback_), self.fallback_, table)
-
     def fit(self, X: Any, y: Any = None) -> CompleteImputer:  # noqa: ARG002
         """Fit the imputer.
 
@@ -465,7 +463,7 @@ class CompleteImputer(_NaNTransformer):
         with warnings.catch_warnings():
             # A fixed number of rounds is the definition of this arm.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            self.imputer_: Any = cast("Any", clone(self.imputer)).fit(self._with_fallback(table))
+            self.imputer_: Any = cast("Any", clone(self.imputer)).fit(table[:, np.isnan(self.fallback_)])
         return self
 
     def transform(self, X: Any) -> NDArray[np.float64]:
@@ -481,7 +479,12 @@ class CompleteImputer(_NaNTransformer):
         ndarray of shape (rows, features)
         """
         check_is_fitted(self)
-        return self.imputer_.transform(self._with_fallback(self._table(X, reset=False)))
+        table = self._table(X, reset=False)
+        # The imputer never meets a column without training entries: filled by a constant, it would join in distances.
+        seen = np.isnan(self.fallback_)
+        completed = np.where(np.isnan(table), self.fallback_, table)
+        completed[:, seen] = self.imputer_.transform(table[:, seen])
+        return completed
 
 
 class InputTransformer(_NaNTransformer):
@@ -527,7 +530,7 @@ class InputTransformer(_NaNTransformer):
         if any(True for _ in layer.parameters()):
             raise InputError(f"the arm {self.arm!r} learns together with a network; it has no fixed transform")
         table = self._table(X, reset=True)
-        self.layer_ = layer.double().fit(torch.from_numpy(table)).eval()
+        self.layer_ = layer.double().fit(tensor_of(table)).eval()
         return self
 
     def transform(self, X: Any) -> NDArray[np.float64]:
@@ -544,7 +547,7 @@ class InputTransformer(_NaNTransformer):
         """
         check_is_fitted(self)
         with torch.no_grad():
-            return self.layer_(torch.from_numpy(self._table(X, reset=False))).numpy()
+            return self.layer_(tensor_of(self._table(X, reset=False))).numpy()
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
         """Return a name for each output: those of the columns, then of what the arm appends.

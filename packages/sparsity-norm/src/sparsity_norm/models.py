@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
 
 from shared_core.errors import InputError
 from shared_core.runs import write_json
@@ -17,7 +18,7 @@ from sparsity_norm.recommend import AutoRecRecommender
 from sparsity_norm.sklearn import SNClassifier, SNRegressor
 from sparsity_norm.tables import TableSchema
 
-__all__ = ["TableModel", "load_model"]
+__all__ = ["RatingGraph", "TableModel", "graph_of", "load_model"]
 
 _SCHEMA = "table.json"
 
@@ -74,6 +75,51 @@ class TableModel:
         """Write the model into `folder`: ``config.json``, ``weights.safetensors``, ``table.json``."""
         self.estimator.save(folder)
         write_json(Path(folder) / _SCHEMA, self.schema.to_json())
+
+
+class RatingGraph(nn.Module):
+    """A fitted recommender as a function of the ratings of whole instances: users in user mode, items in item mode.
+
+    Parameters
+    ----------
+    recommender : a fitted recommender without offsets outside the network
+
+    Examples
+    --------
+    >>> rec = AutoRecRecommender(hidden=2, epochs=1, validation=0).fit((["a", "b"], ["x", "x"], [1, 3]))
+    >>> RatingGraph(rec)(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]])).shape
+    torch.Size([1, 2])
+    """
+
+    def __init__(self, recommender: AutoRecRecommender) -> None:
+        super().__init__()
+        if recommender.biases:
+            raise InputError(
+                "a recommender with biases=True adds offsets outside the network; fit it without to export"
+            )
+        self.model = recommender.model_
+        self.low, self.high = recommender.ratings_.scale
+
+    def forward(
+        self, x: Float[Tensor, "batch features"], mask: Bool[Tensor, "batch features"]
+    ) -> Float[Tensor, "batch features"]:
+        """Predict every rating of each instance, clipped to the scale; `x` does not matter where `mask` is 0."""
+        return self.model(x, mask).clamp(self.low, self.high)
+
+
+def graph_of(model: TableModel | AutoRecRecommender) -> tuple[nn.Module, int]:
+    """Return a fitted model as a module of ``(x, mask)`` on the CPU, and the number of features it takes.
+
+    A table's module takes encoded and scaled inputs, as :attr:`TableModel.schema` makes them.
+
+    Raises
+    ------
+    InputError
+        When part of the model works outside its network.
+    """
+    if isinstance(model, AutoRecRecommender):
+        return RatingGraph(model).cpu().eval(), model.model_.features
+    return model.estimator.graph(), model.estimator.n_features_in_
 
 
 def load_model(folder: str | Path) -> TableModel | AutoRecRecommender:

@@ -56,7 +56,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def drop_observed(
-    mask: Bool[Tensor, "*shape"], p: float, generator: torch.Generator | None = None
+    mask: Bool[Tensor, "*shape"], p: Number, generator: torch.Generator | None = None
 ) -> Bool[Tensor, "*shape"]:
     """Drop observed entries at random, as augmentation that Sparsity Normalization can account for.
 
@@ -964,7 +964,7 @@ class HiddenSparsityNorm(nn.Module):
     tensor([8., 8., 8.])
     """
 
-    def __init__(self, p: float = 0.0, *, K: Number | None = None, power: Number = 1.0, dim: int = -1) -> None:
+    def __init__(self, p: Number = 0.0, *, K: Number | None = None, power: Number = 1.0, dim: int = -1) -> None:
         super().__init__()
         if not 0 <= p < 1:
             raise InputError(f"p is {p:g}; the probability of dropping a unit must lie in [0, 1)")

@@ -322,25 +322,25 @@ class RatingMatrix:
 
     def user_codes(self, ids: Any) -> Integer[np.ndarray, " ids"]:
         """Return the codes of user ids, -1 for an id that is not known; see :meth:`item_codes`."""
-        return _find_codes(ids, self._user_index)
+        return find_codes(ids, self._user_index)
 
     def item_codes(self, ids: Any) -> Integer[np.ndarray, " ids"]:
         """Return the codes of item ids (one id or a sequence; compared as text), -1 for an id that is not known."""
-        return _find_codes(ids, self._item_index)
+        return find_codes(ids, self._item_index)
 
     def user_code(self, user: Any) -> int:
         """Return the code of one user id; raises :class:`shared_core.errors.UnknownKeyError` if it is not known."""
         try:
             return self._user_index[str(user)]
         except KeyError:
-            raise UnknownKeyError(_unknown("user", user, self.user_ids)) from None
+            raise unknown_id("user", user, self.user_ids) from None
 
     def item_code(self, item: Any) -> int:
         """Return the code of one item id; raises :class:`shared_core.errors.UnknownKeyError` if it is not known."""
         try:
             return self._item_index[str(item)]
         except KeyError:
-            raise UnknownKeyError(_unknown("item", item, self.item_ids)) from None
+            raise unknown_id("item", item, self.item_ids) from None
 
     @cached_property
     def _user_index(self) -> dict[str, int]:
@@ -457,11 +457,15 @@ def _starts(rows: np.ndarray, n_rows: int) -> np.ndarray:
     return indptr
 
 
-def _find_codes(ids: Any, index: dict[str, int]) -> np.ndarray:
+def find_codes(ids: Any, index: dict[str, int]) -> np.ndarray:
+    """Return the code of each id (one, or a sequence), -1 where ``index`` does not have it."""
     sequence = [ids] if isinstance(ids, str) or np.ndim(ids) == 0 else np.asarray(ids).tolist()
     return np.fromiter((index.get(str(entry), -1) for entry in sequence), dtype=np.int64, count=len(sequence))
 
 
-def _unknown(kind: str, asked: Any, known: Sequence[str]) -> str:
+def unknown_id(kind: Literal["user", "item"], asked: Any, known: Sequence[str]) -> UnknownKeyError:
+    """Return the error that says that a user or an item is not known."""
     examples = ", ".join(map(repr, known[:3]))
-    return f"{kind} {str(asked)!r} is not among the {len(known)} {kind}s known (for example {examples})"
+    return UnknownKeyError(
+        f"{kind} {str(asked)!r} is not among the {len(known)} {kind}s known (for example {examples})"
+    )

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, cast
 
@@ -24,8 +25,8 @@ from shared_core.errors import InputError
 from sparsity_norm.autorec import AutoRec, AutoRecTrainer, EpochReport, SparseRows
 from sparsity_norm.autorec import Path as TrainingPath
 from sparsity_norm.factorization import rating_offsets
-from sparsity_norm.ratings import Number, RatingMatrix, split_ratings
-from sparsity_norm.serving import Cold, Recommender, Unknown, check_choice, find_code, rank_rows
+from sparsity_norm.ratings import Number, RatingMatrix, find_codes, split_ratings, unknown_id
+from sparsity_norm.serving import Cold, Recommender, Unknown, check_choice, rank_rows
 
 if TYPE_CHECKING:
     from sparsity_norm.ratings import Compressed
@@ -114,17 +115,20 @@ class FoldIn:
     ids
         Ids of the other side: items for a new user, users for a new item.
     scores
-        Predicted rating of each, clipped to the scale.
+        Predicted rating of each, clipped to the scale; shape (others,).
     given
-        Codes of those that ratings were given for.
+        Codes of those that ratings were given for, of shape (given,).
+    others
+        What the other side is.
+    unknown_score
+        Prediction for an id that was not there in training; None to refuse such an id.
     """
 
     ids: tuple[str, ...]
     scores: Float[np.ndarray, " others"]
     given: Integer[np.ndarray, " given"]
-    _find_code: Callable[[Any], int]
-    _unknown: Unknown
-    _unknown_score: float
+    others: Literal["item", "user"]
+    unknown_score: float | None
 
     def predict(self, ids: Any) -> Float[np.ndarray, " ids"]:
         """Return the predicted ratings of one id or several.
@@ -134,9 +138,15 @@ class FoldIn:
         UnknownKeyError
             For an id that was not there in training, unless the recommender has ``unknown="mean"``.
         """
-        wanted = [ids] if isinstance(ids, str) or np.ndim(ids) == 0 else np.asarray(ids).tolist()
-        codes = np.array([find_code(one, self._find_code, self._unknown) for one in wanted], dtype=np.int64)
-        return np.append(self.scores, self._unknown_score)[codes]
+        codes = find_codes(ids, self._index)
+        if self.unknown_score is None and (codes < 0).any():
+            asked = np.atleast_1d(np.asarray(ids, dtype=object))[int((codes < 0).argmax())]
+            raise unknown_id(self.others, asked, self.ids)
+        return np.append(self.scores, self.unknown_score or 0.0)[codes]
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: code for code, name in enumerate(self.ids)}
 
     def recommend(self, k: int = 10, *, exclude_seen: bool = True) -> list[tuple[str, float]]:
         """Return the ``k`` ids with the highest predictions, best first, by default without those given."""
@@ -315,12 +325,12 @@ class AutoRecRecommender(Recommender):
         common = _Fit(signature, history, on_epoch)
         if validated and (resume is None or resume["phase"] == "search"):
             train, held_out = split_ratings(ratings, test_fraction=self.validation, seed=self.random_state)
-            trainer, offsets = self._trainer(train, held_out)
+            trainer, offsets = self._trainer(train, held_out, n_epochs)
             self._run(common, trainer, train, offsets, "search", n_epochs, resume, record=True)
             n_epochs, resume = trainer.best_epoch, None
             if not self.refit:
                 return self._serve(trainer.model, ratings, offsets, history, n_epochs)
-        trainer, offsets = self._trainer(ratings, None)
+        trainer, offsets = self._trainer(ratings, None, n_epochs)
         self._run(common, trainer, ratings, offsets, "final", n_epochs, resume, record=not validated)
         return self._serve(trainer.model, ratings, offsets, history, n_epochs)
 
@@ -361,7 +371,9 @@ class AutoRecRecommender(Recommender):
 
         trainer.run(advance, stop_after=n_epochs)
 
-    def _trainer(self, train: RatingMatrix, held_out: RatingMatrix | None) -> tuple[AutoRecTrainer, _Offsets]:
+    def _trainer(
+        self, train: RatingMatrix, held_out: RatingMatrix | None, n_epochs: int
+    ) -> tuple[AutoRecTrainer, _Offsets]:
         device = resolve_device(self.device)
         offsets = _Offsets.of(train)
         instances = self._rows(train, offsets, device)
@@ -390,7 +402,7 @@ class AutoRecRecommender(Recommender):
             reg=self.reg,
             lr=self.lr,
             batch_size=self.batch_size,
-            epochs=self.epochs,
+            epochs=n_epochs,
             schedule=self.schedule,
             patience=self.patience,
             dropout=self.dropout,
@@ -528,15 +540,11 @@ class AutoRecRecommender(Recommender):
         cold = np.flatnonzero(counts == 0)
         new = np.full(len(cold), -1)
         scores[cold] = self.cold_scores(*((new, cold) if kind == "user" else (cold, new)))
-        unknown_score = float(self.cold_scores(np.array([-1]), np.array([-1]))[0])
-        return FoldIn(
-            every,
-            np.clip(scores, low, high),
-            codes,
-            find,
-            self.unknown,
-            min(max(unknown_score, low), high),
-        )
+        unknown_score = None
+        if self.unknown == "mean":
+            nobody = np.array([-1])
+            unknown_score = min(max(float(self.cold_scores(nobody, nobody)[0]), low), high)
+        return FoldIn(every, np.clip(scores, low, high), codes, other, unknown_score)
 
     def _new_offsets(self, codes: np.ndarray, values: np.ndarray, kind: Literal["user", "item"]) -> np.ndarray:
         """Return mean plus offsets of the other side, plus the offset that the new ratings give."""

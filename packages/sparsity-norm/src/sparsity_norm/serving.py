@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from jaxtyping import Float, Integer
 
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError
 from sparsity_norm.ratings import RatingMatrix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Cold", "CountGroup", "Evaluation", "Recommender", "TopK", "Unknown", "count_groups", "pooled_errors"]
 
@@ -117,6 +117,11 @@ class Evaluation:
 def pooled_errors(predicted: Float[np.ndarray, " cells"], ratings: Float[np.ndarray, " cells"]) -> tuple[float, float]:
     """Return RMSE and MAE over all cells together (not averaged over batches or users).
 
+    Parameters
+    ----------
+    predicted, ratings
+        Predicted and true ratings, of shape (cells,).
+
     Examples
     --------
     >>> pooled_errors(np.array([1.0, 4.0]), np.array([1.0, 2.0]))
@@ -138,9 +143,9 @@ def count_groups(
     Parameters
     ----------
     counts
-        Training ratings of each cell's user or item.
+        Training ratings of each cell's user or item, of shape (cells,).
     predicted, ratings
-        Predicted and true ratings.
+        Predicted and true ratings, of shape (cells,).
     n_groups
         Groups to make, deciles by default; fewer where counts repeat a lot.
     """
@@ -416,13 +421,3 @@ def rank_rows(
     values = np.take_along_axis(table, kept, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")
     return np.take_along_axis(kept, order, axis=1), np.take_along_axis(values, order, axis=1)
-
-
-def find_code(identifier: Any, find: Callable[[Any], int], unknown: Unknown) -> int:
-    """Return the code that ``find`` gives, or -1 for an unknown id where ``unknown="mean"``."""
-    try:
-        return find(identifier)
-    except UnknownKeyError:
-        if unknown == "error":
-            raise
-        return -1

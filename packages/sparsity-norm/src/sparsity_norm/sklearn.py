@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from shared_core.device import resolve_device
 from shared_core.errors import InputError
 from shared_core.runs import atomic_path, load_tree, write_json
-from sparsity_norm.functional import Anything, sparsity_normalize
+from sparsity_norm._csr import tensor_of
+from sparsity_norm.export import export_graph
+from sparsity_norm.functional import Anything, Number, sparsity_normalize
 from sparsity_norm.impute import ARMS, make_input, make_transformer
 from sparsity_norm.nn import CenterMode, InputLayer, NaNInput, SparsityNorm, drop_observed
 
@@ -87,12 +89,12 @@ class SparsityNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        K: float | None = None,
+        K: Number | None = None,
         *,
-        power: float = 1.0,
+        power: Number = 1.0,
         center: CenterMode | None = None,
-        min_count: float = 1.0,
-        tau: float = 0.0,
+        min_count: Number = 1.0,
+        tau: Number = 0.0,
         mask: Literal["nan", "nonzero"] = "nan",
         groups: Sequence[int] | None = None,
         count_empty: bool = False,
@@ -205,10 +207,7 @@ class SparsityNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
 
 def _dense_or_sparse(table: Any) -> Any:
-    if not isinstance(table, np.ndarray):
-        return table
-    # torch has no read-only tensors and warns about an array that is (a memory map from joblib, say).
-    return torch.from_numpy(table if table.flags.writeable else table.copy())
+    return tensor_of(table) if isinstance(table, np.ndarray) else table
 
 
 class _Network(nn.Module):
@@ -221,8 +220,8 @@ class _Network(nn.Module):
         hidden: Sequence[int],
         outputs: int,
         *,
-        dropout: float,
-        input_dropout: float,
+        dropout: Number,
+        input_dropout: Number,
         first_bias: bool,
     ) -> None:
         super().__init__()
@@ -297,16 +296,16 @@ class _SNEstimator(BaseEstimator):
         hidden: Sequence[int] = (64, 64),
         *,
         input: str = "sn",  # noqa: A002
-        power: float | Literal["learn"] | None = None,
+        power: Number | Literal["learn"] | None = None,
         input_options: Mapping[str, Any] | None = None,
-        dropout: float = 0.0,
-        input_dropout: float = 0.0,
-        lr: float = 2e-3,
-        weight_decay: float = 0.0,
+        dropout: Number = 0.0,
+        input_dropout: Number = 0.0,
+        lr: Number = 2e-3,
+        weight_decay: Number = 0.0,
         batch_size: int = 64,
         epochs: int = 100,
         early_stopping: bool = False,
-        validation_fraction: float = 0.1,
+        validation_fraction: Number = 0.1,
         patience: int = 10,
         device: str = "auto",
         random_state: Any = None,
@@ -753,11 +752,8 @@ class _SNEstimator(BaseEstimator):
         InputError
             The optional dependencies are missing, or the arm imputes whole tables outside the network.
         """
-        # Here, because the export of estimators needs them imported first.
-        from sparsity_norm.export import export_model
-
         with _quiet("torch.onnx"):
-            export_model(self, path)  # pyright: ignore[reportArgumentType]
+            export_graph(self.graph(), int(self.n_features_in_), path)
 
 
 class _Progress:
