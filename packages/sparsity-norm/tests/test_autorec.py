@@ -419,7 +419,7 @@ def test_the_path_is_chosen_by_density_and_size():
 
 
 def test_ranks_that_share_out_a_batch_take_the_steps_of_one(monkeypatch):
-    alone = make_trainer(dropout=0.0)
+    alone = make_trainer(dropout=0.3)
     expected = alone.run()
     world, here = 3, threading.local()
     barrier, shares = threading.Barrier(world, timeout=60), {}
@@ -435,7 +435,7 @@ def test_ranks_that_share_out_a_batch_take_the_steps_of_one(monkeypatch):
 
     def train(rank):
         here.rank = rank
-        trainer = make_trainer(dropout=0.0)
+        trainer = make_trainer(dropout=0.3)
         return trainer.run(), trainer.model
 
     with ThreadPoolExecutor(world) as pool:

@@ -42,6 +42,7 @@ __all__ = ["AutoRec", "AutoRecTrainer", "BatchGradients", "EpochReport", "Sparse
 Path = Literal["auto", "dense", "sparse"]
 AnyShape = Float[Tensor, "..."]
 
+# On a CPU the paths take the same time at 30 to 50 % (benchmarks/race_sparse_dense.py --sweep); for CUDA it is a guess.
 DENSE_FROM_DENSITY = {"cpu": 0.35, "cuda": 0.5}
 DENSE_BYTES_AT_MOST = 2**30
 
@@ -512,8 +513,7 @@ def choose_path(rows: int, features: int, entries: int, *, itemsize: int, device
 
     Notes
     -----
-    The dense path keeps the whole matrix and its mask, so it is taken only up to 1 GiB. The density thresholds were
-    measured on two CPU cores (see ``benchmarks/race_sparse_dense.py``); the one for CUDA is a guess.
+    The dense path keeps the whole matrix and its mask, so it is taken only up to 1 GiB.
     """
     density = entries / max(rows * features, 1)
     fits = rows * features * (itemsize + 1) <= DENSE_BYTES_AT_MOST
@@ -558,7 +558,8 @@ class AutoRecTrainer:
         Training rows, on the model's device, with targets if these are not the values; rows without an entry take no
         part.
     validation
-        Held-out cells: a row for each of ``instances``, columns as there, whose ``wanted`` are the targets; none when ``None``.
+        Held-out cells: a row for each of ``instances``, columns as there, whose ``wanted`` are the targets; none when
+        ``None``.
     reg
         Penalty of the objective; see the module's docstring.
     lr
@@ -719,8 +720,10 @@ class AutoRecTrainer:
         model = self.model
         keep = None
         if self.dropout > 0:
-            kept = torch.empty(len(rows), model.hidden).bernoulli_(1 - self.dropout, generator=self._generator)
-            keep = kept.to(model.encoder_weight).div_(1 - self.dropout)
+            # Drawn for the batch of all ranks, so that their generators stay in step.
+            kept = torch.empty(batch, model.hidden).bernoulli_(1 - self.dropout, generator=self._generator)
+            rank, world = self._world
+            keep = kept[rank::world].to(model.encoder_weight).div_(1 - self.dropout)
         if self._dense is None:
             squared_error, gradients = _sparse_gradients(model, self.instances.select(rows, entries), batch, keep)
         else:

@@ -45,7 +45,8 @@ class Table:
 def latent_level(n: int = 4000, features: int = 50, seed: int = 0, rates: tuple[float, float] = (0.05, 1.0)) -> Table:
     """Draw instances whose features all share one hidden level, which is the target.
 
-    ``z ~ N(0, 1)``, ``x_j = 3 + z + N(0, 1)``, each entry kept with the instance's own rate ``~ U(rates)``. The best
+    ``z ~ N(0, 1)``, ``x_j = 3 + z + N(0, 1)``, each entry kept with the instance's own rate ``~ U(rates)``, at least
+    one. The best
     possible prediction from `s` known entries has variance ``1 / (1 + s)``, so the distance to the optimum is known:
     this is the case Sparsity Normalization is made for, and mean filling is not.
 
@@ -66,6 +67,9 @@ def latent_level(n: int = 4000, features: int = 50, seed: int = 0, rates: tuple[
     z = random.standard_normal(n)
     x = 3 + z[:, None] + random.standard_normal((n, features))
     kept = random.random((n, features)) < random.uniform(*rates, (n, 1))
+    # Of an instance of which nothing is known there is nothing to learn.
+    empty = np.flatnonzero(~kept.any(axis=1))
+    kept[empty, random.integers(features, size=len(empty))] = True
     return Table("latent level", np.where(kept, x, np.nan), z, "regression")
 
 

@@ -127,7 +127,7 @@ class BaselineOnly(_OffsetRecommender):
     --------
     >>> ratings = (["a", "a", "b"], ["x", "y", "y"], [1, 3, 5])
     >>> BaselineOnly(reg_user=1, reg_item=1).fit(ratings).predict("b", "x").round(1)
-    array([2.8])
+    array([3.])
     """
 
     def __init__(

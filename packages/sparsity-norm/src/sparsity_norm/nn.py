@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shared_core.errors import InputError
 from sparsity_norm._checks import count_dtype
-from sparsity_norm._csr import SparseCSR, csr_count, csr_parts, scipy_parts
+from sparsity_norm._csr import SparseCSR, check_csr_values, csr_count, csr_parts, scipy_parts
 from sparsity_norm.functional import (
     Anything,
     Constant,
@@ -522,6 +522,8 @@ class SparsityNorm(InputLayer):
 
     def _tally_csr(self, tally: _Tally, x: Tensor | SparseCSR) -> None:
         crow, cols, values = csr_parts(x) if isinstance(x, Tensor) else scipy_parts(x)
+        if self.validate:
+            check_csr_values(crow, cols, values)
         tally.features = int(x.shape[1])
         tally.add_counts(csr_count(crow, cols, count_dtype(values), tally.features, self.groups, self.importance))
         if self.center_mode == "global":

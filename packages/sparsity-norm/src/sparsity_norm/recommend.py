@@ -222,6 +222,13 @@ class AutoRecRecommender(Recommender):
     InputError
         From ``fit``, for an option out of its range.
 
+    Notes
+    -----
+    The defaults are the paper's model, trained until it stops improving on validation ratings. The most accurate
+    settings found on MovieLens 100k (by validation error) add what is not in the paper: ``biases=True, dropout=0.3,
+    lr=4e-3, reg=10, power=0.5, schedule="cosine", epochs=60, validation=0``. With the offsets outside, scaling the
+    input makes next to no difference there.
+
     Examples
     --------
     >>> users, items = ["ann", "ann", "bob", "bob", "cyd"], ["x", "y", "x", "z", "y"]

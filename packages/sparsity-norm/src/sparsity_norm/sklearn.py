@@ -40,6 +40,9 @@ __all__ = ["SNClassifier", "SNRegressor", "SparsityNormalizer"]
 _WEIGHTS, _CONFIG, _IMPUTER_TABLE = "weights.safetensors", "config.json", "imputer_table"
 _FORMAT = 1
 _PREDICT_ROWS = 1 << 16
+# Below so many operations a step, a second thread costs more than it saves: measured on two idle cores, and hundreds of
+# times more where other processes keep the cores busy and the threads wait for each other.
+_ONE_THREAD_BELOW = 5e7
 
 
 class SparsityNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
@@ -274,6 +277,19 @@ def _seeded(device: torch.device, seed: int, epoch: int) -> Generator[torch.Gene
 
 
 @contextmanager
+def _threads_for(network: nn.Module, batch_size: int, device: torch.device) -> Generator[None]:
+    """Train a small network on one thread, and leave torch's setting as it was."""
+    before = torch.get_num_threads()
+    operations = 6 * batch_size * sum(parameter.numel() for parameter in network.parameters())
+    if device.type == "cpu" and operations < _ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _quiet(logger: str) -> Generator[None]:
     """Let only errors of a logger through: the exporter reports every optional package that is not installed."""
     log = logging.getLogger(logger)
@@ -462,7 +478,8 @@ class _SNEstimator(BaseEstimator):
         if resumed:
             self.network_.load_state_dict(resumed["network"])
             self._progress.resume(resumed)
-        self._train(x, encoded, watched, on_epoch)
+        with _threads_for(self.network_, self.batch_size, device):
+            self._train(x, encoded, watched, on_epoch)
         return self
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[NDArray[Any], NDArray[Any]]:
