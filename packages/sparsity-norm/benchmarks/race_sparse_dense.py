@@ -3,11 +3,12 @@
     python benchmarks/race_sparse_dense.py [--rows 20000] [--columns 10000] [--density 0.01] [--hidden 100] [--json]
 
 Both paths make the same optimisation steps (the final training errors are printed to show it). Each runs in a process
-of its own. *Time* is that of the fastest whole epoch after one of warm-up, so that other load disturbs it least. *Memory* is the highest resident set size while
-loading the matrix and training, less the resident set size after the imports; so it counts the compressed matrix
-itself, weights, gradients, Adam's moments and all temporaries, for both paths alike. The dense path keeps the matrix
-and its mask as dense arrays. One thread each by default: where other processes keep the cores busy, threads mostly wait
-for each other, which disturbs short steps (the sparse path's) far more than long ones.
+of its own. *Time* is that of the fastest whole epoch after one of warm-up, so that other load disturbs it least.
+*Memory* is the highest resident set size while loading the matrix and training, less the resident set size after the
+imports; so it counts the compressed matrix itself, weights, gradients, Adam's moments and all temporaries, for both
+paths alike. The dense path keeps the matrix and its mask as dense arrays. One thread each by default: where other
+processes keep the cores busy, threads mostly wait for each other, which disturbs short steps (the sparse path's) far
+more than long ones.
 
 ``--sweep`` instead times one epoch of either path over densities, which is where the threshold of
 ``sparsity_norm.autorec.choose_path`` comes from.
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=10_000)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--hidden", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sweep", action="store_true", help="time either path over densities")
