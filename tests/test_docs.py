@@ -19,6 +19,10 @@ from contract import ROOT, Package
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+# "(rows, features)", or jaxtyping's 'Float[Tensor, "rows features"]'.
+SHAPE = re.compile(r"""\(\w+(?:, ?[\w .*+]+)*,?\)|\[(?:Tensor|np\.ndarray), "[^"]+"\]""")
+
+
 def blocks(text: str, language: str) -> list[str]:
     return [body for found, body in FENCE.findall(text) if found == language]
 
@@ -44,8 +48,11 @@ def public(package: Package) -> list[tuple[str, object]]:
 
 
 def test_every_public_name_says_what_it_takes(package: Package):
+    texts = {name: inspect.getdoc(thing) or "" for name, thing in public(package)}
     for name, thing in public(package):
-        text = inspect.getdoc(thing) or ""
+        text = texts[name]
+        # "As `MaskedConv2d`, in one dimension": what the sibling explains is explained.
+        text += " ".join(texts.get(other, "") for other in re.findall(r"`([\w.]+)`", text))
         assert len(text.split()) >= 5, f"{name} has no docstring"
         if inspect.isclass(thing) and issubclass(thing, BaseException):
             continue
@@ -63,9 +70,7 @@ def test_arrays_have_shapes(package: Package):
         annotations = [str(p.annotation) for p in inspect.signature(thing).parameters.values()]
         takes_arrays = any("Tensor" in text or "ndarray" in text for text in annotations)
         if takes_arrays:
-            assert re.search(r"\((?:\.\.\.|\w+)(?:, ?[\w .*+]+)*,?\)", inspect.getdoc(thing) or ""), (
-                f"{name}: no shape given"
-            )
+            assert SHAPE.search(inspect.getdoc(thing) or ""), f"{name}: no shape given"
 
 
 def test_docstring_examples_run(package: Package):

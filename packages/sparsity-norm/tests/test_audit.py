@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,14 +49,14 @@ class TestStatistics:
 
     def test_intervals_cover_at_their_level(self):
         hits = 0
-        for seed in range(200):
+        for seed in range(100):
             rng = np.random.default_rng(seed)
             count = rng.normal(50, 10, 100)
             prediction = 0.6 * (count - 50) / 10 + 0.8 * rng.normal(size=100)
             interval = vsp_report(prediction, count, n_resamples=200, confidence=0.9, seed=seed).pearson
             hits += interval.low <= 0.6 <= interval.high
-        # 180 expected; the binomial's standard deviation is 4.2 and percentile intervals run a little narrow.
-        assert 160 <= hits <= 196
+        # 90 expected; the binomial's standard deviation is 3 and percentile intervals run a little narrow.
+        assert 78 <= hits <= 99
 
     def test_grouped_resampling_widens_intervals_of_repeated_rows(self):
         count, truth, _ = sample(n=50)
@@ -112,7 +113,7 @@ class TestVerdict:
         count, truth, rng = sample(n=3000)
         assert vsp_report(truth, count).verdict == "independent"
         assert vsp_report(truth + rng.normal(size=3000), count, truth).verdict == "unbiased"
-        few, noise, _ = sample(n=14)
+        few, noise, _ = sample(2, n=14)
         assert vsp_report(noise, few).verdict == "inconclusive"
         assert vsp_report(noise + np.random.default_rng(7).normal(size=14), few, noise).verdict == "inconclusive"
 
@@ -159,7 +160,7 @@ class TestCurve:
         curve = vsp_curve(prediction, count, truth, bins=bins)
         assert len(curve) <= bins
         assert sum(part.n for part in curve) == n
-        for earlier, later in zip(curve, curve[1:], strict=False):
+        for earlier, later in pairwise(curve):
             assert earlier.count_high < later.count_low
         for part in curve:
             rows = (count >= part.count_low) & (count <= part.count_high)
@@ -184,7 +185,7 @@ class TestCurve:
 class TestCalibrator:
     @pytest.mark.parametrize("sign", [1, -1])
     def test_takes_a_monotone_drift_out(self, sign):
-        count, truth, rng = sample(n=2000)
+        count, truth, _ = sample(n=2000)
         drift = sign * np.sqrt(count)
         prediction = truth + drift
         fit, held = slice(1000), slice(1000, None)

@@ -46,8 +46,8 @@ def labels(y):
     [
         SparsityNormalizer(),
         SparsityNormalizer(center="column", tau=1.0),
-        SNClassifier(hidden=(16,), lr=0.02, epochs=25, random_state=0, device="cpu"),
-        SNRegressor(hidden=(16,), lr=0.02, epochs=25, random_state=0, device="cpu"),
+        SNClassifier(hidden=(16,), lr=0.05, epochs=12, random_state=0, device="cpu"),
+        SNRegressor(hidden=(16,), lr=0.05, epochs=12, random_state=0, device="cpu"),
     ]
 )
 def test_scikit_learn_checks(unchecked, estimator, check):

@@ -87,6 +87,7 @@ class RatingGraph(nn.Module):
     Examples
     --------
     >>> rec = AutoRecRecommender(hidden=2, epochs=1, validation=0).fit((["a", "b"], ["x", "x"], [1, 3]))
+    >>> import torch
     >>> RatingGraph(rec)(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]])).shape
     torch.Size([1, 2])
     """
