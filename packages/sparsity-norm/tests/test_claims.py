@@ -129,35 +129,43 @@ def test_e2_counter_check_with_little_missing_sn_hurts(freedom):
     assert errors["sn"] > 1.5 * errors["zero"], errors
 
 
-# ---- E3: AutoRec on MovieLens 100k
+# ---- E3: AutoRec on MovieLens 100k, each arm at the penalty that validation chooses for it
 
 
-@pytest.fixture(scope="module")
-def movielens_cells(movielens):
-    options = FAST | {"epochs": 60}
-    return {
-        (mode, arm): [rating_cell(movielens, arm, seed=seed, mode=mode, options=options) for seed in range(3)]
-        for mode in ("user", "item")
-        for arm in ("autorec-zero", "autorec-sn")
-    }
+def rating_cells(ratings, mode, seeds, epochs):
+    arms = ("autorec-zero", "autorec-sn")
+    options = FAST | {"epochs": epochs}
+    return [[rating_cell(ratings, arm, seed=seed, mode=mode, options=options) for seed in seeds] for arm in arms]
 
 
-def test_e3_user_mode_gains_and_predictions_stop_following_the_count(movielens_cells):
-    zero, sn = (movielens_cells["user", arm] for arm in ("autorec-zero", "autorec-sn"))
-    gains = [before["rmse"] - after["rmse"] for before, after in zip(zero, sn, strict=True)]
+def gains_of(cells) -> list[float]:
+    return [before["rmse"] - after["rmse"] for before, after in zip(*cells, strict=True)]
+
+
+def test_e3_user_mode_gains_and_predictions_stop_following_the_count(movielens):
+    cells = rating_cells(movielens, "user", range(3), epochs=50)
+    gains = gains_of(cells)
     assert np.mean(gains) >= 0.01, gains
     assert min(gains) > 0, gains
-    gap = [np.mean([abs(cell["correlation"] - cell["true_correlation"]) for cell in cells]) for cells in (zero, sn)]
+    gap = [np.mean([abs(cell["correlation"] - cell["true_correlation"]) for cell in arm]) for arm in cells]
     assert gap[1] <= gap[0] / 2, gap
 
 
-def test_e3_item_mode_gains_a_little_and_beats_the_offsets(movielens, movielens_cells):
-    zero, sn = (movielens_cells["item", arm] for arm in ("autorec-zero", "autorec-sn"))
-    gains = [before["rmse"] - after["rmse"] for before, after in zip(zero, sn, strict=True)]
-    assert np.mean(gains) >= 0.001, gains
-    for seed, cell in enumerate(sn):
+def test_e3_user_mode_still_gains_when_both_are_trained_until_they_stop_improving(movielens):
+    assert min(gains_of(rating_cells(movielens, "user", [0], epochs=200))) > 0.005
+
+
+def test_e3_item_mode_gains_a_little_within_50_epochs_and_beats_the_offsets(movielens):
+    cells = rating_cells(movielens, "item", range(3), epochs=50)
+    assert np.mean(gains_of(cells)) >= 0.001, gains_of(cells)
+    for seed, cell in enumerate(cells[1]):
         train, test = split_ratings(movielens, test_fraction=0.1, seed=seed)
         assert cell["rmse"] < BaselineOnly().fit(train).evaluate(test).rmse - 0.02
+
+
+def test_e3_item_mode_gains_nothing_to_speak_of_when_both_are_trained_out(movielens):
+    """Over five splits the mean gain is -0.0006 (docs/results): the one claim of E3 that depends on the budget."""
+    assert abs(gains_of(rating_cells(movielens, "item", [0], epochs=200))[0]) < 0.005
 
 
 # ---- E4: the more is known, the smaller the spread of predictions; and their mean moves far less than without

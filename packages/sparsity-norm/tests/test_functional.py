@@ -215,6 +215,10 @@ class TestSparsityNormalize:
             assert not np.shares_memory(result.indices, matrix.indices)
         assert sparsity_normalize(matrix.astype(np.int64), K=2.0).dtype == np.float64
 
+    def test_unsorted_columns_are_no_duplicates(self):
+        matrix = scipy.sparse.csr_array((np.ones(3), [2, 0, 1], [0, 2, 3]), shape=(2, 3))
+        assert np.array_equal(sparsity_normalize(matrix, K=2.0).toarray(), [[1, 0, 1], [0, 2, 0]])
+
     def test_gradient_reaches_csr_values(self):
         x, mask = draw(0, 5, 7), draw_mask(0, 5, 7)
         values = x[mask].clone().requires_grad_()
@@ -604,6 +608,9 @@ class TestBadInput:
                 "mask is not for a sparse x",
             ),
             (lambda: sparsity_normalize(torch.eye(2).to_sparse(), K=1.0), "layout torch.sparse_coo"),
+            (lambda: sparsity_normalize(np.ones((2, 2)), K=1.0), "x is a ndarray; give a torch tensor"),
+            (lambda: observed_count([[1.0]]), "x is a list; give a torch tensor"),
+            (lambda: masked_linear(np.ones((2, 2)), None, torch.ones(1, 2), K=1.0), "x is a ndarray"),
             (
                 lambda: sparsity_normalize(scipy.sparse.csr_array([[0.0, NAN]]), K=1.0),
                 "x is NaN at row 0, column 1 although it is stored",
@@ -613,6 +620,12 @@ class TestBadInput:
                 "x is infinite at row 1, column 1",
             ),
             (lambda: sparsity_normalize(scipy.sparse.csc_array(np.eye(2)), K=1.0), "format csc"),
+            (
+                lambda: sparsity_normalize(
+                    scipy.sparse.csr_array((np.ones(4), [0, 2, 1, 2], [0, 1, 4]), shape=(2, 3)), K=1.0
+                ),
+                "x stores row 1, column 2 more than once",
+            ),
             (lambda: mean_observed_count(torch.zeros(3)), "no entry is observed in any of the 3 instances"),
             (lambda: sparsity_scale(torch.ones(2), K=math.inf), "K is inf"),
             (lambda: masked_linear(torch.ones(1, 39), None, torch.ones(2, 40), K=1.0), "expected 40 features, got 39"),
@@ -657,9 +670,12 @@ class TestBadInput:
         assert isinstance(caught.value, ValueError)
         assert "\n" not in str(caught.value)
 
-    def test_checks_of_values_can_be_switched_off(self):
-        x = torch.tensor([[1.0, math.inf]])
-        assert not sparsity_normalize(x, K=1.0, validate=False).isfinite().all()
+    def test_unchecked_values_that_are_observed_are_not_hidden(self):
+        x, mask = torch.tensor([[1.0, math.inf, NAN, NAN]]), torch.tensor([[1, 1, 1, 0]])
+        assert sparsity_normalize(x, K=1.0, validate=False).isinf().tolist() == [[False, True, False, False]]
+        for center in (None, 1.0):
+            out = sparsity_normalize(x, mask, 3.0, center=center, validate=False)
+            assert out.isfinite().tolist() == [[True, False, False, True]]
 
     def test_large_finite_values_are_not_taken_for_infinite(self):
         x = torch.full((1, 4), 3e38)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,16 +33,24 @@ def place(index: list[int]) -> str:
     return f"index {tuple(index)}"
 
 
-def check_floating(x: Tensor, name: str) -> None:
+def check_floating(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        kind = type(x).__name__
+        raise InputError(
+            f"{name} is a {kind}; give a torch tensor, for example torch.as_tensor({name}), or a CSR matrix"
+        )
     if not x.is_floating_point():
         raise InputError(f"{name} has dtype {x.dtype}; give a floating-point tensor, for example {name}.float()")
 
 
-def check_finite(x: Tensor, observed: Tensor | None) -> None:
-    """Refuse NaN and infinity among observed entries; ``observed=None`` means that NaN marks missing entries."""
+def check_finite(x: Tensor, observed: Tensor | None, probe: Tensor) -> None:
+    """Refuse NaN and infinity among observed entries; ``observed=None`` means that NaN marks missing entries.
+
+    ``probe`` holds every value that has to be finite; where all of it is, nothing more is looked at.
+    """
     # One reduction without a temporary: a finite sum proves every term finite.
-    probe = x.detach().sum(dtype=torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None)
-    if bool(torch.isfinite(probe)):
+    total = probe.detach().sum(dtype=torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None)
+    if bool(torch.isfinite(total)):
         return
     bad = torch.isinf(x) if observed is None else observed & ~torch.isfinite(x)
     if not bool(bad.any()):

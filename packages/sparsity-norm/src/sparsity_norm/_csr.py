@@ -113,10 +113,27 @@ def tensor_of(array: NDArray[Any]) -> Tensor:
 
 
 def scipy_parts(x: SparseCSR) -> tuple[Tensor, Tensor, Tensor]:
-    if len(x.shape) != 2 or getattr(x, "format", "csr") != "csr":
-        raise InputError(f"x is a sparse matrix of format {getattr(x, 'format', '?')}; give CSR, for example x.tocsr()")
+    form = getattr(x, "format", None)
+    if form is None:
+        raise InputError(
+            f"x is a {type(x).__name__}; give a torch tensor, for example torch.as_tensor(x), or a SciPy CSR matrix"
+        )
+    if form != "csr" or len(x.shape) != 2:
+        raise InputError(f"x is a sparse matrix of format {form}, shape {x.shape}; give 2-D CSR, for example x.tocsr()")
     data = x.data if np.issubdtype(x.data.dtype, np.floating) else x.data.astype(np.float64)
-    return tensor_of(x.indptr.astype(np.int64)), tensor_of(x.indices.astype(np.int64)), tensor_of(data)
+    crow, cols = tensor_of(x.indptr.astype(np.int64)), tensor_of(x.indices.astype(np.int64))
+    if not getattr(x, "has_canonical_format", True):
+        _refuse_duplicates(crow, cols, x.shape[1])
+    return crow, cols, tensor_of(data)
+
+
+def _refuse_duplicates(crow: Tensor, cols: Tensor, features: int) -> None:
+    """Refuse an entry stored twice, which would count twice; the order of columns does not matter."""
+    keys = (csr_rows(crow, cols.shape[0]) * features + cols).sort().values
+    repeated = keys[1:][keys.diff() == 0]
+    if repeated.numel():
+        row, column = divmod(int(repeated[0]), features)
+        raise InputError(f"x stores row {row}, column {column} more than once; call x.sum_duplicates() first")
 
 
 def _transposed(crow: Tensor, cols: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -261,8 +261,10 @@ class _Moments:
         blocks = [self.sums.sum(axis=0, keepdims=True)]
         step = max(1, _BLOCK_ELEMENTS // units)
         for start in range(0, times, step):
-            weights = rng.multinomial(units, np.full(units, 1 / units), size=min(step, times - start))
-            blocks.append(weights @ self.sums)
+            weights = [
+                np.bincount(rng.integers(units, size=units), minlength=units) for _ in range(min(step, times - start))
+            ]
+            blocks.append(np.array(weights, dtype=np.float64) @ self.sums)
         return [self._covariances(part) for part in (blocks[0], np.concatenate(blocks[1:] or [blocks[0][:0]]))]
 
     def _covariances(self, totals: NDArray[np.float64]) -> Covariances:
@@ -271,6 +273,8 @@ class _Moments:
         found: Covariances = {}
         for place, (i, j) in enumerate(self.pairs):
             covariance = products[:, place] - means[:, i] * means[:, j]
+            # A resample of equal values has variance zero, but for rounding.
+            covariance = covariance.clip(min=0) if i == j else covariance
             found[self.names[i], self.names[j]] = found[self.names[j], self.names[i]] = covariance
         return found
 

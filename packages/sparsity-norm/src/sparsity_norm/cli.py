@@ -112,7 +112,7 @@ class CompareConfig(DataOptions):
     native: bool = Field(False, description="remove nothing from a named table")
     mode: Literal["item", "user"] = Field("item", description="who is an instance of AutoRec (ratings)")
     hidden: int = Field(100, ge=1, description="hidden units of AutoRec")
-    epochs: int = Field(60, ge=1, description="most epochs of AutoRec")
+    epochs: int = Field(200, ge=1, description="most epochs of AutoRec; validation stops it earlier")
     lr: float = Field(3e-3, gt=0, description="step size of AutoRec")
     batch_size: int = Field(256, ge=1, description="instances in a step of AutoRec")
 
@@ -221,15 +221,15 @@ class FitConfig(DataOptions):
         0.1, ge=0, lt=1, description="share kept out of training and reported on; 0 trains on everything"
     )
     power: float = Field(1.0, ge=0, le=2, description="exponent of K / count: 1 the paper's, 0 zero imputation")
-    lr: float | None = Field(None, gt=0, description="step size (default 1e-3)")
-    epochs: int | None = Field(None, ge=1, description="most epochs (default: ratings 100, tables 200)")
+    lr: float | None = Field(None, gt=0, description="step size (default: ratings 3e-3, tables 1e-3)")
+    epochs: int = Field(200, ge=1, description="most epochs; validation stops it earlier")
     batch_size: int | None = Field(None, ge=1, description="instances in a step (default: ratings 256, tables 64)")
     input: str = Field("sn", description="what is done with missing entries: sn, sn-center, zero, mean, ... (tables)")
     layers: tuple[int, ...] = Field((64, 64), description="hidden units of each layer (tables)")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay (tables)")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of hidden units dropped in training")
     mode: Literal["item", "user"] = Field("item", description="who is an instance (ratings)")
-    hidden: int = Field(500, ge=1, description="hidden units (ratings)")
+    hidden: int = Field(200, ge=1, description="hidden units (ratings)")
     reg: float = Field(5.0, ge=0, description="penalty of the weights (ratings)")
     biases: bool = Field(False, description="put user and item offsets outside the network (ratings)")
 
@@ -254,9 +254,9 @@ def _fit_ratings(config: FitConfig, session: Session) -> Outcome:
         hidden=config.hidden,
         reg=config.reg,
         power=config.power,
-        lr=config.lr or 1e-3,
+        lr=config.lr or 3e-3,
         batch_size=config.batch_size or 256,
-        epochs=config.epochs or 100,
+        epochs=config.epochs,
         dropout=config.dropout,
         biases=config.biases,
         device=str(session.device),
@@ -341,7 +341,7 @@ def _fit_table(config: FitConfig, session: Session) -> Outcome:
         lr=config.lr or 1e-3,
         weight_decay=config.weight_decay,
         batch_size=config.batch_size or 64,
-        epochs=config.epochs or 200,
+        epochs=config.epochs,
         early_stopping=True,
         device=str(session.device),
         random_state=config.seed,

@@ -481,6 +481,8 @@ RATING_ARMS: dict[str, RatingArm] = {
     "autorec-zero": _autorec(power=0.0),
     "autorec-sqrt": _autorec(power=0.5),
     "autorec-sn-biases": _autorec(power=1.0, biases=True),
+    "autorec-sqrt-biases": _autorec(power=0.5, biases=True),
+    "autorec-zero-biases": _autorec(power=0.0, biases=True),
     "global-mean": _baseline(GlobalMean, [{}]),
     "baseline-only": _baseline(
         BaselineOnly,
@@ -839,7 +841,7 @@ def diagnose_ratings(
     advance : called with a short note after each piece
     """
     found: dict[str, _Predictions] = {}
-    options = {"hidden": 100, "lr": 3e-3, "epochs": 60, "device": device}
+    options = {"hidden": 100, "lr": 3e-3, "epochs": 200, "device": device}
     for arm in ("autorec-zero", "autorec-sn"):
 
         def compute(arm: str = arm) -> _Predictions:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from shared_core.errors import InputError
-from sparsity_norm._checks import count_dtype
+from sparsity_norm._checks import check_floating, count_dtype
 from sparsity_norm._csr import SparseCSR, check_csr_values, csr_count, csr_parts, scipy_parts
 from sparsity_norm.functional import (
     Anything,
@@ -162,7 +162,7 @@ class InputLayer(nn.Module, ABC):
         InputError
             Nothing observed at all, or bad values in ``x`` or ``mask``.
         """
-        self._fit([(x, mask)])
+        self._fit([_where_float64_is(x, mask)])
         return self
 
     def fit_loader(self: _Layer, loader: Iterable[Any]) -> _Layer:
@@ -185,7 +185,7 @@ class InputLayer(nn.Module, ABC):
         InputError
             As in `fit`.
         """
-        self._fit(self._split(batch) for batch in loader)
+        self._fit(_where_float64_is(*self._split(batch)) for batch in loader)
         return self
 
     @abstractmethod
@@ -221,8 +221,12 @@ class InputLayer(nn.Module, ABC):
             )
 
     def _split(self, batch: Any) -> tuple[Any, Tensor | None]:
-        if not isinstance(batch, tuple | list):
+        if isinstance(batch, Tensor | SparseCSR):
             return batch, None
+        if not isinstance(batch, tuple | list):
+            raise InputError(
+                f"a batch of the loader is a {type(batch).__name__}; give tensors, or tuples that start with x"
+            )
         parts = cast("Sequence[Any]", batch)
         if len(parts) < (2 if self.mask_mode == "given" else 1):
             raise InputError(f"a batch of the loader has {len(parts)} elements; mask='given' needs (x, mask, ...)")
@@ -269,6 +273,13 @@ class InputLayer(nn.Module, ABC):
         return "" if self.mask_mode == "nan" else f"mask={self.mask_mode!r}"
 
 
+def _where_float64_is(x: Any, mask: Tensor | None) -> tuple[Any, Tensor | None]:
+    """Move a batch off a device that has no float64, in which sums over the training set are taken."""
+    if isinstance(x, Tensor) and x.device.type == "mps":
+        return x.cpu(), None if mask is None else mask.cpu()
+    return x, mask
+
+
 def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise InputError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
@@ -301,6 +312,11 @@ class _Tally:
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
+        # Every process learns of it, so that all raise and none waits for the others.
+        started = torch.tensor([float(self.totals[2])], device=device)
+        distributed.all_reduce(started, distributed.ReduceOp.MIN)
+        if not started.item():
+            raise InputError("a process got no training batch; give every process at least one")
         for name in ("totals", "sums", "weights"):
             tensor = getattr(self, name)
             if tensor is not None:
@@ -470,7 +486,7 @@ class SparsityNorm(InputLayer):
     def _fit(self, batches: Iterable[tuple[Any, Tensor | None]]) -> None:
         tally = _Tally()
         for x, mask in batches:
-            if not isinstance(x, Tensor) or x.layout != torch.strided:
+            if isinstance(x, SparseCSR) or (isinstance(x, Tensor) and x.layout != torch.strided):
                 self._tally_csr(tally, x)
             else:
                 self._tally_dense(tally, x, mask)
@@ -496,6 +512,7 @@ class SparsityNorm(InputLayer):
         )
 
     def _tally_dense(self, tally: _Tally, x: Tensor, mask: Tensor | None) -> None:
+        check_floating(x, "x")
         if isinstance(self.dim, int):
             if tally.features and x.shape[self.dim] != tally.features:
                 raise InputError(f"x: expected {tally.features} features, got {x.shape[self.dim]}")
@@ -574,6 +591,7 @@ class SparsityNorm(InputLayer):
         InputError
             Another number of features than at fit; bad values in ``x`` or ``mask``.
         """
+        check_floating(x, "x")
         self.check_features(x)
         if x.layout != torch.strided:
             if self.concat_mask:
@@ -1001,7 +1019,8 @@ class HiddenSparsityNorm(nn.Module):
         if drops:
             present = drop_observed(present, self.p, generator)
         units = float(hidden.shape[self.dim]) if self.K is None else self.K
-        return sparsity_normalize(hidden, present, units, power=self.power, dim=self.dim)
+        # Unchecked: a look at hidden values would synchronise at every call, and a NaN in them is not to be hidden.
+        return sparsity_normalize(hidden, present, units, power=self.power, dim=self.dim, validate=False)
 
     def extra_repr(self) -> str:
         """Return what distinguishes the layer, for ``print(model)``."""
@@ -1135,11 +1154,11 @@ def recalibrate(
         layer.require_fitted()
     keyword = {} if mask is None else {"mask": mask}
     was_training = {module: module.training for module in model.modules()}
-    log_k = torch.stack([layer.K.double().log() for layer in layers.values()]).detach().requires_grad_()
+    log_k = torch.stack([layer.K.detach().cpu().double().log() for layer in layers.values()]).requires_grad_()
 
     def evaluate() -> Tensor:
         constants = {
-            f"{name}.K" if name else "K": value.exp().to(layer.K.dtype)
+            f"{name}.K" if name else "K": value.exp().to(layer.K)
             for (name, layer), value in zip(layers.items(), log_k, strict=True)
         }
         return loss(torch.func.functional_call(model, constants, (x,), keyword), target)
