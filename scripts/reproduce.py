@@ -33,8 +33,6 @@ def main() -> None:
         again = ["--resume"] if unfinished else []
         subprocess.run([bin_folder / package, *shlex.split(arguments), *again, "--out", out], cwd=ROOT, check=True)
         shutil.copy(out / "summary.json", target / f"{name}.json")
-        for picture in sorted(out.glob("*.png")):
-            shutil.copy(picture, target / f"{name}-{picture.name}")
 
 
 if __name__ == "__main__":

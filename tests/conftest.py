@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from contract import ALL, Package
+
+# Inherited by child processes: with threads that only wait for each other, networks as small as the tests' train many
+# times slower on busy cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
+import os
+
 import jaxtyping
 import pytest
+import torch
+
+# Inherited by child processes: with threads that only wait for each other, networks as small as the tests' train many
+# times slower on busy cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 jaxtyping.install_import_hook(
     ["shared_core.episodes", "shared_core.device", "shared_core.data"], typechecker="beartype.beartype"

