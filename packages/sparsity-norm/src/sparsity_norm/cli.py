@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,7 +66,9 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     from sparsity_norm.experiments import compare_tables
     from sparsity_norm.plots import plot_comparison, plot_drift
 
-    tables = [load_table("photograph"), load_table("breast_cancer")]
+    photograph = load_table("photograph")
+    # Half of the tiles: enough to tell the methods apart, in half the time.
+    tables = [replace(photograph, x=photograph.x[::2], y=photograph.y[::2]), load_table("breast_cancer")]
     results: list[Result] = []
     claims: list[Claim] = []
     panels: dict[str, Any] = {}
@@ -81,7 +84,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
                 device=str(session.device),
                 advance=_noting(advance),
             )
-            results += [row for row in rows if row.metric in {"rmse", "accuracy", "count correlation gap"}]
+            results += [row for row in rows if row.metric in {"rmse", "auroc", "count correlation gap"}]
             claims += found
             panels[table.name] = {name: curves[name] for name in ("zero", "mean", "sn") if name in curves}
     plot_drift(session.run.artifact("drift.png"), panels)
@@ -294,8 +297,6 @@ def _fit_ratings(config: FitConfig, session: Session) -> Outcome:
 
 
 def _rating_results(model: AutoRecRecommender, test: RatingMatrix, name: str, session: Session) -> list[Result]:
-    from dataclasses import asdict
-
     found = model.evaluate(test, by=model.mode)
     write_json(session.run.artifact("evaluation.json"), asdict(found))
     method = "autorec-sn" if model.power else "autorec-zero"
