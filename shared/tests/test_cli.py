@@ -56,7 +56,7 @@ TOY = textwrap.dedent('''
                     time.sleep(10)
         print("a library that prints")
         session.run.artifact("model.txt").write_text("m")
-        total = {"dataset": "toy", "metric": "total", "better": "lower"}
+        total = {"dataset": "toy", "metric": "total", "better": "lower", "unit": "[odd] rating"}
         rows = [summarize([state["total"]], method=arm, **total) for arm in config.arms]
         return Outcome(rows, [Claim(text="it adds", source="here", holds=True, value=1.0, threshold=0.5)], ["a note"])
 
@@ -119,7 +119,7 @@ def test_json_is_one_document_of_the_schema_and_the_file_is_the_same(toy, tmp_pa
 def test_quiet_prints_nothing_and_the_table_prints_something(toy):
     assert toy("fit", "t.csv", "--out", "q", "--quiet").stderr == ""
     shown = toy("fit", "t.csv", "--out", "q2").stdout
-    for text in ("total", "lower is better", "it adds", "a note", "run folder: q2", "model.txt"):
+    for text in ("total [[odd] rating] (lower is better)", "it adds", "a note", "run folder: q2", "model.txt"):
         assert text in shown
 
 

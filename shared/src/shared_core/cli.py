@@ -361,7 +361,7 @@ def _parameters(config_type: type[CommandConfig]) -> list[inspect.Parameter]:
     options: list[inspect.Parameter] = []
     for name, info in config_type.model_fields.items():
         description, flag = info.description or "", "--" + name.replace("_", "-")
-        shown = None if info.is_required() or info.default is None else _plain(info.default)
+        shown = None if info.is_required() or info.default in (None, ()) else _plain(info.default)
         if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("argument"):
             help_text = description if info.is_required() else f"{description} [default: {shown}]"
             arguments.append(parameter(name, str | None, typer.Argument(help=help_text, metavar=name.upper()), None))
@@ -475,6 +475,7 @@ def _toml_value(value: object) -> str:
 
 def _show(summary: Summary, notes: Sequence[str], folder: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -489,7 +490,7 @@ def _show(summary: Summary, notes: Sequence[str], folder: Path) -> None:
             bounds = "" if row.low is None or row.high is None else f"{row.low:.4g} .. {row.high:.4g}"
             style = "bold" if row in best else ""
             cells = (row.dataset, row.method, f"{row.metric}{unit} ({arrow})", f"{row.mean:.4g}", bounds)
-            table.add_row(*cells, str(row.n), f"{row.seconds:.1f}", style=style)
+            table.add_row(*map(escape, cells), str(row.n), f"{row.seconds:.1f}", style=style)
         console.print(table)
     for claim in summary.claims:
         value = "" if claim.value is None else f" (measured {claim.value:.4g}"

@@ -514,7 +514,7 @@ def recommend(config: RecommendConfig, session: Session) -> Outcome:
         rows = [(user, rank, *pair) for user, best in top.items() for rank, pair in enumerate(best, start=1)]
     frame = pd.DataFrame(rows, columns=["user", "rank", "item", "prediction"])
     _write_csv(frame, session, "recommendations.csv")
-    return Outcome(notes=[frame.head(config.k).to_string(index=False), f"{frame['user'].nunique():,} users"])
+    return Outcome(notes=[frame.head(20).to_string(index=False), f"{frame['user'].nunique():,} users"])
 
 
 def _new_users(frame: pd.DataFrame, source: str) -> dict[str, dict[str, float]]:
