@@ -210,5 +210,6 @@ def test_all_but_the_first_process_write_nothing(tmp_path):
     assert other.load_checkpoint() == {"x": 1}
     other.log(loss=1.0)
     other.save_checkpoint({"x": 2})
+    other.artifact("model.txt").write_text("elsewhere")
     other.finish()
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "r").iterdir()) == before

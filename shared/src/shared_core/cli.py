@@ -313,6 +313,8 @@ class CommandLine:
                 overwrite=overwrite,
                 writes=world.is_main,
             )
+            # The others must not look into the folder before the first has put it in order.
+            world.barrier()
             yield Session(run, device, world, quiet, resume, (self.package, command))
 
     def _runs(self) -> Path:

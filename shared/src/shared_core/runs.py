@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -304,6 +305,8 @@ class Run:
         self._head = {"package": package, "version": version, "command": command, "config": dict(config)}
         self._head |= {"seed": seed, "device": device}
         self._writes = writes
+        # What the other processes of a distributed run write goes nowhere.
+        self._scratch = None if writes else tempfile.TemporaryDirectory(prefix="shared-core-")
         self._artifacts: list[str] = []
         self._metric_lines = 0
         self._started = time.perf_counter()
@@ -372,7 +375,7 @@ class Run:
         """Register a file of this run (a path relative to the folder) and return where to write it."""
         if name not in self._artifacts:
             self._artifacts.append(name)
-        return self.folder / name
+        return (self.folder if self._scratch is None else Path(self._scratch.name)) / name
 
     def log(self, **metrics: float | str | None) -> None:
         """Append one line to ``metrics.jsonl``; a number that is not finite is stored as null."""
