@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 
 import numpy as np
 import pandas as pd
@@ -34,15 +35,37 @@ def save(tmp_path):
     return write
 
 
+needs_parquet = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow for Parquet")
+ENDINGS = [".csv", ".tsv", ".csv.gz", ".npz", *([".parquet"] if importlib.util.find_spec("pyarrow") else [])]
+
+
+@needs_parquet
+def test_parquet_reads_like_csv(tmp_path):
+    frame = FRAME.drop(columns="empty")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.to_parquet(tmp_path / "t.parquet")
+    schema = TableSchema.infer(frame, target="dead")
+    read = [schema.features(read_table(tmp_path / name)) for name in ("t.csv", "t.parquet")]
+    np.testing.assert_array_equal(*read)
+
+
+def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):
+    def absent(*args: object, **kwargs: object) -> None:
+        raise ImportError("no parquet engine")
+
+    monkeypatch.setattr(pd, "read_parquet", absent)
+    with pytest.raises(InputError, match=r"pip install 'sparsity-norm\[parquet\]'"):
+        read_table(tmp_path / "t.parquet")
+
+
 def test_every_format_reads_the_same(tmp_path):
     frame = FRAME.drop(columns="empty")
     frame.to_csv(tmp_path / "t.csv", index=False)
     frame.to_csv(tmp_path / "t.tsv", index=False, sep="\t")
     frame.to_csv(tmp_path / "t.csv.gz", index=False)
-    frame.to_parquet(tmp_path / "t.parquet")
     schema = TableSchema.infer(frame, target="dead")
     expected = schema.features(frame)
-    for name in ("t.csv", "t.tsv", "t.csv.gz", "t.parquet"):
+    for name in ("t.csv", "t.tsv", "t.csv.gz"):
         read = read_table(tmp_path / name)
         np.testing.assert_array_equal(schema.features(read), expected)
         np.testing.assert_array_equal(schema.labels(read), [0, 1, 0, 1])
@@ -126,7 +149,7 @@ def test_json_round_trip():
         ("t.csv", b"\xff\xfe\x00a,b\n", "not UTF-8"),
         ("t.csv.gz", b"not gzip", "t.csv.gz"),
         ("t.csv.gz", gzip.compress(b"a,b\n1,2\n" * 100)[:-20], "t.csv.gz"),
-        ("t.parquet", b"PAR1", "not a readable parquet"),
+        pytest.param("t.parquet", b"PAR1", "not a readable parquet", marks=needs_parquet),
         ("t.npz", b"", "not a readable npz"),
         ("t.npz", b"PK\x03\x04broken", "not a readable npz"),
         ("t.xlsx", b"", "cannot tell what '.xlsx' is"),
@@ -204,7 +227,7 @@ def test_later_files_must_fit():
 
 
 @settings(max_examples=80, deadline=None)
-@given(content=st.binary(max_size=300), ending=st.sampled_from([".csv", ".tsv", ".csv.gz", ".npz", ".parquet"]))
+@given(content=st.binary(max_size=300), ending=st.sampled_from(ENDINGS))
 def test_any_bytes_give_a_table_or_one_clear_error(tmp_path_factory, content, ending):
     path = tmp_path_factory.mktemp("fuzz") / f"t{ending}"
     path.write_bytes(content)
