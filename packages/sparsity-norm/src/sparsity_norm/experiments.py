@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast
 
@@ -55,6 +55,7 @@ PAPER = "Yi et al., ICLR 2020"
 Mode = Literal["item", "user"]
 Model = Literal["network", "linear"]
 TREE = "tree"
+_MANY_RATINGS = 2_000_000
 
 
 def _silent(note: str) -> None:
@@ -557,6 +558,13 @@ def tuned_recommender(
 
     Parameters are those of :func:`rating_cell`; returns the fitted recommender, the test part and the setting chosen.
     """
+    with _one_thread() if len(ratings) < _MANY_RATINGS else nullcontext():
+        return _tuned_recommender(ratings, arm, seed=seed, mode=mode, options=options)
+
+
+def _tuned_recommender(
+    ratings: RatingMatrix, arm: str, *, seed: int, mode: Mode, options: Mapping[str, Any] | None
+) -> tuple[Recommender, RatingMatrix, dict[str, Any]]:
     if arm not in RATING_ARMS:
         raise UnknownKeyError(f"no method '{arm}' for ratings; there are: {', '.join(RATING_ARMS)}")
     method = RATING_ARMS[arm]
