@@ -30,7 +30,7 @@ import time
 import tomllib
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import (
@@ -115,7 +115,6 @@ class Session:
     world: World
     quiet: bool = False
     resumed: bool = False
-    command: Sequence[str] = field(default_factory=tuple)
 
     def say(self, text: str) -> None:
         """Print a line for a person, on stderr, unless ``--quiet`` was given."""
@@ -315,7 +314,7 @@ class CommandLine:
             )
             # The others must not look into the folder before the first has put it in order.
             world.barrier()
-            yield Session(run, device, world, quiet, resume, (self.package, command))
+            yield Session(run, device, world, quiet, resume)
 
     def _runs(self) -> Path:
         return Path("runs") / self.package

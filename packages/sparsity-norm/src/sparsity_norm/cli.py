@@ -267,7 +267,6 @@ def _fit_ratings(config: FitConfig, session: Session) -> Outcome:
     )
     state = session.run.load_checkpoint()
     done = len(state["history"]) if state else 0
-    history: list[dict[str, Any]] = []
     with session.progress("fit", 2 * recommender.epochs, done) as advance:
 
         def after(progress: FitProgress) -> None:
@@ -348,7 +347,6 @@ def _fit_table(config: FitConfig, session: Session) -> Outcome:
         random_state=config.seed,
     )
     state = session.run.load_checkpoint()
-    history: list[dict[str, Any]] = []
     with session.progress("fit", estimator.epochs) as advance:
 
         def after(epoch: int, info: dict[str, float]) -> None:
