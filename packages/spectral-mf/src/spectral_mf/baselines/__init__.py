@@ -1,0 +1,1 @@
+"""What the paper compares to, and the exact methods, each a function ``(A, b, ...) -> LogPartition``."""
