@@ -189,7 +189,8 @@ def as_problem(
         couplings = 2 * couplings
     diagonal = couplings.diagonal(dim1=-2, dim2=-1)
     const = 0.5 * diagonal.sum(-1)
-    if bool((diagonal.detach() != 0).any()):
+    # Also where it is zero but carries a gradient, which `const` has already.
+    if diagonal.requires_grad or bool((diagonal != 0).any()):
         couplings = couplings - torch.diag_embed(diagonal)
     _warn_huge(float(couplings.detach().abs().max()))
     return Problem(couplings, fields, const, None, batched, kind)
@@ -264,7 +265,7 @@ def _sparse_problem(A: Any, b: Any, convention: Convention, symmetrize: bool) ->
     if not symmetrize and wrong.any():
         at = int(np.argmax(wrong))
         i, j = (int(c[at]) for c in gap.coords)
-        raise InputError(f"A[{i},{j}]={matrix[i, j]:g} but A[{j},{i}]={matrix[j, i]:g};")
+        raise InputError(f"A[{i},{j}]={matrix[i, j]:g} but A[{j},{i}]={matrix[j, i]:g}; pass symmetrize=True to average")
     matrix = (0.5 if convention == "half" else 1.0) * (matrix + matrix.T)
     diagonal = np.asarray(matrix.diagonal(), dtype=np.float64)
     matrix = sparse.csr_array(matrix - sparse.diags_array(diagonal))
