@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 from spectral_mf._inputs import Problem, as_problem
-from spectral_mf.baselines.mean_field import fixed_points, free_energy
+from spectral_mf.mean_field import fixed_points, free_energy
 from spectral_mf.result import LogPartition, rounding_slack
 from spectral_mf.sdp import augmented, solve_diagonal
 

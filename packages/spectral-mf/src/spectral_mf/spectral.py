@@ -24,7 +24,15 @@ from spectral_mf.rank_one import Engine, log_cosh, log_expectation
 from spectral_mf.result import LogPartition, rounding_slack
 from spectral_mf.sdp import DiagonalSDP, augmented, solve_diagonal
 
-__all__ = ["Diagonal", "gaussian", "holder_weights", "sdp_bounds", "spectral_mean_field", "tap_diagonal"]
+__all__ = [
+    "Diagonal",
+    "gaussian",
+    "holder_weights",
+    "log_det_bound",
+    "sdp_bounds",
+    "spectral_mean_field",
+    "tap_diagonal",
+]
 
 Diagonal = Literal["sdp", "none", "shift", "tap"]
 _NULL = 1e-12
@@ -175,18 +183,19 @@ def gaussian(A: Any, b: Any = None, *, diagonal: Diagonal | Tensor = "sdp") -> L
     )
 
 
-def tap_diagonal(B: Tensor, *, tol: float = 1e-10, max_iterations: int = 200) -> Tensor:
-    """Diagonal that minimises ½ Σ d - ½ log det(I + diag(d) - B): there [(I + diag(d) - B)⁻¹]_ii = 1.
+def tap_diagonal(B: Tensor, *, target: float = 1.0, tol: float = 1e-10, max_iterations: int = 200) -> Tensor:
+    """Diagonal that minimises ½ target Σ d - ½ log det(I + diag(d) - B): there [(I + diag(d) - B)⁻¹]_ii = target.
 
     Parameters
     ----------
     B : (models, n, n) symmetric, zero diagonal
-    tol : largest deviation of a diagonal entry of the inverse from 1
+    target : what the diagonal of the inverse shall be, > 0; 1 is the paramagnetic adaptive-TAP condition
+    tol : largest deviation of a diagonal entry of the inverse from `target`
     max_iterations : most Newton steps
 
     Notes
     -----
-    Convex; Newton with gradient 1 - diag(S⁻¹) and Hessian S⁻¹∘S⁻¹ (spec 2.4), damped by the decrement so that every
+    Convex; Newton with gradient target - diag(S⁻¹) and Hessian S⁻¹∘S⁻¹ (spec 2.4), damped by the decrement so that every
     step stays where S is positive definite.
 
     Examples
@@ -198,7 +207,7 @@ def tap_diagonal(B: Tensor, *, tol: float = 1e-10, max_iterations: int = 200) ->
     d = B.abs().sum(-1)
     for _ in range(max_iterations):
         inverse = torch.linalg.inv(torch.diag_embed(1 + d) - B)
-        gradient = 1 - inverse.diagonal(dim1=-2, dim2=-1)
+        gradient = target - inverse.diagonal(dim1=-2, dim2=-1)
         if float(gradient.abs().max()) < tol:
             break
         step = torch.linalg.solve(inverse**2, gradient)
@@ -207,6 +216,45 @@ def tap_diagonal(B: Tensor, *, tol: float = 1e-10, max_iterations: int = 200) ->
         damping = torch.where(decrement < 0.25, torch.ones_like(decrement), 1 / (1 + decrement))
         d = d - damping[:, None] * step
     return d
+
+
+def log_det_bound(A: Any, b: Any = None) -> Tensor:
+    """Certified upper bound of log Z by a Gaussian's entropy: the log-determinant relaxation.
+
+    Spins plus noise uniform on [-1, 1] have the spins' entropy plus log 2 each, and at most that of a Gaussian with their
+    covariance. Its dual holds for every d with diag(d) ≻ B:
+
+        log Z ≤ ⅔ Σ d - ½ log det(diag(d) - B) + (N/2) log 2π - N log 2 - log 2,    N = n + 1 spins.
+
+    Parameters
+    ----------
+    A : (n, n) or (models, n, n) symmetric couplings
+    b : (n,) or (models, n) fields
+
+    Returns
+    -------
+    (models,) tensor, constants of the model and rounding included. 0.18 n above log Z for independent spins; below the
+    SDP's bound where couplings are of middling strength.
+
+    Notes
+    -----
+    Wainwright and Jordan, IEEE Trans. Signal Processing 2006; minimised over d by Newton's method, which need not have
+    converged for the bound to hold.
+
+    Examples
+    --------
+    >>> bool(log_det_bound([[0.0, 1.0], [1.0, 0.0]]) > math.log(2 * math.e + 2 / math.e))
+    True
+    """
+    problem = as_problem(A, b)
+    B = augmented(problem.dense, problem.b).detach()
+    d = 1 + tap_diagonal(B, target=4 / 3)
+    factor, info = torch.linalg.cholesky_ex(torch.diag_embed(d) - B)
+    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    size = problem.n + 1
+    value = 2 / 3 * d.sum(-1) - 0.5 * log_det + 0.5 * size * math.log(2 * math.pi) - (size + 1) * math.log(2)
+    value = torch.where(info == 0, value + rounding_slack(problem, d.sum(-1)), math.inf)
+    return value + problem.const.detach()
 
 
 def sdp_bounds(A: Any, b: Any = None, *, tilt: bool = False) -> tuple[Tensor, Tensor]:

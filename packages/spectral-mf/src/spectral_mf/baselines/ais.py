@@ -35,10 +35,12 @@ class Annealed:
     ----------
     log_weight : (models, chains) each exp(log_weight) has mean Z (without the models' constants)
     states : (models, n, chains) spins in {-1, 1}
+    levels : temperatures that were passed
     """
 
     log_weight: Tensor
     states: Tensor
+    levels: int
 
     @property
     def log_z(self) -> Tensor:
@@ -210,7 +212,7 @@ def _from_product(
     sweep(X, _logistic(shape, random, b) + b, 1.0)
     if advance is not None:
         advance(1)
-    return Annealed(log_weight, X)
+    return Annealed(log_weight, X, levels)
 
 
 class _Sweeper:
@@ -339,7 +341,7 @@ def _from_modes(
         states.append(one.states)
         if advance is not None:
             advance(levels)
-    return Annealed(torch.cat(weights), torch.cat(states))
+    return Annealed(torch.cat(weights), torch.cat(states), levels)
 
 
 def _one_from_modes(
@@ -382,4 +384,4 @@ def _one_from_modes(
             if beta < 1:
                 parts += 0.5 * gap[:, i : i + 1] * moved
             X[i] = new
-    return Annealed(log_weight[None], X[None])
+    return Annealed(log_weight[None], X[None], levels)

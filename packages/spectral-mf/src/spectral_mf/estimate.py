@@ -1,0 +1,439 @@
+"""One call for every method: :func:`log_partition` chooses, predicts the cost, bounds, and says when estimators disagree."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared_core.errors import InputError
+from spectral_mf._inputs import Convention, Problem, as_problem
+from spectral_mf.baselines.ais import Annealed, anneal
+from spectral_mf.baselines.ais import ais as _ais
+from spectral_mf.baselines.belief_propagation import belief_propagation, trw
+from spectral_mf.baselines.exact import (
+    exact_elimination,
+    exact_enumeration,
+    exact_rbm,
+    exact_transfer,
+    structure,
+)
+from spectral_mf.baselines.mini_bucket import mini_bucket, weighted_mini_bucket
+from spectral_mf.baselines.sdp_rounding import sdp_rounding
+from spectral_mf.bounds import bounds as _bounds
+from spectral_mf.low_rank import low_rank, low_rank_factors
+from spectral_mf.mean_field import mean_field
+from spectral_mf.modes import modes
+from spectral_mf.result import LogPartition, Scalar
+from spectral_mf.spectral import gaussian, spectral_mean_field
+
+__all__ = ["METHODS", "Plan", "compare", "log_partition", "plan"]
+
+
+def _tap(A: Any, b: Any = None) -> LogPartition:
+    return gaussian(A, b, diagonal="tap")
+
+
+def _tilted(A: Any, b: Any = None, **options: Any) -> LogPartition:
+    return spectral_mean_field(A, b, tilt=True, **options)
+
+
+METHODS: Mapping[str, Callable[..., LogPartition]] = MappingProxyType(
+    {
+        "exact_enumeration": exact_enumeration,
+        "exact_transfer": exact_transfer,
+        "exact_rbm": exact_rbm,
+        "exact_elimination": exact_elimination,
+        "low_rank": low_rank,
+        "spectral": spectral_mean_field,
+        "spectral-tilted": _tilted,
+        "gaussian": gaussian,
+        "tap": _tap,
+        "modes": modes,
+        "ais": _ais,
+        "mean_field": mean_field,
+        "belief_propagation": belief_propagation,
+        "trw": trw,
+        "mini_bucket": mini_bucket,
+        "weighted_mini_bucket": weighted_mini_bucket,
+        "sdp_rounding": sdp_rounding,
+    }
+)
+"""Every method by name, each a function ``(A, b, **options) -> LogPartition``."""
+
+_EXACT = ("exact_enumeration", "exact_transfer", "exact_rbm", "exact_elimination")
+# Beside the grid of a full-size run, what a laptop gives without a thought.
+_MAX_BYTES = 4e9
+_OPERATIONS_A_SECOND = 3e8
+_DISAGREEMENT = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call will do, before it does it.
+
+    Attributes
+    ----------
+    method : name in :data:`METHODS`, or ``auto`` where estimators are combined
+    reason : why, in a sentence
+    seconds, bytes : predicted cost, right to a small factor
+    exact : whether the value will be exact
+    """
+
+    method: str
+    reason: str
+    seconds: float
+    bytes: float
+    exact: bool
+
+
+def plan(A: Any, b: Any = None, *, method: str = "auto", budget_s: float = 30.0) -> Plan:
+    """Predict what :func:`log_partition` will do and cost, without doing it.
+
+    Parameters
+    ----------
+    A : (n, n) or (models, n, n) symmetric couplings, or (n, n) SciPy sparse
+    b : (n,) or (models, n) fields
+    method : ``auto`` or a name in :data:`METHODS`
+    budget_s : seconds ``auto`` may spend
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plan(np.eye(40, k=1) + np.eye(40, k=-1)).method
+    'exact_transfer'
+    """
+    return _plan(as_problem(A, b), method, budget_s)
+
+
+def log_partition(
+    A: Any,
+    b: Any = None,
+    *,
+    method: str = "auto",
+    bounds: bool | None = None,
+    budget_s: float = 30.0,
+    max_bytes: float = _MAX_BYTES,
+    convention: Convention = "half",
+    symmetrize: bool = False,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> LogPartition:
+    """Compute or estimate log Z = log Σ_x exp(½ xᵀAx + bᵀx), with bounds that are certain.
+
+    Parameters
+    ----------
+    A : (n, n) or (models, n, n) symmetric couplings: NumPy, torch (differentiable where the method is), (n, n) SciPy sparse,
+        or an :class:`Ising`. Each pair counts once.
+    b : (n,) or (models, n) fields
+    method : ``auto``, or a name in :data:`METHODS`. ``auto`` is exact where that is cheap: up to 25 spins, a grid up to 14
+        wide, a bipartite model with up to 20 spins on one side, induced width up to 22, couplings of rank up to 2 (but
+        for the diagonal). Else annealed importance sampling, from the uniform law and from the modes, as long as the
+        budget lasts, beside ``modes``; where gradients are wanted, ``modes``.
+    bounds : attach certified bounds and clip the value into them; None: with ``auto`` only. A method's own bounds are
+        always there.
+    budget_s : seconds ``auto`` may spend on sampling
+    max_bytes : refuse a method predicted to need more memory
+    convention : ``half`` or ``full`` (energy xᵀAx + bᵀx)
+    symmetrize : average A with its transpose in place of refusing an asymmetric one
+    generator : source of randomness; None means one seeded with 0
+    options : passed on to the method
+
+    Returns
+    -------
+    LogPartition with ``value``, ``lower``, ``upper``, ``std_error``, ``warnings`` and ``diagnostics``. float32 tensors are
+    computed, and returned, in float64.
+
+    Raises
+    ------
+    InputError
+        For a model that is not one, an unknown method or option, or where memory would not do.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> r = log_partition([[0.0, 0.7], [0.7, 0.0]], [0.3, -0.4])
+    >>> round(r.value, 9), r.method
+    (1.66662259, 'exact_enumeration')
+    """
+    started = time.perf_counter()
+    problem = as_problem(A, b, convention=convention, symmetrize=symmetrize)
+    chosen = _plan(problem, method, budget_s)
+    if chosen.bytes > max_bytes:
+        raise InputError(
+            f"{chosen.method} on {problem.models} model(s) of {problem.n} spins is predicted to need"
+            f" {chosen.bytes / 1e9:.3g} GB, above max_bytes = {max_bytes / 1e9:.3g} GB; choose another method or raise it"
+        )
+    handed = _Given(problem)
+    if chosen.method == "auto":
+        if options:
+            raise InputError(f"options {sorted(options)} belong to a method: name it with method=")
+        result = _combined(problem, handed, budget_s, generator)
+    else:
+        result = _call(chosen.method, handed, generator, options)
+    if (bounds or (bounds is None and method == "auto")) and not chosen.exact:
+        result = _bounded(problem, result, generator)
+    elif method == "auto" and chosen.exact:
+        result = result.with_(diagnostics={"plan": chosen.reason, **result.diagnostics})
+    return result.with_(seconds=time.perf_counter() - started)
+
+
+def compare(
+    A: Any,
+    b: Any = None,
+    *,
+    methods: tuple[str, ...] | list[str] | None = None,
+    generator: torch.Generator | None = None,
+    max_bytes: float = _MAX_BYTES,
+) -> dict[str, LogPartition | InputError]:
+    """Run many methods on one model.
+
+    Parameters
+    ----------
+    A : (n, n) symmetric couplings, or anything :func:`log_partition` takes
+    b : (n,) fields
+    methods : names in :data:`METHODS`; None: all
+    generator : source of randomness; None means one seeded with 0
+    max_bytes : methods predicted to need more are not run
+
+    Returns
+    -------
+    Results by method, in the order asked; where a method does not apply, the error that says why.
+
+    Examples
+    --------
+    >>> found = compare([[0.0, 0.7], [0.7, 0.0]], [0.3, -0.4], methods=["exact_enumeration", "belief_propagation"])
+    >>> [round(r.value, 6) for r in found.values()]
+    [1.666623, 1.666623]
+    """
+    problem = as_problem(A, b)
+    found: dict[str, LogPartition | InputError] = {}
+    for name in methods or METHODS:
+        started = time.perf_counter()
+        try:
+            result = log_partition(_Given(problem), method=name, generator=generator, max_bytes=max_bytes)
+            found[name] = result.with_(seconds=time.perf_counter() - started)
+        except InputError as error:
+            if name not in METHODS:
+                raise
+            found[name] = error
+    return found
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Hands a checked problem to a function of (A, b)."""
+
+    problem: Problem
+
+
+def _call(name: str, given: _Given, generator: torch.Generator | None, options: Mapping[str, Any]) -> LogPartition:
+    function = METHODS[name]
+    known = inspect.signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if not open_ended and (unknown := sorted(set(options) - set(known))):
+        raise InputError(f"{name} has no option '{unknown[0]}'; it has: {', '.join(list(known)[2:]) or 'none'}")
+    more = {"generator": generator} if generator is not None and "generator" in known else {}
+    return function(given, **more, **options)
+
+
+def _plan(problem: Problem, method: str, budget_s: float) -> Plan:
+    if method == "auto":
+        return _choose(problem, budget_s)
+    if method not in METHODS:
+        raise InputError(f"unknown method '{method}': choose auto, {', '.join(METHODS)}")
+    seconds, size = _cost(problem, method)
+    return Plan(method, "asked for", seconds, size, method in _EXACT)
+
+
+def _choose(problem: Problem, budget_s: float) -> Plan:
+    found = structure(problem)
+    names = {"exact_enumeration": found.enumeration if found.n <= 25 else None, "exact_transfer": None}
+    if found.transfer is not None and found.grid is not None and min(found.grid) <= 14:
+        names["exact_transfer"] = found.transfer
+    names["exact_rbm"] = found.rbm if found.rbm is not None and found.rbm.size <= 20 else None
+    small = found.elimination is not None and found.induced_width is not None and found.induced_width <= 22
+    names["exact_elimination"] = found.elimination if small else None
+    usable = {
+        name: cost
+        for name, cost in names.items()
+        if cost is not None
+        and cost.bytes <= _MAX_BYTES
+        and problem.models * cost.operations / _OPERATIONS_A_SECOND <= max(10.0, 4 * budget_s)
+    }
+    if usable:
+        name = min(usable, key=lambda key: usable[key].operations)
+        cost = usable[name]
+        why = {
+            "exact_enumeration": f"{found.n} spins have few enough states to add up",
+            "exact_transfer": f"a grid of {found.grid}",
+            "exact_rbm": f"bipartite with {cost.size} spins to enumerate",
+            "exact_elimination": f"induced width {found.induced_width}",
+        }[name]
+        return Plan(name, why, problem.models * cost.operations / _OPERATIONS_A_SECOND, cost.bytes, True)
+    if problem.A is not None and problem.n <= 2000 and problem.models * problem.n**3 <= 1e10:
+        scale = problem.dense.detach().abs().sum((-1, -2))
+        for rank in (1, 2):
+            if all(_is_low_rank(problem.dense[k].detach(), rank, float(scale[k])) for k in range(problem.models)):
+                return Plan("low_rank", f"couplings of rank {rank} but for the diagonal", 1.0, 1e8, True)
+    return Plan(
+        "auto", "no exact method is affordable: sampling beside modes", budget_s, _cost(problem, "ais")[1], False
+    )
+
+
+def _is_low_rank(A: Tensor, rank: int, scale: float) -> bool:
+    # A glance first: the fit takes up to hundreds of eigendecompositions.
+    if _clearly_full(A, rank):
+        return False
+    return low_rank_factors(A, rank)[2] <= 1e-10 * scale
+
+
+def _clearly_full(A: Tensor, rank: int) -> bool:
+    """Whether some off-diagonal minor of size rank + 1, which no diagonal touches, is not zero."""
+    n, size = len(A), rank + 1
+    if n < 2 * size:
+        return False
+    order = A.abs().sum(0).argsort(descending=True)
+    rows, columns = order[0 : 2 * size : 2], order[1 : 2 * size : 2]
+    minor = A[rows][:, columns]
+    values = torch.linalg.svdvals(minor)
+    return bool(values[-1] > 1e-8 * values[0].clamp_min(1e-300))
+
+
+def _cost(problem: Problem, method: str) -> tuple[float, float]:
+    """Predicted (seconds, bytes) of a method, right to a small factor."""
+    n, models, edges = float(problem.n), problem.models, len(problem.edges.i)
+    dense = 8.0 * models * n * n
+    if method in _EXACT:
+        found = structure(problem)
+        cost = {
+            "exact_enumeration": found.enumeration,
+            "exact_transfer": found.transfer,
+            "exact_rbm": found.rbm,
+            "exact_elimination": found.elimination,
+        }[method]
+        # Those that do not apply say so themselves.
+        return (0.0, 0.0) if cost is None else (models * cost.operations / _OPERATIONS_A_SECOND, cost.bytes)
+    match method:
+        case "spectral" | "spectral-tilted" | "gaussian" | "tap" | "sdp_rounding" | "low_rank":
+            return models * (2e-3 + 1.2e-8 * n**3), 12 * dense
+        case "modes":
+            return models * (5e-3 + 4e-7 * n**2 + 1e-8 * n**3), 6 * dense + 8 * models * 80 * n
+        case "ais":
+            held = 12.0 * edges if problem.A is None else dense
+            return models * (2e-4 * n + 5e-5 * min(n * n, 2.0 * edges)), held + 32 * models * 500 * n
+        case "mini_bucket" | "weighted_mini_bucket":
+            return models * 1e-3 * n, 8.0 * models * 2**12 * n
+        case "belief_propagation" | "trw":
+            held = 100.0 * edges if problem.A is None else 8 * dense
+            if method == "trw" and problem.A is None:
+                held += 8 * n * n
+            return models * 1e-5 * edges, held
+        case _:
+            return models * 1e-6 * edges, dense if problem.A is not None else 100.0 * edges
+
+
+def _combined(
+    problem: Problem, given: _Given, budget_s: float, generator: torch.Generator | None
+) -> LogPartition:
+    """AIS from two starting points as long as the budget lasts, and modes, as opinions of each other."""
+    random = generator or torch.Generator().manual_seed(0)
+    small = problem.A is not None and problem.n <= 1500
+    warnings: list[str] = []
+    opinions: dict[str, Scalar] = {}
+    by_modes = modes(given, generator=random) if small else None
+    if by_modes is not None:
+        opinions["modes"] = by_modes.value
+        if problem.dense.requires_grad or problem.b.requires_grad:
+            return by_modes.with_(diagnostics={"plan": "gradients are wanted: modes", **by_modes.diagnostics})
+    runs: dict[str, Annealed] = {}
+    bases = ("uniform", "modes") if small and problem.models * problem.n <= 2000 else ("uniform",)
+    for base in bases:
+        runs[base] = _within_budget(problem, base, budget_s / len(bases), random)
+        opinions[f"ais from {base}"] = problem.give_back(runs[base].log_z + problem.const)
+    # Both are unbiased for Z, and so is their mean; weights by the errors would not be.
+    log_z = torch.logsumexp(torch.stack([run.log_z for run in runs.values()]), 0) - math.log(len(runs))
+    shares = torch.softmax(torch.stack([run.log_z for run in runs.values()]), 0)
+    errors = torch.stack([run.std_error for run in runs.values()])
+    error = (shares * errors).square().sum(0).sqrt()
+    means = sum((share[:, None] * run.means for share, run in zip(shares, runs.values(), strict=True)), start=0 * problem.b)
+    spread = _spread([np.atleast_1d(_plain(value)) for value in opinions.values()])
+    doubtful = spread > np.maximum(_DISAGREEMENT, 3 * _plain(error))
+    if doubtful.any():
+        told = ", ".join(f"{name} {float(np.atleast_1d(_plain(value))[doubtful.argmax()]):.2f}" for name, value in opinions.items())
+        which = f" for model {int(doubtful.argmax())}" if problem.batched else ""
+        warnings.append(f"independent estimators disagree by {float(spread.max()):.2f} nats{which}: {told}")
+    weak = float(torch.stack([run.effective_size for run in runs.values()]).amax(0).min())
+    if weak < 10:
+        warnings.append(f"the best sampler has only {weak:.1f} effective chains: raise budget_s")
+    return LogPartition.of(
+        problem,
+        "auto",
+        log_z.detach(),
+        std_error=error,
+        marginals=means,
+        diagnostics={
+            "plan": "no exact method is affordable: sampling beside modes",
+            "opinions": opinions,
+            "effective_chains": {name: problem.give_back(run.effective_size) for name, run in runs.items()},
+            "levels": {name: run.levels for name, run in runs.items()},
+        },
+        warnings=tuple(warnings),
+    )
+
+
+def _within_budget(problem: Problem, base: Any, seconds: float, random: torch.Generator) -> Annealed:
+    """Double the levels until the error is small, or the next round would not fit into the time."""
+    levels, spent = 50, 0.0
+    while True:
+        began = time.perf_counter()
+        run = anneal(problem, levels=levels, chains=500, base=base, generator=random)
+        took = time.perf_counter() - began
+        spent += took
+        if float(run.std_error.max()) < 0.02 or spent + 2.2 * took > seconds or levels >= 12_800:
+            return run
+        # Where there is time for much more, the rounds between would only be thrown away.
+        factor = 2 if spent + 10 * took > seconds else 4
+        levels *= factor
+
+
+def _plain(value: Scalar) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _spread(values: list[np.ndarray]) -> np.ndarray:
+    stacked = np.stack(values)
+    return stacked.max(0) - stacked.min(0)
+
+
+def _bounded(problem: Problem, result: LogPartition, generator: torch.Generator | None) -> LogPartition:
+    found = _bounds(_Given(problem), generator=generator)
+    low, high = _larger(result.lower, found.lower), _smaller(result.upper, found.upper)
+    clipped = _smaller(_larger(result.value, low), high)
+    moved = bool(np.any(_plain(clipped) != _plain(result.value)))
+    warnings = result.warnings
+    if moved:
+        warnings = (*warnings, "the estimate lay outside the certified bounds and was moved to the nearer one")
+    return result.with_(
+        value=clipped,
+        lower=low,
+        upper=high,
+        warnings=warnings,
+        diagnostics={**result.diagnostics, "bounds": {"lower": found.lower_from, "upper": found.upper_from}},
+    )
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return torch.maximum(a, b) if isinstance(a, Tensor) else np.maximum(a, b) if np.ndim(a) else max(a, b)
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    return torch.minimum(a, b) if isinstance(a, Tensor) else np.minimum(a, b) if np.ndim(a) else min(a, b)
