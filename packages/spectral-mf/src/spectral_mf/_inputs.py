@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 
-if TYPE_CHECKING:
-    from spectral_mf.result import Scalar
+__all__ = ["Convention", "Edges", "HasCouplings", "Problem", "Scalar", "as_problem"]
 
-__all__ = ["Convention", "Edges", "HasCouplings", "Problem", "as_problem", "per_model"]
+# Floats for one NumPy model, arrays (models,) for a NumPy batch, tensors for torch.
+Scalar: TypeAlias = float | np.ndarray | Tensor
 
 Convention = Literal["half", "full"]
 _SYMMETRY = 1e-8
@@ -265,7 +264,9 @@ def _sparse_problem(A: Any, b: Any, convention: Convention, symmetrize: bool) ->
     if not symmetrize and wrong.any():
         at = int(np.argmax(wrong))
         i, j = (int(c[at]) for c in gap.coords)
-        raise InputError(f"A[{i},{j}]={matrix[i, j]:g} but A[{j},{i}]={matrix[j, i]:g}; pass symmetrize=True to average")
+        raise InputError(
+            f"A[{i},{j}]={matrix[i, j]:g} but A[{j},{i}]={matrix[j, i]:g}; pass symmetrize=True to average"
+        )
     matrix = (0.5 if convention == "half" else 1.0) * (matrix + matrix.T)
     diagonal = np.asarray(matrix.diagonal(), dtype=np.float64)
     matrix = sparse.csr_array(matrix - sparse.diags_array(diagonal))
@@ -278,8 +279,3 @@ def _sparse_problem(A: Any, b: Any, convention: Convention, symmetrize: bool) ->
     _warn_huge(scale)
     const = torch.tensor([0.5 * diagonal.sum()], dtype=torch.float64)
     return Problem(None, fields[None], const, matrix, False, "torch" if isinstance(b, Tensor) else "numpy")
-
-
-def per_model(problem: Problem, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Apply `compute` to each model's (n, n) couplings and (n,) fields in turn and stack what it returns."""
-    return torch.stack([compute(problem.dense[k], problem.b[k]) for k in range(problem.models)])

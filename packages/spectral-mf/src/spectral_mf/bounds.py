@@ -1,8 +1,8 @@
 """Certified two-sided bounds of log Z: the best of several, tightened by clamping spins.
 
 Every candidate holds whatever the model: mean field at any point and the sum over any set of states from below; the SDP
-with Hölder's inequality, the log-determinant relaxation, weighted mini-buckets and tree-reweighted belief propagation from above. Summing such bounds
-over all settings of a few spins bounds log Z again, and tighter.
+with Hölder's inequality, the log-determinant relaxation, weighted mini-buckets and tree-reweighted belief propagation
+from above. Summing such bounds over all settings of a few spins bounds log Z again, and tighter.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from spectral_mf.result import Scalar, rounding_slack
 from spectral_mf.sdp import augmented, solve_diagonal
 from spectral_mf.spectral import log_det_bound, sdp_bounds
 
-__all__ = ["Bounds", "bounds", "map_bound", "states_bound"]
+__all__ = ["Bounds", "log_partition_bounds", "map_bound", "states_bound"]
 
 _DENSE_LIMIT = 1500
 _MINI_BUCKET_LIMIT = 60
-_TRW_LIMIT = 300
+_TRW_LIMIT = 60
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Bounds:
     seconds: float
 
 
-def bounds(
+def log_partition_bounds(
     A: Any,
     b: Any = None,
     *,
@@ -81,7 +81,7 @@ def bounds(
     Examples
     --------
     >>> import numpy as np
-    >>> r = bounds(np.array([[0, 1.0], [1.0, 0]]), [0.2, -0.1])
+    >>> r = log_partition_bounds(np.array([[0, 1.0], [1.0, 0]]), [0.2, -0.1])
     >>> exact = np.log(sum(np.exp(x * y + 0.2 * x - 0.1 * y) for x in (-1, 1) for y in (-1, 1)))
     >>> bool(r.lower <= exact <= r.upper)
     True
@@ -171,10 +171,8 @@ def map_bound(A: Any, b: Any = None) -> tuple[Scalar, Scalar]:
     normal = torch.randn((problem.models, sdp.factor.shape[-1], 200), generator=random, dtype=torch.float64)
     side = torch.where(sdp.factor @ normal.to(sdp.factor) >= 0, 1.0, -1.0)
     x = (side[:, :-1] * side[:, -1:]).mT.to(problem.b)
-    best: list[Tensor] = []
-    for k in range(problem.models):
-        best.append(_energies(problem, k, _climb(problem.dense[k].detach(), problem.b[k].detach(), x[k])).max())
-    lower = torch.stack(best)
+    climbed = [_climb(problem.dense[k].detach(), problem.b[k].detach(), x[k]) for k in range(problem.models)]
+    lower = torch.stack([_energies(problem, k, states).max() for k, states in enumerate(climbed)])
     const = problem.const.detach()
     return problem.give_back(lower + const), problem.give_back(upper + rounding_slack(problem, upper) + const)
 
@@ -261,7 +259,7 @@ def _strongest(problem: Problem, count: int) -> tuple[int, ...]:
 
 
 def _clamped(A: Tensor, b: Tensor, spins: tuple[int, ...]) -> tuple[Problem, Tensor]:
-    """The 2^k models that remain when the spins are fixed, and the energy among the fixed ones."""
+    """Return the 2^k models that remain when the spins are fixed, and the energy among the fixed ones."""
     n, k = len(b), len(spins)
     fixed = torch.tensor(spins, device=b.device)
     free = torch.tensor([i for i in range(n) if i not in set(spins)], device=b.device)

@@ -1,4 +1,4 @@
-"""One call for every method: :func:`log_partition` chooses, predicts the cost, bounds, and says when estimators disagree."""
+"""One call for every method: :func:`log_partition` chooses, predicts the cost, and says when estimators disagree."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from spectral_mf.baselines.exact import (
 )
 from spectral_mf.baselines.mini_bucket import mini_bucket, weighted_mini_bucket
 from spectral_mf.baselines.sdp_rounding import sdp_rounding
-from spectral_mf.bounds import bounds as _bounds
+from spectral_mf.bounds import log_partition_bounds
 from spectral_mf.low_rank import low_rank, low_rank_factors
 from spectral_mf.mean_field import mean_field
 from spectral_mf.modes import modes
 from spectral_mf.result import LogPartition, Scalar
 from spectral_mf.spectral import gaussian, spectral_mean_field
 
-__all__ = ["METHODS", "Plan", "compare", "log_partition", "plan"]
+__all__ = ["METHODS", "Plan", "compare", "log_partition", "pair_curvature", "plan"]
 
 
 def _tap(A: Any, b: Any = None) -> LogPartition:
@@ -70,6 +70,8 @@ METHODS: Mapping[str, Callable[..., LogPartition]] = MappingProxyType(
 """Every method by name, each a function ``(A, b, **options) -> LogPartition``."""
 
 _EXACT = ("exact_enumeration", "exact_transfer", "exact_rbm", "exact_elimination")
+# Exact methods that follow the graph: their gradient stops at its edges.
+_BY_EDGES = ("exact_transfer", "exact_rbm", "exact_elimination")
 # Beside the grid of a full-size run, what a laptop gives without a thought.
 _MAX_BYTES = 4e9
 _OPERATIONS_A_SECOND = 3e8
@@ -131,13 +133,13 @@ def log_partition(
 
     Parameters
     ----------
-    A : (n, n) or (models, n, n) symmetric couplings: NumPy, torch (differentiable where the method is), (n, n) SciPy sparse,
-        or an :class:`Ising`. Each pair counts once.
+    A : (n, n) or (models, n, n) symmetric couplings: NumPy, torch (differentiable where the method is), (n, n) SciPy
+        sparse, or an :class:`Ising`. Each pair counts once.
     b : (n,) or (models, n) fields
-    method : ``auto``, or a name in :data:`METHODS`. ``auto`` is exact where that is cheap: up to 25 spins, a grid up to 14
-        wide, a bipartite model with up to 20 spins on one side, induced width up to 22, couplings of rank up to 2 (but
-        for the diagonal). Else annealed importance sampling, from the uniform law and from the modes, as long as the
-        budget lasts, beside ``modes``; where gradients are wanted, ``modes``.
+    method : ``auto``, or a name in :data:`METHODS`. ``auto`` is exact where that is cheap: up to 25 spins, a grid up to
+        14 wide, a bipartite model with up to 20 spins on one side, induced width up to 22, couplings of rank up to 2
+        (but for the diagonal). Else annealed importance sampling, from the uniform law and from the modes, as long as
+        the budget lasts, beside ``modes``; where gradients are wanted, ``modes``.
     bounds : attach certified bounds and clip the value into them; None: with ``auto`` only. A method's own bounds are
         always there.
     budget_s : seconds ``auto`` may spend on sampling
@@ -149,8 +151,8 @@ def log_partition(
 
     Returns
     -------
-    LogPartition with ``value``, ``lower``, ``upper``, ``std_error``, ``warnings`` and ``diagnostics``. float32 tensors are
-    computed, and returned, in float64.
+    LogPartition with ``value``, ``lower``, ``upper``, ``std_error``, ``warnings`` and ``diagnostics``. float32 tensors
+    are computed, and returned, in float64.
 
     Raises
     ------
@@ -170,7 +172,8 @@ def log_partition(
     if chosen.bytes > max_bytes:
         raise InputError(
             f"{chosen.method} on {problem.models} model(s) of {problem.n} spins is predicted to need"
-            f" {chosen.bytes / 1e9:.3g} GB, above max_bytes = {max_bytes / 1e9:.3g} GB; choose another method or raise it"
+            f" {chosen.bytes / 1e9:.3g} GB, above max_bytes = {max_bytes / 1e9:.3g} GB;"
+            " choose another method or raise it"
         )
     handed = _Given(problem)
     if chosen.method == "auto":
@@ -179,6 +182,8 @@ def log_partition(
         result = _combined(problem, handed, budget_s, generator)
     else:
         result = _call(chosen.method, handed, generator, options)
+        if chosen.method in _BY_EDGES and problem.A is not None and problem.A.requires_grad and torch.is_grad_enabled():
+            result = _with_all_pairs(problem, chosen.method, result)
     if (bounds or (bounds is None and method == "auto")) and not chosen.exact:
         result = _bounded(problem, result, generator)
     elif method == "auto" and chosen.exact:
@@ -228,6 +233,39 @@ def compare(
     return found
 
 
+def pair_curvature(A: Tensor, b: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """Means and all second moments by differentiating log Z twice in the fields.
+
+    Parameters
+    ----------
+    A : (models, n, n) couplings
+    b : (models, n) fields
+    method : an exact method, differentiable twice in b
+
+    Returns
+    -------
+    (models, n) means and (models, n, n) moments E[x_i x_j]
+    """
+    couplings, fields = A.detach(), b.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        value = torch.as_tensor(METHODS[method](couplings, fields).value).sum()
+        (mean,) = torch.autograd.grad(value, fields, create_graph=True)
+        rows = [torch.autograd.grad(mean[:, i].sum(), fields, retain_graph=True)[0] for i in range(b.shape[1])]
+    mean = mean.detach()
+    return mean, torch.stack(rows, 1) + mean[:, :, None] * mean[:, None, :]
+
+
+def _with_all_pairs(problem: Problem, method: str, result: LogPartition) -> LogPartition:
+    """Give the same value the whole gradient, that of pairs without a coupling included."""
+    A, b = problem.dense, problem.b
+    mean, pairs = pair_curvature(A, b, method)
+    off = pairs - torch.diag_embed(pairs.diagonal(dim1=-2, dim2=-1))
+    moves = 0.5 * (off * (A - A.detach())).sum((-1, -2)) + (mean * (b - b.detach())).sum(-1)
+    moves = moves + problem.const - problem.const.detach()
+    value = torch.as_tensor(result.value).detach()
+    return result.with_(value=value + (moves if problem.batched else moves[0]))
+
+
 @dataclass(frozen=True)
 class _Given:
     """Hands a checked problem to a function of (A, b)."""
@@ -270,7 +308,10 @@ def _choose(problem: Problem, budget_s: float) -> Plan:
         and problem.models * cost.operations / _OPERATIONS_A_SECOND <= max(10.0, 4 * budget_s)
     }
     if usable:
-        name = min(usable, key=lambda key: usable[key].operations)
+        # Enumeration knows the derivative for pairs that do not interact, too.
+        small = found.n <= 20 or (found.n <= 25 and problem.A is not None and problem.A.requires_grad)
+        few = "exact_enumeration" in usable and small
+        name = "exact_enumeration" if few else min(usable, key=lambda key: usable[key].operations)
         cost = usable[name]
         why = {
             "exact_enumeration": f"{found.n} spins have few enough states to add up",
@@ -341,9 +382,7 @@ def _cost(problem: Problem, method: str) -> tuple[float, float]:
             return models * 1e-6 * edges, dense if problem.A is not None else 100.0 * edges
 
 
-def _combined(
-    problem: Problem, given: _Given, budget_s: float, generator: torch.Generator | None
-) -> LogPartition:
+def _combined(problem: Problem, given: _Given, budget_s: float, generator: torch.Generator | None) -> LogPartition:
     """AIS from two starting points as long as the budget lasts, and modes, as opinions of each other."""
     random = generator or torch.Generator().manual_seed(0)
     small = problem.A is not None and problem.n <= 1500
@@ -364,11 +403,15 @@ def _combined(
     shares = torch.softmax(torch.stack([run.log_z for run in runs.values()]), 0)
     errors = torch.stack([run.std_error for run in runs.values()])
     error = (shares * errors).square().sum(0).sqrt()
-    means = sum((share[:, None] * run.means for share, run in zip(shares, runs.values(), strict=True)), start=0 * problem.b)
+    means = sum(
+        (share[:, None] * run.means for share, run in zip(shares, runs.values(), strict=True)), start=0 * problem.b
+    )
     spread = _spread([np.atleast_1d(_plain(value)) for value in opinions.values()])
     doubtful = spread > np.maximum(_DISAGREEMENT, 3 * _plain(error))
     if doubtful.any():
-        told = ", ".join(f"{name} {float(np.atleast_1d(_plain(value))[doubtful.argmax()]):.2f}" for name, value in opinions.items())
+        told = ", ".join(
+            f"{name} {float(np.atleast_1d(_plain(value))[doubtful.argmax()]):.2f}" for name, value in opinions.items()
+        )
         which = f" for model {int(doubtful.argmax())}" if problem.batched else ""
         warnings.append(f"independent estimators disagree by {float(spread.max()):.2f} nats{which}: {told}")
     weak = float(torch.stack([run.effective_size for run in runs.values()]).amax(0).min())
@@ -415,7 +458,7 @@ def _spread(values: list[np.ndarray]) -> np.ndarray:
 
 
 def _bounded(problem: Problem, result: LogPartition, generator: torch.Generator | None) -> LogPartition:
-    found = _bounds(_Given(problem), generator=generator)
+    found = log_partition_bounds(_Given(problem), generator=generator)
     low, high = _larger(result.lower, found.lower), _smaller(result.upper, found.upper)
     clipped = _smaller(_larger(result.value, low), high)
     moved = bool(np.any(_plain(clipped) != _plain(result.value)))

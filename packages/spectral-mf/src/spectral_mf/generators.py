@@ -22,7 +22,7 @@ _Model = tuple[np.ndarray, np.ndarray]
 
 
 def generate(
-    family: str, n: int, strength: float, seed: int | np.random.Generator, **options: Any
+    family: str, n: int, strength: float | int, seed: int | np.random.Generator, **options: Any
 ) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, " n"]]:
     """Draw a model ``p(x) ∝ exp(½ xᵀAx + bᵀx)`` from a family.
 
@@ -89,7 +89,7 @@ def generate(
     return draw(n, float(strength), rng, **options)
 
 
-def oracle_instance(n: int, c: float, f: float) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, " n"]]:
+def oracle_instance(n: int, c: float | int, f: float | int) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, " n"]]:
     """Make a dense frustrated model without randomness.
 
     A_ij = c sin(1 + i + 2j + ij) for i < j, b_i = f cos(1 + 3i).
@@ -129,13 +129,13 @@ def _symmetric(n: int, i: np.ndarray, j: np.ndarray, weight: np.ndarray) -> np.n
     return A
 
 
-def _complete(n: int, strength: float, rng: np.random.Generator, *, field: float = 1.0) -> _Model:
+def _complete(n: int, strength: float, rng: np.random.Generator, *, field: float | int = 1.0) -> _Model:
     i, j = np.triu_indices(n, 1)
     A = _symmetric(n, i, j, 2 * strength * rng.uniform(-1, 1, len(i)))
     return A, field * rng.uniform(-1, 1, n)
 
 
-def _er(n: int, strength: float, rng: np.random.Generator, *, p: float = 0.5, field: float = 1.0) -> _Model:
+def _er(n: int, strength: float, rng: np.random.Generator, *, p: float | int = 0.5, field: float | int = 1.0) -> _Model:
     if not 0 < p <= 1:
         raise InputError(f"p is {p}; the probability of an edge lies above 0 and up to 1")
     i, j = np.triu_indices(n, 1)
@@ -152,7 +152,7 @@ def _grid(
     rows: int | None = None,
     cols: int | None = None,
     couplings: Literal["pm", "uniform", "ferro"] = "pm",
-    field: float = 0.1,
+    field: float | int = 0.1,
 ) -> _Model:
     if rows is None:
         side = math.isqrt(n) if cols is None else max(1, n // max(1, cols))
@@ -175,14 +175,14 @@ def _grid(
     return _symmetric(n, i, j, weight), field * rng.choice([-1.0, 1.0], n)
 
 
-def _sk(n: int, strength: float, rng: np.random.Generator, *, field: float = 0.0) -> _Model:
+def _sk(n: int, strength: float, rng: np.random.Generator, *, field: float | int = 0.0) -> _Model:
     i, j = np.triu_indices(n, 1)
     A = _symmetric(n, i, j, strength / math.sqrt(n) * rng.standard_normal(len(i)))
     return A, np.full(n, float(field))
 
 
 def _hopfield(
-    n: int, strength: float, rng: np.random.Generator, *, patterns: int | None = None, field: float = 0.0
+    n: int, strength: float, rng: np.random.Generator, *, patterns: int | None = None, field: float | int = 0.0
 ) -> _Model:
     count = max(1, n // 10) if patterns is None else patterns
     if count < 1:
@@ -204,14 +204,14 @@ def _rbm(n: int, strength: float, rng: np.random.Generator, *, hidden: int | Non
     return A, A.sum(1)
 
 
-def _ferromagnet(n: int, strength: float, rng: np.random.Generator, *, field: float = 1.0) -> _Model:
+def _ferromagnet(n: int, strength: float, rng: np.random.Generator, *, field: float | int = 1.0) -> _Model:
     if strength < 0:
         raise InputError(f"strength is {strength:g}; a ferromagnet's couplings are not negative")
     i, j = np.triu_indices(n, 1)
     return _symmetric(n, i, j, rng.uniform(0, strength, len(i))), field * rng.uniform(-1, 1, n)
 
 
-def _chain(n: int, strength: float, rng: np.random.Generator, *, field: float = 0.0) -> _Model:
+def _chain(n: int, strength: float, rng: np.random.Generator, *, field: float | int = 0.0) -> _Model:
     del rng
     i = np.arange(n - 1)
     return _symmetric(n, i, i + 1, np.full(n - 1, strength)), np.full(n, float(field))

@@ -46,15 +46,15 @@ def low_rank_log_partition(
     lam : (rank,) eigenvalues of either sign
     b : (n,) fields
     tol : accuracy in nats asked of the dynamic programme, > 0
-    engine : ``quadrature`` (accurate to rounding unless negative eigenvalues cancel), ``dp`` (the paper's, error ≤ `tol`),
-        or ``auto``: quadrature, and dp where that cancels
+    engine : ``quadrature`` (accurate to rounding unless negative eigenvalues cancel), ``dp`` (the paper's, error ≤
+        `tol`), or ``auto``: quadrature, and dp where that cancels
     zero_diagonal : leave out the diagonal of A' (a Hopfield network's couplings), which is a constant: ½ tr A'
     max_states : largest grid of ``dp``
 
     Returns
     -------
-    Value and certified bounds; ``diagnostics["error_bound"]`` is half their distance. Differentiable in V, lam and b with
-    quadrature.
+    Value and certified bounds; ``diagnostics["error_bound"]`` is half their distance. Differentiable in V, lam and b
+    with quadrature.
 
     Raises
     ------
@@ -198,7 +198,8 @@ def _checked(V: Any, lam: Any, b: Any) -> tuple[Tensor, Tensor, Tensor, Literal[
     v, eigenvalues = (torch.as_tensor(x, dtype=torch.float64) for x in (V, lam))
     if v.ndim != 2 or eigenvalues.shape != (v.shape[1],) or not len(v):
         raise InputError(
-            f"V must be (n, rank) and lam (rank,), got {tuple(v.shape)} and {tuple(eigenvalues.shape)}; V has a column a vector"
+            f"V must be (n, rank) and lam (rank,), got {tuple(v.shape)} and {tuple(eigenvalues.shape)};"
+            " V has a column a vector"
         )
     fields = v.new_zeros(len(v)) if b is None else torch.as_tensor(b, dtype=torch.float64)
     if fields.shape != (len(v),):
@@ -243,7 +244,7 @@ def _grid(v: Tensor, lam: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     nodes: list[Tensor] = []
     weights: list[Tensor] = []
     for j in range(len(lam)):
-        reach = float((lam[j].detach().abs().sqrt() * v[:, j].detach().abs().sum()))
+        reach = float(lam[j].detach().abs().sqrt() * v[:, j].detach().abs().sum())
         positive = bool(lam[j] > 0)
         step = _STEP if positive else 2 * math.pi / (reach + _REACH)
         limit = reach + _REACH if positive else _REACH
@@ -255,7 +256,7 @@ def _grid(v: Tensor, lam: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _quadrature(v: Tensor, lam: Tensor, b: Tensor) -> tuple[Tensor, float, int]:
-    """log of E_p exp(½ Σ λ y²) under the product measure with fields b, its error, and the number of nodes."""
+    """Return log E_p exp(½ Σ λ y²) under the product measure with fields b, its error, and the number of nodes."""
     nodes, weights = _grid(v, lam)
     total = math.prod(len(t) for t in nodes)
     rows, counts = torch.cat([v, b[:, None]], 1), v.new_ones(len(v))
@@ -265,8 +266,8 @@ def _quadrature(v: Tensor, lam: Tensor, b: Tensor) -> tuple[Tensor, float, int]:
     v, b = rows[:, :-1], rows[:, -1]
     if total * len(v) > _MAX_WORK:
         raise InputError(
-            f"quadrature of rank {len(lam)} would take {total:.2g} nodes x {len(v)} spins = {total * len(v):.2g} evaluations"
-            f" (limit {_MAX_WORK:.0g}); choose a lower rank"
+            f"quadrature of rank {len(lam)} would take {total:.2g} nodes x {len(v)} spins = {total * len(v):.2g}"
+            f" evaluations (limit {_MAX_WORK:.0g}); choose a lower rank"
         )
     scaled = v * lam.abs().sqrt()
     positive = lam.detach() > 0
@@ -328,9 +329,7 @@ def _moments(v: Tensor, lam: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return mean, pairs.fill_diagonal_(0.0)
 
 
-def _dynamic_programme(
-    v: Tensor, lam: Tensor, b: Tensor, tol: float, max_states: float
-) -> tuple[Tensor, float, int]:
+def _dynamic_programme(v: Tensor, lam: Tensor, b: Tensor, tol: float, max_states: float) -> tuple[Tensor, float, int]:
     """Quantise the r linear forms and convolve the spins' laws on an r-dimensional grid (spec 2.5)."""
     vectors, fields = v.cpu().numpy(), b.cpu().numpy()
     n, rank = vectors.shape
@@ -340,8 +339,9 @@ def _dynamic_programme(
     predicted = float(np.prod(2 * reach / steps + used + 1))
     if predicted > max_states:
         raise InputError(
-            f"the dynamic programme of rank {rank} would need a table of {predicted:.2g} states ({8 * predicted / 1e9:.2g} GB),"
-            f" more than max_states = {max_states:.2g}; raise tol or max_states, or lower the rank"
+            f"the dynamic programme of rank {rank} would need a table of {predicted:.2g} states "
+            f" ({8 * predicted / 1e9:.2g} GB), more than max_states = {max_states:.2g};"
+            " raise tol or max_states, or lower the rank"
         )
     w = np.rint(2 * vectors / steps).astype(np.int64)
     up, down = -np.logaddexp(0.0, -2 * fields), -np.logaddexp(0.0, 2 * fields)

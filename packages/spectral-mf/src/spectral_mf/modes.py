@@ -68,7 +68,8 @@ def modes(
     b : (n,) or (models, n) fields
     starts : starts of a round; the next round begins where the last left too much to find
     max_starts : most starts in all; ``starts`` for one round
-    tol : another round follows while modes seen just once carry a share above this of the sum and starts keep finding new ones
+    tol : another round follows while modes seen just once carry a share above this of the sum and starts keep finding
+        new ones
     merge : fixed points closer than this (largest difference of a magnetization) are one
     stability : a mode counts where the largest eigenvalue of W^½ A W^½ is below 1 minus this, W = diag(1 - m²)
     roundings : also start at signs drawn from the SDP's solution, which lie near the deepest modes; None: up to n = 400

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_mf._inputs import Problem
+from spectral_mf._inputs import Problem, Scalar
 
 __all__ = ["LogPartition", "Scalar", "rounding_slack"]
-
-# Floats for one NumPy model, arrays (models,) for a NumPy batch, tensors for torch.
-Scalar: TypeAlias = float | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)

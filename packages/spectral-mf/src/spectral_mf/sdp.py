@@ -1,8 +1,9 @@
 """The one optimisation of the method: min Σ d subject to diag(d) - C ⪰ 0, with a certificate for every d returned.
 
 It is the dual of the max-cut relaxation of Goemans and Williamson, so ½ Σ d also bounds the largest energy. Up to about
-a thousand variables a primal-dual interior-point method solves it (Helmberg, Rendl, Vanderbei, Wolkowicz, SIAM J. Optim.
-1996); beyond, coordinate ascent on a low-rank factor (the mixing method) does, followed by a shift that makes d feasible.
+a thousand variables a primal-dual interior-point method solves it (Helmberg, Rendl, Vanderbei, Wolkowicz, SIAM J.
+Optim. 1996); beyond, coordinate ascent on a low-rank factor (the mixing method) does, followed by a shift that makes d
+feasible.
 """
 
 from __future__ import annotations
@@ -207,24 +208,25 @@ def _mixing(C: Any, tol: float, max_sweeps: int, seed: int) -> _Mixed:
     rank = math.ceil(math.sqrt(2 * n)) + 1
     V = np.random.default_rng(seed).standard_normal((n, rank))
     V /= np.linalg.norm(V, axis=1, keepdims=True)
-    is_sparse = sparse.issparse(C)
-    columns, values, starts = (C.indices, C.data, C.indptr) if is_sparse else (None, None, None)
+    dense: Any = C
+    rows: Any = C if sparse.issparse(C) else None
     sweeps = 0
     value = float((V * (C @ V)).sum())
-    for sweeps in range(1, max_sweeps + 1):
+    while sweeps < max_sweeps:
+        sweeps += 1
         for i in range(n):
-            if is_sparse:
-                lo, hi = starts[i], starts[i + 1]
-                g = values[lo:hi] @ V[columns[lo:hi]]
+            if rows is not None:
+                part = slice(rows.indptr[i], rows.indptr[i + 1])
+                g = rows.data[part] @ V[rows.indices[part]]
             else:
-                g = C[i] @ V
+                g = dense[i] @ V
             length = math.sqrt(float(g @ g))
             if length > 0:
                 V[i] = g / length
         before, value = value, float((V * (C @ V)).sum())
         if value - before <= tol * max(1.0, abs(value)) / n:
             break
-    d = np.linalg.norm(C @ V, axis=1)
+    d = np.asarray(np.linalg.norm(C @ V, axis=1))
     shift = _repair(C, d)
     d = d + shift
     return _Mixed(d, V, max(float(d.sum()) - value, 0.0), shift, sweeps)
@@ -235,11 +237,12 @@ def _repair(C: Any, d: np.ndarray) -> float:
     n = len(d)
     scale = float(np.abs(d).max(initial=0.0)) + 1e-300
     if n <= _DENSE_CHECK_LIMIT:
-        M = (C.toarray() if sparse.issparse(C) else C) - np.diag(d)
-        top = float(np.linalg.eigvalsh(M)[-1])
+        held: Any = C
+        full: np.ndarray = held.toarray() if sparse.issparse(C) else held
+        top = float(np.linalg.eigvalsh(full - np.diag(d))[-1])
         return max(0.0, top) + 4 * n * _EPS * scale
-    M = sparse.csc_array(C) - sparse.diags_array(d)
-    estimate = max(0.0, float(eigsh(M, k=1, which="LA", tol=1e-6, return_eigenvectors=False)[0]))
+    gap: Any = sparse.csc_array(C) - sparse.diags_array(d)
+    estimate = max(0.0, float(eigsh(gap, k=1, which="LA", tol=1e-6, return_eigenvectors=False)[0]))
     for factor in (1e-6, 1e-4, 1e-2, 1.0):
         shift = estimate + factor * scale
         # Elimination without pivoting: positive pivots prove that the matrix is positive definite.

@@ -103,14 +103,15 @@ def spectral_mean_field(
     )
     base = _base(problem, tilt)
     value = base + 0.5 * spectrum.d.sum(-1) + found.value.reshape(models, pairs).sum(-1)
-    lower, upper = _certified(problem, spectrum, tilt, found.value.reshape(models, pairs), found.error.reshape(models, pairs))
+    log_factors, engine_error = found.value.reshape(models, pairs), found.error.reshape(models, pairs)
+    lower, upper = _certified(problem, spectrum, tilt, log_factors, engine_error)
     codes = {0: "quadrature", 1: "dp", 2: "gaussian", 3: "exact", 4: "null"}
     counts = {name: int((found.engine == code).sum()) for code, name in codes.items()}
     details: dict[str, Any] = {
         "d": problem.give_back(spectrum.d),
         "eigenvalues": problem.give_back(spectrum.lam.detach()),
         "engines": {name: count for name, count in counts.items() if count},
-        "engine_error": problem.give_back(found.error.reshape(models, pairs).sum(-1)),
+        "engine_error": problem.give_back(engine_error.sum(-1)),
         "seconds": {"diagonal": sdp_seconds, "expectations": time.perf_counter() - started - sdp_seconds},
     }
     if spectrum.sdp is not None:
@@ -195,8 +196,8 @@ def tap_diagonal(B: Tensor, *, target: float = 1.0, tol: float = 1e-10, max_iter
 
     Notes
     -----
-    Convex; Newton with gradient target - diag(S⁻¹) and Hessian S⁻¹∘S⁻¹ (spec 2.4), damped by the decrement so that every
-    step stays where S is positive definite.
+    Convex; Newton with gradient target - diag(S⁻¹) and Hessian S⁻¹∘S⁻¹ (spec 2.4), damped by the decrement so that
+    every step stays where S is positive definite.
 
     Examples
     --------
@@ -221,8 +222,8 @@ def tap_diagonal(B: Tensor, *, target: float = 1.0, tol: float = 1e-10, max_iter
 def log_det_bound(A: Any, b: Any = None) -> Tensor:
     """Certified upper bound of log Z by a Gaussian's entropy: the log-determinant relaxation.
 
-    Spins plus noise uniform on [-1, 1] have the spins' entropy plus log 2 each, and at most that of a Gaussian with their
-    covariance. Its dual holds for every d with diag(d) ≻ B:
+    Spins plus noise uniform on [-1, 1] have the spins' entropy plus log 2 each, and at most that of a Gaussian with
+    their covariance. Its dual holds for every d with diag(d) ≻ B:
 
         log Z ≤ ⅔ Σ d - ½ log det(diag(d) - B) + (N/2) log 2π - N log 2 - log 2,    N = n + 1 spins.
 
@@ -281,6 +282,8 @@ def sdp_bounds(A: Any, b: Any = None, *, tilt: bool = False) -> tuple[Tensor, Te
     problem = as_problem(A, b)
     spectrum = _spectrum(problem, "sdp", tilt, 1e-8)
     lower, upper = _certified(problem, spectrum, tilt, None, None)
+    if upper is None:
+        raise AssertionError("the SDP's diagonal leaves no positive eigenvalue")
     return lower + problem.const.detach(), upper + problem.const.detach()
 
 

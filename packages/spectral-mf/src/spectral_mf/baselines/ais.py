@@ -1,4 +1,4 @@
-"""Annealed importance sampling: an unbiased estimate of Z with a standard error (Neal, Statistics and Computing 2001)."""
+"""Annealed importance sampling: an unbiased estimate of Z with a standard error (Neal, Stat. Comput. 2001)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from shared_core.errors import InputError
@@ -19,7 +18,7 @@ from spectral_mf.modes import FoundModes, find_modes
 from spectral_mf.rank_one import log_cosh
 from spectral_mf.result import LogPartition
 
-__all__ = ["Annealed", "Base", "ais", "anneal"]
+__all__ = ["Annealed", "Base", "ais", "anneal", "gibbs"]
 
 Base = Literal["uniform", "fields", "modes"]
 _BLOCK = 64
@@ -87,16 +86,16 @@ def ais(
     b : (n,) or (models, n) fields
     levels : temperatures between the base and the model, equally spaced
     chains : independent chains, at least 2
-    base : where the chains begin. ``uniform``: the standard. ``fields``: independent spins under b. ``modes``: a mixture
-        of the mean-field modes and the uniform law, which starts the chains where a frustrated model's mass is.
+    base : where the chains begin. ``uniform``: the standard. ``fields``: independent spins under b. ``modes``: a
+        mixture of the mean-field modes and the uniform law, which starts the chains where a frustrated model's mass is.
     generator : source of randomness; None means one seeded with 0
     advance : called with the number of levels done since the last call
 
     Returns
     -------
-    The estimate with its standard error (delta method); the mean weight is unbiased for Z, its logarithm errs downwards.
-    ``diagnostics``: effective number of chains, and a lower bound that holds with 95 % probability whatever the weights
-    are (Markov's inequality). A standard error says nothing of modes that no chain has met.
+    The estimate with its standard error (delta method); the mean weight is unbiased for Z, its logarithm errs
+    downwards. ``diagnostics``: effective number of chains, and a lower bound that holds with 95 % probability whatever
+    the weights are (Markov's inequality). A standard error says nothing of modes that no chain has met.
 
     Examples
     --------
@@ -160,22 +159,34 @@ def anneal(
     return _from_product(problem, levels, chains, base == "fields", random, advance)
 
 
+def gibbs(problem: Problem, states: Tensor, sweeps: int, generator: torch.Generator) -> Tensor:
+    """Sweep states (models, n, chains) on under the model itself.
+
+    Parameters
+    ----------
+    problem : models as :func:`spectral_mf._inputs.as_problem` returns them
+    states : (models, n, chains) of -1 and 1
+    sweeps : number of sweeps over all spins
+    generator : source of randomness
+    """
+    problem = _detached(problem)
+    X, b = states.clone(), problem.b[:, :, None]
+    sweep = _Sweeper(problem)
+    for _ in range(sweeps):
+        sweep(X, _logistic(tuple(X.shape), generator, b) + b, 1.0)
+    return X
+
+
 def _detached(problem: Problem) -> Problem:
     if problem.A is None:
         return problem
-    return Problem(
-        problem.A.detach(), problem.b.detach(), problem.const.detach(), None, problem.batched, problem.kind
-    )
+    return Problem(problem.A.detach(), problem.b.detach(), problem.const.detach(), None, problem.batched, problem.kind)
 
 
 def _logistic(shape: tuple[int, ...], random: torch.Generator, like: Tensor) -> Tensor:
     """Half the logistic noise L for which sign(h + L) is +1 with probability sigmoid(2h)."""
     u = torch.rand(shape, generator=random, dtype=torch.float64, device=random.device).to(like)
     return 0.5 * torch.logit(u, eps=1e-16)
-
-
-def _signs(x: Tensor, out: Tensor) -> None:
-    torch.sign(x, out=out)
 
 
 def _from_product(
@@ -226,10 +237,8 @@ class _Sweeper:
             matrix: Any = problem.sparse
             self.full: Any = matrix
             self.sparse = [matrix[rows.numpy()] for rows in self.classes]
-        elif problem.A is None:
-            self.A = problem.dense
         else:
-            self.A = problem.A
+            self.A = problem.dense
         if self.classes is not None and self.sparse is None:
             self.rows = [self.A[:, rows] for rows in self.classes]
 
@@ -353,14 +362,15 @@ def _one_from_modes(
     m, energy = m[keep].clamp(-1 + 1e-9, 1 - 1e-9), energy[keep]
     up = torch.cat([(0.5 * (1 + m)).log(), m.new_full((1, n), -math.log(2))])
     down = torch.cat([(0.5 * (1 - m)).log(), m.new_full((1, n), -math.log(2))])
-    mixing = torch.cat([torch.log_softmax(energy, 0) + math.log(1 - _UNIFORM_SHARE), m.new_tensor([math.log(_UNIFORM_SHARE)])])
+    around = torch.log_softmax(energy, 0) + math.log(1 - _UNIFORM_SHARE)
+    mixing = torch.cat([around, m.new_tensor([math.log(_UNIFORM_SHARE)])])
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=random, dtype=torch.float64, device=random.device).to(b)
 
-    component = torch.multinomial(
-        mixing.exp().to(random.device), chains, replacement=True, generator=random
-    ).to(b.device)
+    component = torch.multinomial(mixing.exp().to(random.device), chains, replacement=True, generator=random).to(
+        b.device
+    )
     X = torch.where(uniform(chains, n) < up.exp()[component], 1.0, -1.0).to(b).T.contiguous()
     gap = up - down
     # Log density of each component, (components, chains).
@@ -376,7 +386,8 @@ def _one_from_modes(
             h = noise[i] + beta * pull
             if beta < 1:
                 rest = parts - 0.5 * gap[:, i : i + 1] * X[i]
-                lean = torch.logsumexp(rest + 0.5 * gap[:, i : i + 1], 0) - torch.logsumexp(rest - 0.5 * gap[:, i : i + 1], 0)
+                half = 0.5 * gap[:, i : i + 1]
+                lean = torch.logsumexp(rest + half, 0) - torch.logsumexp(rest - half, 0)
                 h += 0.5 * (1 - beta) * lean
             new = torch.sign(h)
             moved = new - X[i]

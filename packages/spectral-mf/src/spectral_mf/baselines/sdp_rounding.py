@@ -31,8 +31,8 @@ def sdp_rounding(
 
     Returns
     -------
-    The estimate with, as certified lower bound, the sum over the distinct rounded states, and the best energy among them
-    in ``diagnostics``. The upper bound is the SDP's, n log 2 + ½ Σ d. The mean of exp(value) is Z.
+    The estimate with, as certified lower bound, the sum over the distinct rounded states, and the best energy among
+    them in ``diagnostics``. The upper bound is the SDP's, n log 2 + ½ Σ d. The mean of exp(value) is Z.
 
     Examples
     --------
@@ -48,11 +48,12 @@ def sdp_rounding(
     couplings, fields = problem.dense.detach(), problem.b.detach()
     sdp = solve_diagonal(augmented(couplings, fields), tol=1e-6)
     n, models = problem.n, problem.models
-    draw = {"generator": random, "dtype": torch.float64, "device": random.device}
-    normal = torch.randn((models, sdp.factor.shape[-1], roundings), **draw).to(couplings)
+    size = (models, sdp.factor.shape[-1], roundings)
+    normal = torch.randn(size, generator=random, dtype=torch.float64, device=random.device).to(couplings)
     side = torch.where(sdp.factor @ normal >= 0, 1.0, -1.0)
     states = (side[:, :-1] * side[:, -1:]).mT.to(couplings)
-    others = torch.where(torch.rand((models, roundings, n), **draw) < 0.5, -1.0, 1.0).to(couplings)
+    coin = torch.rand((models, roundings, n), generator=random, dtype=torch.float64, device=random.device)
+    others = torch.where(coin < 0.5, -1.0, 1.0).to(couplings)
 
     def energy(x: Tensor) -> Tensor:
         return 0.5 * ((x @ couplings) * x).sum(-1) + (x @ fields[:, :, None])[..., 0]
