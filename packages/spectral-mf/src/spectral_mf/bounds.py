@@ -28,7 +28,7 @@ from spectral_mf.spectral import log_det_bound, sdp_bounds
 __all__ = ["Bounds", "log_partition_bounds", "map_bound", "states_bound"]
 
 _DENSE_LIMIT = 1500
-_MINI_BUCKET_LIMIT = 60
+_MINI_BUCKET_LIMIT = 100
 _TRW_LIMIT = 60
 
 

@@ -121,7 +121,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
             n=config.n,
             strengths=config.strengths,
             arms=config.arms,
-            seeds=seeds,
+            seeds=[config.seed + k for k in range(config.models)],
             advance=_noting(advance),
         )
     results += rows
@@ -133,7 +133,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
         xlabel="coupling strength",
         ylabel="mean |error| of log Z, nats",
         floor=1e-4,
-        title=f"Complete graphs of {config.n} spins, {config.seeds} each",
+        title=f"Complete graphs of {config.n} spins, {config.models} each",
     )
     notes.append("The spectral scheme is the paper's; modes, ais-modes and the bounds are this package's.")
     return Outcome(results, claims, notes)

@@ -71,8 +71,9 @@ class IsingModel(BaseEstimator):
     loss : ``pseudo``: pseudo-likelihood, fast at any size; ``likelihood``: maximum likelihood, which matches the means
         and pair moments of the data
     logz : method for log Z (``auto`` or a name in :data:`spectral_mf.estimate.METHODS`). With ``loss="likelihood"``,
-        ``auto`` fits with the exact log Z up to 20 columns and with moments from persistent Gibbs chains beyond; any
-        other must have gradients (``modes``, say, up to about 100 columns), and its own value is put in the likelihood.
+        ``auto`` fits with the exact log Z up to 20 columns and with moments from persistent Gibbs chains beyond. Any
+        other must have gradients (``modes``, say, up to about 100 columns), and its own value is put in the likelihood:
+        the fit then seeks out where it is too low, and may end below the pseudo-likelihood's.
     budget_s : seconds that ``logz="auto"`` may spend on sampling
     max_iter : most L-BFGS iterations; steps of the persistent chains, where they are used
     tol : fitting ends when the largest entry of the gradient falls below this
@@ -478,17 +479,21 @@ class IsingModel(BaseEstimator):
         seed = self._generator().initial_seed()
 
         def objective(theta: Array) -> tuple[float, Array]:
-            free = torch.tensor(theta, requires_grad=True)
-            half = torch.zeros(n, n, dtype=torch.float64).index_put((upper[0], upper[1]), free[: len(pairs)])
+            values = torch.from_numpy(theta)
+            weights, fields = (part.clone().requires_grad_() for part in (values[: len(pairs)], values[len(pairs) :]))
+            half = torch.zeros(n, n, dtype=torch.float64).index_put((upper[0], upper[1]), weights)
             if method == "modes":
                 # The same starts at every step, so that the objective is a function.
                 options["generator"] = torch.Generator().manual_seed(seed)
-            log_z = cast("Tensor", METHODS[method](half + half.T, free[len(pairs) :], **options).value)
-            if not log_z.requires_grad:
+            log_z = cast("Tensor", METHODS[method](half + half.T, fields, **options).value)
+            slopes = (
+                torch.autograd.grad(log_z, (weights, fields), allow_unused=True) if log_z.requires_grad else (None,)
+            )
+            # A sampler's value still hangs on the couplings' diagonal, but not on the fields.
+            if any(slope is None for slope in slopes):
                 raise InputError(f"logz='{method}' has no gradients to fit with: use loss='pseudo', or logz='auto'")
-            value = log_z - moments @ free + 0.5 * float(self.l2) * free @ free
-            (gradient,) = torch.autograd.grad(value, free)
-            return float(value.detach()), gradient.numpy()
+            value = float(log_z.detach()) + float((0.5 * float(self.l2) * values - moments) @ values)
+            return value, (torch.cat(cast("list[Tensor]", slopes)) - moments + float(self.l2) * values).numpy()
 
         return objective
 

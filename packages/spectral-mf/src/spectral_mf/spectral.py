@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 from spectral_mf._inputs import Problem, as_problem
-from spectral_mf.rank_one import Engine, log_cosh, log_expectation
+from spectral_mf.rank_one import Engine, log_cosh, log_expectation, quadrature_rounding
 from spectral_mf.result import LogPartition, rounding_slack
 from spectral_mf.sdp import DiagonalSDP, augmented, solve_diagonal
 
@@ -366,7 +366,10 @@ def _certified(
     weight = weight.where(lam != 0, torch.zeros_like(lam))
     scaled = torch.where(weight > 0, lam / weight.clamp_min(1e-300), torch.zeros_like(lam))
     field = problem.b.detach()[:, None, :].expand(models, pairs, -1).reshape(models * pairs, -1) if tilt else None
-    found = log_expectation(u.reshape(models * pairs, -1), scaled.reshape(-1), field)
-    factor = torch.minimum(found.value + found.error, torch.zeros_like(found.value)).reshape(models, pairs)
+    flat, eigenvalues = u.reshape(models * pairs, -1), scaled.reshape(-1)
+    found = log_expectation(flat, eigenvalues, field, engine="quadrature")
+    # A bound needs no accuracy far below rounding: what was computed, plus all that rounding can hide.
+    above = torch.logaddexp(found.value, quadrature_rounding(flat, eigenvalues).log())
+    factor = torch.minimum(above, torch.zeros_like(above)).reshape(models, pairs)
     gain = torch.minimum(gain, (weight * factor).sum(-1))
     return lower, crude + gain + rounding_slack(problem, crude)

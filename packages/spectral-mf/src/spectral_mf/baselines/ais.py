@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
 
 from shared_core.errors import InputError
@@ -22,6 +23,8 @@ __all__ = ["Annealed", "Base", "ais", "anneal", "gibbs"]
 
 Base = Literal["uniform", "fields", "modes"]
 _BLOCK = 64
+# Spins between renewals of the components' densities: 17 nats a spin at most stay within a float's 700.
+_REFRESH = 32
 # Of the mixture's mass: what keeps every state within reach of the first sweep.
 _UNIFORM_SHARE = 0.2
 
@@ -359,7 +362,7 @@ def _one_from_modes(
     n = len(b)
     # The deepest ones; a mixture of hundreds would cost more than it gives.
     keep = energy.argsort(descending=True)[:64]
-    m, energy = m[keep].clamp(-1 + 1e-9, 1 - 1e-9), energy[keep]
+    m, energy = m[keep].clamp(-1 + 1e-7, 1 - 1e-7), energy[keep]
     up = torch.cat([(0.5 * (1 + m)).log(), m.new_full((1, n), -math.log(2))])
     down = torch.cat([(0.5 * (1 - m)).log(), m.new_full((1, n), -math.log(2))])
     around = torch.log_softmax(energy, 0) + math.log(1 - _UNIFORM_SHARE)
@@ -372,27 +375,64 @@ def _one_from_modes(
         b.device
     )
     X = torch.where(uniform(chains, n) < up.exp()[component], 1.0, -1.0).to(b).T.contiguous()
-    gap = up - down
-    # Log density of each component, (components, chains).
-    parts = mixing[:, None] + 0.5 * ((up + down).sum(1)[:, None] + gap @ X)
+    log_weight, states = _sweep_from_mixture(
+        A.cpu().numpy(),
+        b.cpu().numpy(),
+        X.cpu().numpy(),
+        (up.cpu().numpy(), down.cpu().numpy(), mixing.cpu().numpy()),
+        levels,
+        lambda: uniform(n, chains).cpu().numpy(),
+    )
+    return Annealed(torch.from_numpy(log_weight).to(b)[None], torch.from_numpy(states).to(b)[None], levels)
+
+
+def _sweep_from_mixture(
+    A: np.ndarray,
+    b: np.ndarray,
+    X: np.ndarray,
+    mixture: tuple[np.ndarray, np.ndarray, np.ndarray],
+    levels: int,
+    uniform: Callable[[], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Anneal states (n, chains) from a mixture of product laws to the model, spin by spin.
+
+    NumPy, because thousands of steps on a few hundred numbers each are all overhead in torch.
+    """
+    up, down, mixing = mixture
+    n, chains = X.shape
+    gap, bottom = up - down, (up + down).sum(1)
+    # For each spin: what the densities add up to as they are, with it lifted, and with it lowered.
+    totals = np.stack([np.ones_like(gap), np.exp(gap), np.exp(-gap)]).transpose(2, 1, 0).copy()
     energies = 0.5 * (X * (A @ X)).sum(0) + b @ X
-    log_weight = torch.zeros(chains, dtype=b.dtype, device=b.device)
+    log_weight = np.zeros(chains)
     for level in range(1, levels + 1):
-        log_weight += (energies - torch.logsumexp(parts, 0)) / levels
+        # Log density of each component, (chains, components).
+        parts = mixing + 0.5 * (bottom + X.T @ gap.T)
+        top = parts.max(1, keepdims=True)
+        share = np.exp(parts - top)
+        log_weight += (energies - top[:, 0] - np.log(share.sum(1))) / levels
         beta = level / levels
-        noise = 0.5 * torch.logit(uniform(n, chains), eps=1e-16)
+        noise = 0.5 * special.logit(np.clip(uniform(), 1e-16, 1 - 1e-16))
         for i in range(n):
-            pull = torch.addmv(b[i].expand(chains), X.T, A[i])
-            h = noise[i] + beta * pull
+            pull = A[i] @ X
+            pull += b[i]
+            h = beta * pull
+            h += noise[i]
+            before = X[i] > 0
             if beta < 1:
-                rest = parts - 0.5 * gap[:, i : i + 1] * X[i]
-                half = 0.5 * gap[:, i : i + 1]
-                lean = torch.logsumexp(rest + half, 0) - torch.logsumexp(rest - half, 0)
-                h += 0.5 * (1 - beta) * lean
-            new = torch.sign(h)
-            moved = new - X[i]
-            energies += moved * pull
+                if i and i % _REFRESH == 0:
+                    # Between two of these a density changes by less than what a float holds.
+                    share = np.exp(parts - parts.max(1, keepdims=True))
+                total, lifted, lowered = (share @ totals[i]).T
+                ratio = np.where(before, total / lowered, lifted / total)
+                h += 0.5 * (1 - beta) * np.log(ratio)
+            flipped = np.flatnonzero((h > 0) != before)
+            if not len(flipped):
+                continue
+            moved = np.where(before[flipped], -2.0, 2.0)
+            energies[flipped] += moved * pull[flipped]
+            X[i, flipped] += moved
             if beta < 1:
-                parts += 0.5 * gap[:, i : i + 1] * moved
-            X[i] = new
-    return Annealed(log_weight[None], X[None], levels)
+                share[flipped] *= np.where((moved > 0)[:, None], totals[i, :, 1], totals[i, :, 2])
+                parts[flipped] += 0.5 * moved[:, None] * gap[:, i]
+    return log_weight, X
