@@ -59,13 +59,16 @@ class ModelOptions(CommandConfig):
 def _read(path: Path, config: ModelOptions) -> Ising:
     from spectral_mf.model import Ising
 
-    return Ising.from_file(
-        path,
-        evidence=config.evidence,
-        floor=config.floor,
-        fields=config.fields,
-        index=config.index or None,
-    )
+    return Ising.from_file(path, **_reading(config))
+
+
+def _reading(config: ModelOptions) -> dict[str, Any]:
+    return {
+        "evidence": config.evidence,
+        "floor": config.floor,
+        "fields": config.fields,
+        "index": config.index or None,
+    }
 
 
 # ---- demo and compare
@@ -74,9 +77,8 @@ def _read(path: Path, config: ModelOptions) -> Ising:
 class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
-    seeds: int = Field(
-        3, ge=1, description="repetitions: training parts of the real models, drawn models of each strength"
-    )
+    seeds: int = Field(3, ge=1, description="repetitions of the real models: different training parts")
+    models: int = Field(12, ge=1, description="drawn models of each strength")
     n: int = Field(16, ge=4, le=22, description="spins of the drawn models")
     arms: tuple[str, ...] = Field(_ARMS, description="methods")
     real: tuple[str, ...] = Field(("digits20", "digits-rbm"), description="models fitted to real data")
@@ -420,23 +422,24 @@ def marginals(config: MarginalsConfig, session: Session) -> Outcome:
     import numpy as np
 
     from shared_core.runs import atomic_path
-    from spectral_mf.formats import write_mar
+    from spectral_mf.formats import read_model, write_mar
+    from spectral_mf.model import Ising
     from spectral_mf.moments import marginals as means_of
     from spectral_mf.moments import pair_moments
     from spectral_mf.plots import plot_marginals
 
-    model = _read(config.model, config)
+    arrays = read_model(config.model, **_reading(config))
+    model = Ising(arrays.A, arrays.b, arrays.const)
     random = _generator(session, config.seed)
     means = np.asarray(means_of(model, method=config.method, generator=random))
-    arrays = {"means": means}
+    computed = {"means": means}
     if config.pairs:
-        arrays["pairs"] = np.asarray(pair_moments(model, method=config.method, generator=random))
+        computed["pairs"] = np.asarray(pair_moments(model, method=config.method, generator=random))
     with atomic_path(session.run.artifact("marginals.npz")) as temporary:
-        np.savez(temporary, allow_pickle=False, **arrays)
+        np.savez(temporary, allow_pickle=False, **computed)
     lines = ["spin,mean,probability_up", *(f"{i},{m:.10g},{(1 + m) / 2:.10g}" for i, m in enumerate(means))]
     _write_text(session, "marginals.csv", lines)
-    up = (1 + means) / 2
-    write_mar(session.run.artifact(f"{config.model.stem}.MAR"), np.stack([1 - up, up], 1))
+    write_mar(session.run.artifact(f"{config.model.stem}.MAR"), (1 + means) / 2, evidence=arrays.evidence)
     plot_marginals(session.run.artifact("marginals.png"), {config.method: means})
     shown = ", ".join(f"{m:.4f}" for m in means[:10])
     return Outcome(notes=[f"{model.n} means: {shown}{', ...' if model.n > 10 else ''}"])
@@ -568,9 +571,7 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     from spectral_mf.formats import read_model, read_spins
     from spectral_mf.model import Ising
 
-    arrays = read_model(
-        config.model, evidence=config.evidence, floor=config.floor, fields=config.fields, index=config.index or None
-    )
+    arrays = read_model(config.model, **_reading(config))
     X = _complete(read_spins(config.data, coding=config.coding), config.data)
     random = _generator(session, config.seed)
     if arrays.rbm is not None:

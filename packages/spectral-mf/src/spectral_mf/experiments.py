@@ -166,11 +166,11 @@ def compare_families(
         for strength in strengths:
             place = f"{family}/{n}/{strength:g}/{list(seeds)}/{sorted((options or {}).items())}"
             A, b = _instances(family, n, strength, seeds, options or {})
-            truth = run.once(f"{place}/truth", lambda A=A, b=b: _truth(A, b, seeds[0], 5.0))
-            if not truth["exact"]:
+            if not plan(A, b).exact:
                 raise InputError(
                     f"{family} with n = {n} has no affordable exact log Z; lower --n (25 or less is always exact)"
                 )
+            truth = run.once(f"{place}/truth", lambda A=A, b=b: _truth(A, b, seeds[0], 5.0))
             for arm in arms:
                 cell: Cell = run.once(
                     f"{place}/{arm}",

@@ -234,7 +234,8 @@ class Ising:
         x : (n,) or (states, n) of -1 and 1; for a batch of models (models, states, n)
         """
         problem = self._problem
-        states = torch.as_tensor(x, dtype=torch.float64, device=problem.b.device)
+        held = x if isinstance(x, Tensor) else np.array(x, dtype=np.float64)
+        states = torch.as_tensor(held, dtype=torch.float64, device=problem.b.device)
         if states.shape[-1] != self.n:
             raise InputError(f"a state has n = {self.n} spins, got {states.shape[-1]}")
         if not bool((states.detach().abs() == 1).all()):

@@ -169,6 +169,7 @@ def _search(
     symmetric = bool((problem.b.detach() == 0).all())
     active = torch.arange(problem.models, device=device)
     ended: list[FoundModes] = []
+    weights: list[Tensor] = []
     starts_used, converged, unseen_all = (problem.b.new_zeros(problem.models) for _ in range(3))
     known: FoundModes | None = None
     rounds, used = 0, 0
@@ -191,6 +192,7 @@ def _search(
         starts_used[active], converged[active] = known.starts.to(total), known.converged
         unseen_all[active] = unseen
         ended.append(_of_models(known, finished, active))
+        weights.append(log_weight[finished[known.model]].detach())
         known = _of_models(known, ~finished, (~finished).long().cumsum(0) - 1)
         active = active[~finished]
     merged = FoundModes(
@@ -201,7 +203,7 @@ def _search(
         starts_used,
         converged,
     )
-    return merged, _corrected(problem, merged, merged.m, stability).detach(), unseen_all, rounds
+    return merged, torch.cat(weights), unseen_all, rounds
 
 
 def _of_models(found: FoundModes, chosen: Tensor, names: Tensor) -> FoundModes:

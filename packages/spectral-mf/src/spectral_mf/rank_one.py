@@ -32,7 +32,7 @@ _EXACT_SUPPORT = 20
 # Doubles of one block: what a core's cache holds, as blocks in memory take four times as long.
 _CHUNK = 2**18
 # What a fallback may cost where the requested tolerance would need more.
-_FALLBACK_STATES = 400_000
+_FALLBACK_STATES = 4e5
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,9 @@ def _cosines(step: Tensor, w: Tensor, count: int) -> Tensor:
     few = math.isqrt(count - 1) + 1
     small = (step[:, None] * torch.arange(few, dtype=w.dtype, device=w.device))[:, :, None] * w[:, None]
     blocks = -(-count // few)
-    large = (step[:, None] * torch.arange(0, few * blocks, few, dtype=w.dtype, device=w.device))[:, :, None] * w[:, None]
+    large = (step[:, None] * torch.arange(0, few * blocks, few, dtype=w.dtype, device=w.device))[:, :, None] * w[
+        :, None
+    ]
     both = torch.cos(large)[:, :, None] * torch.cos(small)[:, None]
     both = torch.addcmul(both, torch.sin(large)[:, :, None], torch.sin(small)[:, None], value=-1)
     return both.reshape(pairs, few * blocks, n)[:, :count]

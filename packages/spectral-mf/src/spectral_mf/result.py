@@ -62,7 +62,9 @@ class LogPartition:
         `lower` and `upper` must have their rounding errors in them already (see :func:`rounding_slack`).
         """
         infinite = torch.full_like(value.detach(), math.inf)
-        give, const = problem.give_back, problem.const
+        give = problem.give_back
+        # A value that no gradient flows through shall not seem to have one by way of the trace.
+        const = problem.const if value.requires_grad else problem.const.detach()
         return cls(
             value=give(value + const),
             lower=give((-infinite if lower is None else lower.detach()) + const.detach()),

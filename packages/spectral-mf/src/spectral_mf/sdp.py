@@ -115,8 +115,11 @@ def solve_diagonal(
         matrices, device = [C], torch.device("cpu")
     solved = [_mixing(matrix, tol, max_iterations or 1000, seed) for matrix in matrices]
     stack = [torch.from_numpy(np.stack([getattr(s, name) for s in solved])).to(device) for name in ("d", "V")]
-    gap, shift = (torch.tensor([getattr(s, name) for s in solved], device=device) for name in ("gap", "shift"))
-    return DiagonalSDP(stack[0], stack[1], gap.double(), shift.double(), max(s.sweeps for s in solved), "mixing")
+    gap, shift = (
+        torch.tensor([getattr(s, name) for s in solved], dtype=torch.float64, device=device)
+        for name in ("gap", "shift")
+    )
+    return DiagonalSDP(stack[0], stack[1], gap, shift, max(s.sweeps for s in solved), "mixing")
 
 
 def _interior(C: Tensor, tol: float, max_iterations: int) -> DiagonalSDP:
