@@ -3,7 +3,7 @@
     python benchmarks/race_batch.py [--models 1000] [--loop 50] [--threads 1 2] [--json]
 
 Complete models of 20 spins, couplings uniform in ±2, fields in ±1. The loop runs over the first ``--loop`` models, and
-is scaled; each clock is the best of ``--repeats``, after a warm-up call. Methods over 50 ms a model take part with fewer
+is scaled; each clock is the best of ``--repeats``, after a warm-up call. AIS takes part with fewer
 models (the column says). With two threads on two cores that others use too, threads wait for each other: set
 ``OMP_WAIT_POLICY=passive`` or believe the figures of one thread.
 """

@@ -338,15 +338,16 @@ def _is_low_rank(A: Tensor, rank: int, scale: float) -> bool:
 
 
 def _clearly_full(A: Tensor, rank: int) -> bool:
-    """Whether some off-diagonal minor of size rank + 1, which no diagonal touches, is not zero."""
-    n, size = len(A), rank + 1
-    if n < 2 * size:
+    """Whether the couplings between two halves of the spins, which no diagonal touches, have a higher rank."""
+    n = len(A)
+    if n < 2 * (rank + 1):
         return False
-    order = A.abs().sum(0).argsort(descending=True)
-    rows, columns = order[0 : 2 * size : 2], order[1 : 2 * size : 2]
-    minor = A[rows][:, columns]
-    values = torch.linalg.svdvals(minor)
-    return bool(values[-1] > 1e-8 * values[0].clamp_min(1e-300))
+    random = torch.Generator().manual_seed(0)
+    order = torch.randperm(n, generator=random).to(A.device)
+    block = A[order[: n // 2]][:, order[n // 2 :]]
+    sketch = torch.randn(rank + 4, len(block), generator=random, dtype=torch.float64).to(A) @ block
+    values = torch.linalg.svdvals(sketch)
+    return len(values) > rank and bool(values[rank] > 1e-8 * values[0].clamp_min(1e-300))
 
 
 def _cost(problem: Problem, method: str) -> tuple[float, float]:

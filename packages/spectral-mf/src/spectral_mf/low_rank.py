@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,8 @@ Engine = Literal["auto", "quadrature", "dp"]
 _REACH, _STEP = 9.0, 0.7
 _CHUNK = 2**22
 _MAX_WORK = 2e10
+# Below this share of the terms' absolute sum, what is left of it has lost half its digits.
+_CANCELLED = 1e-8
 
 
 def low_rank_log_partition(
@@ -110,7 +113,14 @@ def low_rank(
 
     Returns
     -------
-    Value and bounds. Differentiable in A and b: the gradients are the model's exact pair moments and means.
+    Value and bounds. Differentiable in A and b: the gradients are the exact pair moments and means of the couplings
+    found.
+
+    Raises
+    ------
+    InputError
+        When `rank` is below 1, the predicted work or memory is beyond the limits, or a gradient is wanted where the
+        quadrature cancels.
 
     Examples
     --------
@@ -119,6 +129,8 @@ def low_rank(
     7.994567142
     """
     started = time.perf_counter()
+    if rank < 1:
+        raise InputError(f"rank must be at least 1, got {rank}")
     problem = as_problem(A, b)
     values: list[Tensor] = []
     errors: list[float] = []
@@ -272,22 +284,18 @@ def _quadrature(v: Tensor, lam: Tensor, b: Tensor) -> tuple[Tensor, float, int]:
     scaled = v * lam.abs().sqrt()
     positive = lam.detach() > 0
     base = log_cosh(b)
-    grid = torch.cartesian_prod(*nodes).reshape(total, len(lam)) if len(lam) > 1 else nodes[0][:, None]
-    log_weight = weights[0]
-    for w in weights[1:]:
-        log_weight = (log_weight[:, None] + w).reshape(-1)
-    per_chunk = max(1, _CHUNK // len(v))
+    blocks = _blocks(nodes, weights, max(1, _CHUNK // len(v)))
     if bool(positive.all()):
         parts = [
             torch.logsumexp(w + (log_cosh(b + t @ scaled.T) - base) @ counts, 0)
-            for t, w in zip(grid.split(per_chunk), log_weight.split(per_chunk), strict=True)
+            for t, w in blocks
         ]
         value = torch.logsumexp(torch.stack(parts), 0)
         return value, 1e-14 * (1 + abs(float(value.detach()))), total
     tops: list[Tensor] = []
     sums: list[Tensor] = []
     sizes: list[Tensor] = []
-    for t, w in zip(grid.split(per_chunk), log_weight.split(per_chunk), strict=True):
+    for t, w in blocks:
         real = b + (t * positive) @ scaled.T
         angle = (t * ~positive) @ scaled.T
         # log cosh(r + ia) - log cosh(b) = log[cosh r cos a + i sinh r sin a], with the growth |r| taken out.
@@ -309,24 +317,45 @@ def _quadrature(v: Tensor, lam: Tensor, b: Tensor) -> tuple[Tensor, float, int]:
     return top + signed.log(), error + 1e-14 * (1 + abs(float(top))), total
 
 
+def _blocks(nodes: list[Tensor], weights: list[Tensor], per_block: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Points (block, rank) and log-weights (block,) of the tensor grid, block by block: it may not fit into memory."""
+    total = math.prod(len(t) for t in nodes)
+    for first in range(0, total, per_block):
+        index = torch.arange(first, min(total, first + per_block), device=nodes[0].device)
+        points: list[Tensor] = []
+        log_weight = nodes[0].new_zeros(len(index))
+        for t, w in zip(nodes, weights, strict=True):
+            at = index % len(t)
+            index = index // len(t)
+            points.append(t[at])
+            log_weight = log_weight + w[at]
+        yield torch.stack(points, 1), log_weight
+
+
 def _moments(v: Tensor, lam: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Means (n,) and off-diagonal pair moments (n, n) by quadrature: given the nodes, spins are independent."""
-    nodes, weights = _grid(v, lam)
-    grid = torch.cartesian_prod(*nodes).reshape(-1, len(lam)) if len(lam) > 1 else nodes[0][:, None]
-    log_weight = weights[0]
-    for w in weights[1:]:
-        log_weight = (log_weight[:, None] + w).reshape(-1)
+    n = len(v)
+    mean, pairs, total, size, top = v.new_zeros(n), v.new_zeros(n, n), 0.0, 0.0, -math.inf
     scaled, positive = v * lam.abs().sqrt(), lam > 0
-    z = torch.complex(b + (grid * positive) @ scaled.T, (grid * ~positive) @ scaled.T)
-    # log cosh z for complex z, Re z's growth taken out.
-    turned = torch.where(z.real < 0, -z, z)
-    log_terms = log_weight + (turned + torch.log1p(torch.exp(-2 * turned))).sum(1)
-    weight = torch.exp(log_terms - log_terms.real.max())
-    total = weight.sum().real
-    local = torch.tanh(z)
-    mean = (weight @ local).real / total
-    pairs = ((local * weight[:, None]).mT @ local).real / total
-    return mean, pairs.fill_diagonal_(0.0)
+    for t, w in _blocks(*_grid(v, lam), max(1, _CHUNK // n)):
+        z = torch.complex(b + (t * positive) @ scaled.T, (t * ~positive) @ scaled.T)
+        # log cosh z for complex z, Re z's growth taken out.
+        turned = torch.where(z.real < 0, -z, z)
+        log_terms = w + (turned + torch.log1p(torch.exp(-2 * turned))).sum(1)
+        higher = max(top, float(log_terms.real.max()))
+        shrunk, top = math.exp(top - higher), higher
+        weight = torch.exp(log_terms - top)
+        local = torch.tanh(z)
+        mean = shrunk * mean + (weight @ local).real
+        pairs = shrunk * pairs + ((local * weight[:, None]).mT @ local).real
+        total = shrunk * total + float(weight.sum().real)
+        size = shrunk * size + float(weight.abs().sum())
+    if not total > _CANCELLED * size:
+        raise InputError(
+            "the gradients of a low-rank log Z come by quadrature, which cancels for eigenvalues this negative;"
+            " detach A and b, or choose an exact method"
+        )
+    return mean / total, (pairs / total).fill_diagonal_(0.0)
 
 
 def _dynamic_programme(v: Tensor, lam: Tensor, b: Tensor, tol: float, max_states: float) -> tuple[Tensor, float, int]:

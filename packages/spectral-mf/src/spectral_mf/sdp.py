@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.sparse.linalg import eigsh, splu
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh, splu
 from torch import Tensor
 
 from shared_core.errors import InputError
@@ -208,6 +208,9 @@ class _Mixed:
 
 def _mixing(C: Any, tol: float, max_sweeps: int, seed: int) -> _Mixed:
     n = C.shape[0]
+    # Scale-free, as the interior-point method is: the stop rule does not know the user's units.
+    scale = max(float(abs(C).max()), float(np.finfo(np.float64).tiny))
+    C = C / scale
     rank = math.ceil(math.sqrt(2 * n)) + 1
     V = np.random.default_rng(seed).standard_normal((n, rank))
     V /= np.linalg.norm(V, axis=1, keepdims=True)
@@ -232,7 +235,7 @@ def _mixing(C: Any, tol: float, max_sweeps: int, seed: int) -> _Mixed:
     d = np.asarray(np.linalg.norm(C @ V, axis=1))
     shift = _repair(C, d)
     d = d + shift
-    return _Mixed(d, V, max(float(d.sum()) - value, 0.0), shift, sweeps)
+    return _Mixed(scale * d, V, scale * max(float(d.sum()) - value, 0.0), scale * shift, sweeps)
 
 
 def _repair(C: Any, d: np.ndarray) -> float:
@@ -245,7 +248,13 @@ def _repair(C: Any, d: np.ndarray) -> float:
         top = float(np.linalg.eigvalsh(full - np.diag(d))[-1])
         return max(0.0, top) + 4 * n * _EPS * scale
     gap: Any = sparse.csc_array(C) - sparse.diags_array(d)
-    estimate = max(0.0, float(eigsh(gap, k=1, which="LA", tol=1e-6, return_eigenvectors=False)[0]))
+    start = np.random.default_rng(0).standard_normal(n)
+    try:
+        largest = float(eigsh(gap, k=1, which="LA", tol=1e-6, v0=start, return_eigenvectors=False)[0])
+    except ArpackNoConvergence:
+        # The trials below certify whatever shift they end with.
+        largest = 0.0
+    estimate = max(0.0, largest)
     for factor in (1e-6, 1e-4, 1e-2, 1.0):
         shift = estimate + factor * scale
         # Elimination without pivoting: positive pivots prove that the matrix is positive definite.
