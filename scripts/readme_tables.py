@@ -1,7 +1,7 @@
 """Fill the tables of a README from docs/results, so that no figure in it was typed by hand.
 
 A place in the README is marked by a comment: ``<!-- results: PACKAGE/NAME.json [metric=..] [dataset=..] -->`` up to
-``<!-- end -->``. With ``--check`` nothing is written and the exit status says whether all tables are up to date.
+``<!-- end -->``. ``layout=matrix`` makes a row a method and a column a data set. With ``--check`` nothing is written and the exit status says whether all tables are up to date.
 """
 
 from __future__ import annotations
@@ -36,11 +36,37 @@ def table(summary: dict, wanted: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def matrix(summary: dict, wanted: dict[str, str]) -> str:
+    rows = [row for row in summary["results"] if all(row[key] == value for key, value in wanted.items())]
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    words = [name.split() for name in datasets]
+    shared = 0
+    while len(words) > 1 and all(len(w) > shared + 1 and w[shared] == words[0][shared] for w in words):
+        shared += 1
+    heads = [" ".join(w[shared:]) for w in words]
+    cells = {(row["method"], row["dataset"]): row for row in rows}
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line = [method]
+        for name in datasets:
+            row = cells.get((method, name))
+            if row is None:
+                line.append("")
+                continue
+            column = [cells[key] for key in cells if key[1] == name]
+            best = (min if row["better"] == "lower" else max)(other["mean"] for other in column)
+            mean = f"**{row['mean']:.3f}**" if row["mean"] == best else f"{row['mean']:.3f}"
+            line.append(mean if row["high"] is None else f"{mean} ± {row['high'] - row['mean']:.3f}")
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def fill(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         summary = json.loads((ROOT / "docs/results" / match[2]).read_text(encoding="utf-8"))
         wanted = dict(pair.split("=", 1) for pair in match[3].split())
-        return match[1] + table(summary, wanted) + match[4]
+        draw = matrix if wanted.pop("layout", None) == "matrix" else table
+        return match[1] + draw(summary, wanted) + match[4]
 
     return PLACE.sub(replace, text)
 

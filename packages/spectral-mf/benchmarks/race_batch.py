@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from spectral_mf.estimate import log_partition
 
@@ -88,6 +89,8 @@ def main() -> None:
     results: list[Result] = []
     for threads in options.threads:
         torch.set_num_threads(threads)
+        # NumPy's BLAS has threads of its own.
+        threadpool_limits(threads)
         for method in options.methods:
             r = race(method, A, b, options.loop, options.repeats)
             results.append(r)

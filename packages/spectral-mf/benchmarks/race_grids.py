@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from shared_core.errors import InputError
 from spectral_mf.estimate import log_partition
@@ -179,6 +180,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    # NumPy's BLAS has threads of its own.
+    threadpool_limits(options.threads)
     warnings.simplefilter("ignore")
     if "quimb" not in options.without:
         importlib.import_module("quimb.tensor")  # before any clock

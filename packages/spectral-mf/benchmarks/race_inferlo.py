@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from spectral_mf.estimate import log_partition
 
@@ -231,6 +232,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    # NumPy's BLAS has threads of its own.
+    threadpool_limits(1)
     warnings.simplefilter("ignore")
     random.seed(options.seed)
     np.random.seed(options.seed)  # noqa: NPY002 - InferLO draws from it

@@ -50,12 +50,15 @@ def peak_mb() -> float:
 def one(family: str, n: int, method: str, threads: int) -> Result:
     """What the child process does."""
     import torch
+    from threadpoolctl import threadpool_limits
 
     from spectral_mf.bounds import log_partition_bounds
     from spectral_mf.estimate import log_partition
     from spectral_mf.generators import generate
 
     torch.set_num_threads(threads)
+    # NumPy's BLAS has threads of its own.
+    threadpool_limits(threads)
     warnings.simplefilter("ignore")
     name, strength, options = FAMILIES[family]
     A, b = generate(name, n, strength, 0, **options)

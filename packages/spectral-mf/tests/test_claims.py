@@ -118,8 +118,8 @@ def test_6_grids_of_one_sign_belong_to_belief_propagation(strength):
 @pytest.mark.parametrize("field", [0.1, 1.0])
 @pytest.mark.parametrize("strength", [0.1, 0.25, 0.5, 1])
 def test_6_grids_with_either_sign_belong_to_sampling(strength, field):
-    # Specification: belief propagation within 1.5 everywhere. Not so with couplings of both signs: from strength 1 on it
-    # may not converge, and is then off by up to tens of nats.
+    # Specification: belief propagation within 1.5 everywhere. Not so with couplings of both signs: from strength 1 on
+    # it may not converge, and is then off by up to tens of nats.
     assert worst_on_grid("ais", strength, field, "pm") < 1.0
     assert worst_on_grid("spectral", strength, field, "pm") > 1.0
     if strength <= 0.5:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from spectral_mf.generators import generate as generate
     from spectral_mf.learn import IsingModel as IsingModel
     from spectral_mf.low_rank import low_rank_log_partition as low_rank_log_partition
+    from spectral_mf.mode_sum import modes as modes
     from spectral_mf.model import Ising as Ising
     from spectral_mf.moments import marginals as marginals
     from spectral_mf.moments import pair_moments as pair_moments
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from spectral_mf.sdp import solve_diagonal as solve_diagonal
     from spectral_mf.spectral import gaussian as gaussian
     from spectral_mf.spectral import spectral_mean_field as spectral_mean_field
+    from spectral_mf.variational import mean_field as mean_field
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -61,13 +63,13 @@ __getattr__, __dir__, __all__ = attach(
         "generators": ["generate"],
         "learn": ["IsingModel"],
         "low_rank": ["low_rank_log_partition"],
-        "mean_field": [],
+        "mode_sum": ["modes"],
         "model": ["Ising"],
-        "modes": [],
         "moments": ["marginals", "pair_moments", "sample"],
         "rbm": ["RBM", "rbm_log_likelihood"],
         "result": ["LogPartition"],
         "sdp": ["solve_diagonal"],
         "spectral": ["gaussian", "spectral_mean_field"],
+        "variational": ["mean_field"],
     },
 )

@@ -20,7 +20,8 @@ from shared_core.errors import InputError
 from spectral_mf._inputs import Problem, as_problem
 from spectral_mf.baselines.belief_propagation import trw
 from spectral_mf.baselines.mini_bucket import weighted_mini_bucket
-from spectral_mf.modes import FoundModes, find_modes
+from spectral_mf.mode_sum import FoundModes, find_modes
+from spectral_mf.rank_one import log_cosh
 from spectral_mf.result import Scalar, rounding_slack
 from spectral_mf.sdp import augmented, solve_diagonal
 from spectral_mf.spectral import log_det_bound, sdp_bounds
@@ -223,7 +224,7 @@ def _candidates(problem: Problem, starts: int, random: torch.Generator) -> dict[
     else:
         matrix: Any = problem.sparse if problem.A is None else None
         diagonal = solve_diagonal(matrix if matrix is not None else problem.dense.detach())
-        crude = n * math.log(2) + torch.log(torch.cosh(problem.b.detach())).sum(-1) + 0.5 * diagonal.d.sum(-1)
+        crude = n * math.log(2) + log_cosh(problem.b.detach()).sum(-1) + 0.5 * diagonal.d.sum(-1)
         result["sdp (upper)"] = crude + rounding_slack(problem, crude)
     edges = len(problem.edges.i)
     if n <= _MINI_BUCKET_LIMIT or edges <= 4 * n <= 40_000:

@@ -30,10 +30,10 @@ from spectral_mf.baselines.mini_bucket import mini_bucket, weighted_mini_bucket
 from spectral_mf.baselines.sdp_rounding import sdp_rounding
 from spectral_mf.bounds import log_partition_bounds
 from spectral_mf.low_rank import low_rank, low_rank_factors
-from spectral_mf.mean_field import mean_field
-from spectral_mf.modes import modes
+from spectral_mf.mode_sum import modes
 from spectral_mf.result import LogPartition, Scalar
 from spectral_mf.spectral import gaussian, spectral_mean_field
+from spectral_mf.variational import mean_field
 
 __all__ = ["METHODS", "Plan", "compare", "log_partition", "pair_curvature", "plan"]
 
@@ -137,7 +137,7 @@ def log_partition(
         sparse, or an :class:`Ising`. Each pair counts once.
     b : (n,) or (models, n) fields
     method : ``auto``, or a name in :data:`METHODS`. ``auto`` is exact where that is cheap: up to 25 spins, a grid up to
-        14 wide, a bipartite model with up to 20 spins on one side, induced width up to 22, couplings of rank up to 2
+        20 wide, a bipartite model with up to 20 spins on one side, induced width up to 22, couplings of rank up to 2
         (but for the diagonal). Else annealed importance sampling, from the uniform law and from the modes, as long as
         the budget lasts, beside ``modes``; where gradients are wanted, ``modes``.
     bounds : attach certified bounds and clip the value into them; None: with ``auto`` only. A method's own bounds are
@@ -295,7 +295,7 @@ def _plan(problem: Problem, method: str, budget_s: float) -> Plan:
 def _choose(problem: Problem, budget_s: float) -> Plan:
     found = structure(problem)
     names = {"exact_enumeration": found.enumeration if found.n <= 25 else None, "exact_transfer": None}
-    if found.transfer is not None and found.grid is not None and min(found.grid) <= 14:
+    if found.transfer is not None and found.grid is not None and min(found.grid) <= 20:
         names["exact_transfer"] = found.transfer
     names["exact_rbm"] = found.rbm if found.rbm is not None and found.rbm.size <= 20 else None
     small = found.elimination is not None and found.induced_width is not None and found.induced_width <= 22

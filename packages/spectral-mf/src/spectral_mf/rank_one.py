@@ -204,8 +204,8 @@ def _negative(w: Tensor, b: Tensor | None, step: Tensor, count: int) -> tuple[Te
 
 
 def _rounding(w: Tensor) -> Tensor:
-    """Bound the absolute rounding error of a sum of cosines' products: angles up to the reach times 9, and n factors."""
-    return _EPS * (10 + w.shape[1] + _REACH * w.detach().abs().sum(-1))
+    """Bound the absolute rounding error of a sum of cosines' products: n factors, angles up to 9 times the reach."""
+    return _EPS * (10 + 3 * w.shape[1] + _REACH * w.detach().abs().sum(-1))
 
 
 def quadrature_rounding(v: Tensor, lam: Tensor) -> Tensor:
@@ -218,7 +218,8 @@ def quadrature_rounding(v: Tensor, lam: Tensor) -> Tensor:
 
     Examples
     --------
-    >>> float(quadrature_rounding(torch.ones(1, 4, dtype=torch.float64) / 2, -torch.ones(1, dtype=torch.float64))) < 1e-14
+    >>> v, lam = torch.full((1, 4), 0.5, dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
+    >>> bool(quadrature_rounding(v, lam) < 1e-13)
     True
     """
     return _rounding(v * lam.abs().sqrt()[:, None])

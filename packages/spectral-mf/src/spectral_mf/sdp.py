@@ -23,6 +23,7 @@ from shared_core.errors import InputError
 __all__ = ["DiagonalSDP", "augmented", "solve_diagonal"]
 
 _INTERIOR_LIMIT = 1000
+_TOGETHER = 100
 _DENSE_CHECK_LIMIT = 4000
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -106,7 +107,9 @@ def solve_diagonal(
         if method == "auto":
             method = "interior" if C.shape[-1] <= _INTERIOR_LIMIT else "mixing"
         if method == "interior":
-            return _interior(C.detach(), tol, max_iterations or 100)
+            # A hundred at a time stay in the cache.
+            parts = [_interior(part, tol, max_iterations or 100) for part in C.detach().split(_TOGETHER)]
+            return parts[0] if len(parts) == 1 else _joined(parts)
         matrices: list[Any] = [C[k].detach().cpu().numpy() for k in range(len(C))]
         device = C.device
     else:
@@ -120,6 +123,11 @@ def solve_diagonal(
         for name in ("gap", "shift")
     )
     return DiagonalSDP(stack[0], stack[1], gap, shift, max(s.sweeps for s in solved), "mixing")
+
+
+def _joined(parts: list[DiagonalSDP]) -> DiagonalSDP:
+    d, factor, gap, shift = (torch.cat([getattr(p, name) for p in parts]) for name in ("d", "factor", "gap", "shift"))
+    return DiagonalSDP(d, factor, gap, shift, max(p.iterations for p in parts), parts[0].method)
 
 
 def _interior(C: Tensor, tol: float, max_iterations: int) -> DiagonalSDP:

@@ -98,9 +98,7 @@ def spectral_mean_field(
     sdp_seconds = time.perf_counter() - started
     models, pairs = spectrum.lam.shape
     field = problem.b[:, None, :].expand(models, pairs, -1).reshape(models * pairs, -1) if tilt else None
-    found = log_expectation(
-        spectrum.u.reshape(models * pairs, -1), spectrum.lam.reshape(-1), field, engine=engine, q=q
-    )
+    found = log_expectation(spectrum.u.reshape(models * pairs, -1), spectrum.lam.reshape(-1), field, engine=engine, q=q)
     base = _base(problem, tilt)
     value = base + 0.5 * spectrum.d.sum(-1) + found.value.reshape(models, pairs).sum(-1)
     log_factors, engine_error = found.value.reshape(models, pairs), found.error.reshape(models, pairs)
@@ -155,7 +153,7 @@ def gaussian(A: Any, b: Any = None, *, diagonal: Diagonal | Tensor = "sdp") -> L
     --------
     >>> import numpy as np
     >>> A = np.array([[0, 0.2], [0.2, 0]])
-    >>> abs(gaussian(A, diagonal="tap").value - (2 * np.log(2) + np.log(np.cosh(0.2)))) < 1e-3
+    >>> bool(abs(gaussian(A, diagonal="tap").value - (2 * np.log(2) + np.log(np.cosh(0.2)))) < 1e-3)
     True
     """
     started = time.perf_counter()

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 from spectral_mf._inputs import Problem, as_problem
-from spectral_mf.modes import FoundModes, find_modes
+from spectral_mf._threads import one_blas_thread
+from spectral_mf.mode_sum import FoundModes, search_modes
 from spectral_mf.rank_one import log_cosh
 from spectral_mf.result import LogPartition
 
@@ -149,7 +150,7 @@ def anneal(
     ----------
     problem : models as :func:`spectral_mf._inputs.as_problem` returns them
     levels, chains, base, generator, advance : as in :func:`ais`
-    found : modes for ``base="modes"``; None looks for them from 40 starts
+    found : modes for ``base="modes"``; None looks for them
     """
     if levels < 1 or chains < 2:
         raise InputError(f"levels must be at least 1 and chains at least 2, got {levels} and {chains}")
@@ -340,8 +341,7 @@ def _from_modes(
 ) -> Annealed:
     """From a mixture q of the uniform law and product laws around mean-field modes: f_β ∝ q^(1-β) p^β."""
     if found is None:
-        begin = 2 * torch.rand((problem.models, 40, problem.n), generator=random, dtype=torch.float64) - 1
-        found = find_modes(problem, torch.cat([begin, -begin], 1).to(problem.b))
+        found = search_modes(problem, random)
     weights: list[Tensor] = []
     states: list[Tensor] = []
     for k in range(problem.models):
@@ -375,14 +375,15 @@ def _one_from_modes(
         b.device
     )
     X = torch.where(uniform(chains, n) < up.exp()[component], 1.0, -1.0).to(b).T.contiguous()
-    log_weight, states = _sweep_from_mixture(
-        A.cpu().numpy(),
-        b.cpu().numpy(),
-        X.cpu().numpy(),
-        (up.cpu().numpy(), down.cpu().numpy(), mixing.cpu().numpy()),
-        levels,
-        lambda: uniform(n, chains).cpu().numpy(),
-    )
+    with one_blas_thread():
+        log_weight, states = _sweep_from_mixture(
+            A.cpu().numpy(),
+            b.cpu().numpy(),
+            X.cpu().numpy(),
+            (up.cpu().numpy(), down.cpu().numpy(), mixing.cpu().numpy()),
+            levels,
+            lambda: uniform(n, chains).cpu().numpy(),
+        )
     return Annealed(torch.from_numpy(log_weight).to(b)[None], torch.from_numpy(states).to(b)[None], levels)
 
 

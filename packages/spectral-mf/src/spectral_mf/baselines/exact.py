@@ -381,7 +381,7 @@ def _fold_grid(right_of: Tensor, below: Tensor, fields: Tensor) -> Tensor:
     return frontier.logsumexp(-1)
 
 
-def exact_transfer(A: Any, b: Any = None, *, shape: tuple[int, int] | None = None, max_width: int = 14) -> LogPartition:
+def exact_transfer(A: Any, b: Any = None, *, shape: tuple[int, int] | None = None, max_width: int = 20) -> LogPartition:
     """Log partition function of a rectangular grid with open boundaries, by folding it site by site.
 
     Parameters

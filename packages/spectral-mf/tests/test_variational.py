@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from shared_core.errors import InputError
 from spectral_mf._inputs import as_problem
-from spectral_mf.mean_field import fixed_points, free_energy, mean_field
+from spectral_mf.variational import fixed_points, free_energy, mean_field
 
 
 def oracle_instance(n, c, f):

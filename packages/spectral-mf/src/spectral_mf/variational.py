@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 from spectral_mf._inputs import Problem, as_problem
+from spectral_mf._threads import one_blas_thread
 from spectral_mf.result import LogPartition, rounding_slack
 
 __all__ = ["fixed_points", "free_energy", "mean_field"]
@@ -97,7 +98,8 @@ def fixed_points(
             if couplings is not None
             else _Sparse(cast("sparse.csr_array", problem.sparse), fields, blocks)
         )
-        m[part], converged[part], sweeps[part] = _ascend(model, initial[part], tol, max_sweeps)
+        with one_blas_thread():
+            m[part], converged[part], sweeps[part] = _ascend(model, initial[part], tol, max_sweeps)
     device = problem.b.device
     return torch.from_numpy(m).to(device), torch.from_numpy(converged).to(device), torch.from_numpy(sweeps).to(device)
 
