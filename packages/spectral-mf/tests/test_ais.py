@@ -70,8 +70,8 @@ def test_weights_are_unbiased(base, field):
     z = brute(A, b)
     weights = np.concatenate(
         [
-            np.exp(anneal(as_problem(A, b), levels=3, chains=1000, base=base, generator=seeded(k)).log_weight[0] - z)
-            for k in range(12)
+            np.exp(anneal(as_problem(A, b), levels=3, base=base, generator=seeded(k)).log_weight[0].numpy() - z)
+            for k in range(25)
         ]
     )
     assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(len(weights))
@@ -134,7 +134,7 @@ def test_gibbs_leaves_the_law_invariant(path, monkeypatch):
         # Two blocks, of four spins and of two.
         monkeypatch.setattr(sampler, "_BLOCK", 4)
     A, b = grid(2, 3, 0.7)
-    begin = exact_draws(A, b, 20_000, 0)
+    begin = exact_draws(A, b, 12_000, 0)
     if path == "sparse":
         problem = as_problem(sparse.csr_array(A), b)
     elif "batch" in path:
@@ -149,7 +149,7 @@ def test_gibbs_leaves_the_law_invariant(path, monkeypatch):
     assert float((after[0] != begin).double().mean()) > 0.1
     # Far from the law, it comes to it.
     if "batch" in path:
-        settled = gibbs(problem, torch.ones(2, 6, 20_000, dtype=torch.float64), 60, seeded(2))
+        settled = gibbs(problem, torch.ones(2, 6, 12_000, dtype=torch.float64), 60, seeded(2))
         check_law(settled[1], A2, b2)
 
 
@@ -254,7 +254,7 @@ def test_fields_base_is_exact_for_independent_spins():
     b = np.array([0.5, -3.0, 20.0])
     found = ais(np.zeros((3, 3)), b, base="fields", levels=1, generator=seeded(0))
     assert found.value == pytest.approx(np.logaddexp(b, -b).sum(), abs=1e-12)
-    assert found.std_error == 0
+    assert found.std_error < 1e-8
 
 
 def test_annealed_summaries():
@@ -294,7 +294,7 @@ def test_refusals(unchecked):
 def test_sdp_rounding_is_unbiased(field):
     A, b = random_model(10, 6, 0.5, field)
     z = brute(A, b)
-    found = [sdp_rounding(A, b, roundings=8, generator=seeded(k)) for k in range(150)]
+    found = [sdp_rounding(A, b, roundings=8, generator=seeded(k)) for k in range(60)]
     ratios = np.exp(np.array([r.value for r in found]) - z)
     assert abs(ratios.mean() - 1) < 4 * ratios.std() / math.sqrt(len(ratios))
     assert ratios.std() > 0.01

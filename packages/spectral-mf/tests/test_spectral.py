@@ -15,7 +15,8 @@ from spectral_mf import gaussian, spectral_mean_field
 from spectral_mf.sdp import augmented
 from spectral_mf.spectral import holder_weights, log_det_bound, sdp_bounds, tap_diagonal
 
-# n, c, f, exact log Z, Σd, spectral mean field, Gaussian at the SDP's d: A_ij = c sin(1 + i + 2j + ij), b = f cos(1 + 3i).
+# For A_ij = c sin(1 + i + 2j + ij), b_i = f cos(1 + 3i):
+# n, c, f, exact log Z, Σd, spectral mean field, Gaussian at the SDP's d.
 ORACLE = [
     (5, 0.5, 0.3, 4.185036114, 5.231681, 4.358032, 4.494001),
     (6, 1.0, 0.5, 7.669915440, 14.034468, 7.671565, 8.145407),

@@ -38,10 +38,9 @@ def _noting(advance: Advance) -> Callable[[str], None]:
     return note
 
 
-def _generator(session: Session, seed: int) -> torch.Generator:
+def _generator(seed: int) -> torch.Generator:
     from shared_core.device import generator
 
-    del session
     return generator(seed)
 
 
@@ -56,10 +55,11 @@ class ModelOptions(CommandConfig):
     index: tuple[int, ...] = Field((), description="strength,instance in the authors' .mat file")
 
 
-def _read(path: Path, config: ModelOptions) -> Ising:
+def _read(path: Path, config: ModelOptions, session: Session | None = None) -> Ising:
     from spectral_mf.model import Ising
 
-    return Ising.from_file(path, **_reading(config))
+    model = Ising.from_file(path, **_reading(config))
+    return model if session is None or session.device.type == "cpu" else model.to(session.device)
 
 
 def _reading(config: ModelOptions) -> dict[str, Any]:
@@ -106,7 +106,13 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
         for name in config.real:
             models = [real_models(name, seed) for seed in seeds]
             rows, held, opinions, about = compare_model(
-                session.run, name, models, arms=config.arms, seed=config.seed, advance=_noting(advance)
+                session.run,
+                name,
+                models,
+                arms=config.arms,
+                seed=config.seed,
+                device=session.device.type,
+                advance=_noting(advance),
             )
             results += rows
             claims += held
@@ -124,6 +130,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
             strengths=config.strengths,
             arms=config.arms,
             seeds=[config.seed + k for k in range(config.models)],
+            device=session.device.type,
             advance=_noting(advance),
         )
     results += rows
@@ -185,6 +192,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
                 strengths=config.strengths,
                 arms=config.arms,
                 seeds=seeds,
+                device=session.device.type,
                 advance=_noting(advance),
             )
             if config.sizes:
@@ -195,6 +203,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
                     strength=1.0,
                     arms=config.arms,
                     seed=config.seed,
+                    device=session.device.type,
                     advance=_noting(advance),
                 )
                 results += rows
@@ -230,6 +239,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
             arms=config.arms,
             seed=config.seed,
             budget_s=config.budget,
+            device=session.device.type,
             advance=_noting(advance),
         )
     plot_opinions(
@@ -267,7 +277,7 @@ def logz(config: LogzConfig, session: Session) -> Outcome:
     from spectral_mf.formats import write_pr
     from spectral_mf.plots import Opinion, plot_opinions
 
-    model = _read(config.model, config)
+    model = _read(config.model, config, session)
     chosen = model.plan(method=config.method, budget_s=config.budget)
     session.say(f"{model}: {chosen.method} ({chosen.reason})")
     options: dict[str, Any] = {} if config.tol is None else {"tol": config.tol}
@@ -276,12 +286,12 @@ def logz(config: LogzConfig, session: Session) -> Outcome:
         method=config.method,
         bounds=True,
         budget_s=config.budget,
-        generator=_generator(session, config.seed),
+        generator=_generator(config.seed),
         **options,
     )
     low, high = _float(found.lower), _float(found.upper)
     if config.clamp:
-        tighter = model.bounds(clamp=config.clamp, generator=_generator(session, config.seed))
+        tighter = model.bounds(clamp=config.clamp, generator=_generator(config.seed))
         low, high = max(low, _float(tighter.lower)), min(high, _float(tighter.upper))
     value, name = _float(found.value), config.model.stem
     results = _log_z_rows(name, found, low, high)
@@ -303,7 +313,7 @@ def logz(config: LogzConfig, session: Session) -> Outcome:
     write_pr(session.run.artifact(f"{name}.PR"), value)
     if config.opinions:
         asked = [arm for arm in _ARMS if arm != "ais"] + ["ais"]
-        others = opinions_of(model, asked, seed=config.seed)
+        others = opinions_of(model, asked, seed=config.seed, device=session.device.type)
         error = None if found.std_error is None else _float(found.std_error)
         ours = Opinion(f"{found.method} (value)", value, error)
         exact = value if chosen.exact else None
@@ -358,6 +368,12 @@ def _float(value: Any) -> float:
     return float(value)
 
 
+def _host(values: Any) -> np.ndarray:
+    import numpy as np
+
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
@@ -387,8 +403,8 @@ def bounds(config: BoundsConfig, session: Session) -> Outcome:
     """Bound log Z and the largest energy from both sides; every bound is certain."""
     from spectral_mf.bounds import log_partition_bounds, map_bound
 
-    model, name = _read(config.model, config), config.model.stem
-    found = log_partition_bounds(model, clamp=config.clamp, generator=_generator(session, config.seed))
+    model, name = _read(config.model, config, session), config.model.stem
+    found = log_partition_bounds(model, clamp=config.clamp, generator=_generator(config.seed))
     rows = [
         _row(name, key.removesuffix(" (upper)"), "upper bound" if key.endswith("(upper)") else "lower bound",
              _float(value), "lower" if key.endswith("(upper)") else "higher")
@@ -430,11 +446,12 @@ def marginals(config: MarginalsConfig, session: Session) -> Outcome:
 
     arrays = read_model(config.model, **_reading(config))
     model = Ising(arrays.A, arrays.b, arrays.const)
-    random = _generator(session, config.seed)
-    means = np.asarray(means_of(model, method=config.method, generator=random))
+    model = model if session.device.type == "cpu" else model.to(session.device)
+    random = _generator(config.seed)
+    means = _host(means_of(model, method=config.method, generator=random))
     computed = {"means": means}
     if config.pairs:
-        computed["pairs"] = np.asarray(pair_moments(model, method=config.method, generator=random))
+        computed["pairs"] = _host(pair_moments(model, method=config.method, generator=random))
     with atomic_path(session.run.artifact("marginals.npz")) as temporary:
         np.savez(temporary, allow_pickle=False, **computed)
     lines = ["spin,mean,probability_up", *(f"{i},{m:.10g},{(1 + m) / 2:.10g}" for i, m in enumerate(means))]
@@ -465,13 +482,13 @@ def sample(config: SampleConfig, session: Session) -> Outcome:
     """Draw states of a model: exactly where that is affordable, else by annealing; writes samples.csv."""
     import numpy as np
 
-    model = _read(config.model, config)
-    states = np.asarray(model.sample(config.k, _generator(session, config.seed))).astype(int)
+    model = _read(config.model, config, session)
+    states = _host(model.sample(config.k, _generator(config.seed))).astype(int)
     shown = states if config.coding == "pm1" else (states + 1) // 2
     lines = [",".join(f"x{i}" for i in range(model.n)), *(",".join(map(str, row)) for row in shown.tolist())]
     _write_text(session, "samples.csv", lines)
     return Outcome(
-        notes=[f"{config.k} states of {model.n} spins, mean energy {float(np.mean(model.energy(states))):.4f}"]
+        notes=[f"{config.k} states of {model.n} spins, mean energy {float(np.mean(_host(model.energy(states)))):.4f}"]
     )
 
 
@@ -514,7 +531,7 @@ def fit(config: FitConfig, session: Session) -> Outcome:
     from spectral_mf.model import Ising
 
     fitted = Ising(A, b)
-    found = fitted.log_partition(budget_s=config.budget, generator=_generator(session, config.seed))
+    found = fitted.log_partition(budget_s=config.budget, generator=_generator(config.seed))
     for name, rows in parts:
         results += _likelihood_rows(config.data.stem, name, np.asarray(fitted.energy(X[rows])), found)
     notes.append(f"log Z = {_float(found.value):.6g} by {found.method}")
@@ -573,7 +590,7 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
 
     arrays = read_model(config.model, **_reading(config))
     X = _complete(read_spins(config.data, coding=config.coding), config.data)
-    random = _generator(session, config.seed)
+    random = _generator(config.seed)
     if arrays.rbm is not None:
         from spectral_mf.rbm import RBM
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 from spectral_mf._inputs import Convention, Problem, as_problem
-from spectral_mf.baselines.ais import Annealed, anneal
+from spectral_mf.baselines.ais import Annealed, Base, anneal
 from spectral_mf.baselines.ais import ais as _ais
 from spectral_mf.baselines.belief_propagation import belief_propagation, trw
 from spectral_mf.baselines.exact import (
@@ -30,7 +30,7 @@ from spectral_mf.baselines.mini_bucket import mini_bucket, weighted_mini_bucket
 from spectral_mf.baselines.sdp_rounding import sdp_rounding
 from spectral_mf.bounds import log_partition_bounds
 from spectral_mf.low_rank import low_rank, low_rank_factors
-from spectral_mf.mode_sum import modes
+from spectral_mf.mode_sum import FoundModes, modes, search_modes
 from spectral_mf.result import LogPartition, Scalar
 from spectral_mf.spectral import gaussian, spectral_mean_field
 from spectral_mf.variational import mean_field
@@ -389,15 +389,17 @@ def _combined(problem: Problem, given: _Given, budget_s: float, generator: torch
     small = problem.A is not None and problem.n <= 1500
     warnings: list[str] = []
     opinions: dict[str, Scalar] = {}
-    by_modes = modes(given, generator=random) if small else None
-    if by_modes is not None:
+    found: FoundModes | None = None
+    if small:
+        found = search_modes(problem, random)
+        by_modes = modes(given, known=found)
         opinions["modes"] = by_modes.value
         if problem.dense.requires_grad or problem.b.requires_grad:
             return by_modes.with_(diagnostics={"plan": "gradients are wanted: modes", **by_modes.diagnostics})
     runs: dict[str, Annealed] = {}
-    bases = ("uniform", "modes") if small and problem.models * problem.n <= 2000 else ("uniform",)
+    bases: tuple[Base, ...] = ("uniform", "modes") if small and problem.models * problem.n <= 2000 else ("uniform",)
     for base in bases:
-        runs[base] = _within_budget(problem, base, budget_s / len(bases), random)
+        runs[base] = _within_budget(problem, base, budget_s / len(bases), random, found)
         opinions[f"ais from {base}"] = problem.give_back(runs[base].log_z + problem.const)
     # Both are unbiased for Z, and so is their mean; weights by the errors would not be.
     log_z = torch.logsumexp(torch.stack([run.log_z for run in runs.values()]), 0) - math.log(len(runs))
@@ -434,12 +436,14 @@ def _combined(problem: Problem, given: _Given, budget_s: float, generator: torch
     )
 
 
-def _within_budget(problem: Problem, base: Any, seconds: float, random: torch.Generator) -> Annealed:
+def _within_budget(
+    problem: Problem, base: Base, seconds: float, random: torch.Generator, found: FoundModes | None
+) -> Annealed:
     """Double the levels until the error is small, or the next round would not fit into the time."""
     levels, spent = 50, 0.0
     while True:
         began = time.perf_counter()
-        run = anneal(problem, levels=levels, chains=500, base=base, generator=random)
+        run = anneal(problem, levels=levels, chains=500, base=base, generator=random, found=found)
         took = time.perf_counter() - began
         spent += took
         if float(run.std_error.max()) < 0.02 or spent + 2.2 * took > seconds or levels >= 12_800:

@@ -20,7 +20,7 @@ from spectral_mf.learn import IsingModel
 from spectral_mf.model import Ising
 from spectral_mf.plots import Opinion
 from spectral_mf.rbm import train_rbm
-from spectral_mf.result import LogPartition
+from spectral_mf.result import LogPartition, Scalar
 
 __all__ = [
     "ARMS",
@@ -84,7 +84,11 @@ class Cell(TypedDict):
 def _silent(_: str) -> None: ...
 
 
-def run_arm(arm: str, A: Any, b: Any = None, *, seed: int = 0) -> LogPartition:
+def _host(value: Scalar) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value, dtype=np.float64)
+
+
+def run_arm(arm: str, A: Any, b: Any = None, *, seed: int = 0, device: str = "cpu") -> LogPartition:
     """Run one method of a comparison.
 
     Parameters
@@ -92,10 +96,13 @@ def run_arm(arm: str, A: Any, b: Any = None, *, seed: int = 0) -> LogPartition:
     arm : name in :data:`ARMS`
     A, b : model or batch, as :func:`spectral_mf.log_partition` takes it
     seed : of the method's randomness
+    device : where to compute
     """
     if arm not in ARMS:
         raise InputError(f"unknown method '{arm}': choose from {', '.join(ARMS)}")
     method, options = ARMS[arm]
+    if device != "cpu":
+        A, b = (A if isinstance(A, Ising) else Ising(A, b)).to(device), None
     return log_partition(A, b, method=method, bounds=False, generator=torch.Generator().manual_seed(seed), **options)
 
 
@@ -106,17 +113,17 @@ def _instances(
     return np.stack([np.asarray(A) for A, _ in drawn]), np.stack([np.asarray(b) for _, b in drawn])
 
 
-def _cell(arm: str, A: Any, b: Any, truth: Sequence[float] | None, seed: int) -> Cell:
+def _cell(arm: str, A: Any, b: Any, truth: Sequence[float] | None, seed: int, device: str) -> Cell:
     started = time.perf_counter()
-    result = run_arm(arm, A, b, seed=seed)
+    result = run_arm(arm, A, b, seed=seed, device=device)
     seconds = time.perf_counter() - started
-    values = np.atleast_1d(np.asarray(result.value, dtype=np.float64))
+    values = np.atleast_1d(_host(result.value))
     known = np.full(len(values), math.nan) if truth is None else np.asarray(truth)
     return {
         "values": values.tolist(),
         "seconds": seconds,
-        "lower_broken": int((np.atleast_1d(np.asarray(result.lower)) > known).sum()),
-        "upper_broken": int((np.atleast_1d(np.asarray(result.upper)) < known).sum()),
+        "lower_broken": int((np.atleast_1d(_host(result.lower)) > known).sum()),
+        "upper_broken": int((np.atleast_1d(_host(result.upper)) < known).sum()),
     }
 
 
@@ -139,6 +146,7 @@ def compare_families(
     arms: Sequence[str],
     seeds: Sequence[int],
     options: Mapping[str, Any] | None = None,
+    device: str = "cpu",
     advance: Callable[[str], None] = _silent,
 ) -> tuple[list[Result], list[Claim], dict[str, dict[str, tuple[list[float], list[float]]]]]:
     """Compare methods on drawn models: |log Z error| by coupling strength.
@@ -152,6 +160,7 @@ def compare_families(
     arms : names in :data:`ARMS`
     seeds : one instance each, the same for all methods
     options : of the generator
+    device : where the methods compute
     advance : called with a short note after each piece
 
     Returns
@@ -174,7 +183,7 @@ def compare_families(
             for arm in arms:
                 cell: Cell = run.once(
                     f"{place}/{arm}",
-                    lambda arm=arm, A=A, b=b, truth=truth: _cell(arm, A, b, truth["values"], seeds[0]),
+                    lambda arm=arm, A=A, b=b, truth=truth: _cell(arm, A, b, truth["values"], seeds[0], device),
                 )
                 off = np.abs(np.asarray(cell["values"]) - np.asarray(truth["values"]))
                 errors[family, strength, arm] = off.tolist()
@@ -283,6 +292,7 @@ def compare_model(
     arms: Sequence[str],
     seed: int = 0,
     budget_s: float = 10.0,
+    device: str = "cpu",
     advance: Callable[[str], None] = _silent,
 ) -> tuple[list[Result], list[Claim], list[Opinion], dict[str, Any]]:
     """Compare methods on given models of one kind.
@@ -295,6 +305,7 @@ def compare_model(
     arms : names in :data:`ARMS`
     seed : of the methods' randomness
     budget_s : seconds for the reference where none is exact
+    device : where the methods compute
     advance : called with a short note after each piece
 
     Returns
@@ -313,7 +324,7 @@ def compare_model(
         values: list[float] = []
         seconds = 0.0
         for k, model in enumerate(models):
-            cell = run.once(f"{name}/{k}/{arm}", lambda arm=arm, m=model: _one_opinion(arm, m, seed))
+            cell = run.once(f"{name}/{k}/{arm}", lambda arm=arm, m=model: _one_opinion(arm, m, seed, device))
             if cell["error"] is not None:
                 skipped.append(f"{arm}: {cell['error']}")
                 break
@@ -361,23 +372,23 @@ def compare_model(
 
 def _certified(model: Ising) -> dict[str, float]:
     found = model.bounds(clamp=4 if model.n <= 100 else 0)
-    return {"lower": float(np.asarray(found.lower)), "upper": float(np.asarray(found.upper))}
+    return {"lower": float(found.lower), "upper": float(found.upper)}
 
 
-def _one_opinion(arm: str, model: Ising, seed: int) -> dict[str, Any]:
+def _one_opinion(arm: str, model: Ising, seed: int, device: str) -> dict[str, Any]:
     try:
-        found = run_arm(arm, model, seed=seed)
+        found = run_arm(arm, model, seed=seed, device=device)
     except InputError as error:
         return {"value": 0.0, "std_error": None, "seconds": 0.0, "error": str(error)}
     return {
-        "value": float(np.asarray(found.value)),
-        "std_error": None if found.std_error is None else float(np.asarray(found.std_error)),
+        "value": float(found.value),
+        "std_error": None if found.std_error is None else float(found.std_error),
         "seconds": found.seconds,
         "error": None,
     }
 
 
-def opinions_of(model: Ising, arms: Sequence[str], *, seed: int = 0) -> list[Opinion]:
+def opinions_of(model: Ising, arms: Sequence[str], *, seed: int = 0, device: str = "cpu") -> list[Opinion]:
     """Ask several methods about one model; those that do not apply are left out.
 
     Parameters
@@ -385,10 +396,11 @@ def opinions_of(model: Ising, arms: Sequence[str], *, seed: int = 0) -> list[Opi
     model : the model
     arms : names in :data:`ARMS`
     seed : of their randomness
+    device : where to compute
     """
     found: list[Opinion] = []
     for arm in arms:
-        cell = _one_opinion(arm, model, seed)
+        cell = _one_opinion(arm, model, seed, device)
         if cell["error"] is None:
             found.append(Opinion(arm, cell["value"], cell["std_error"]))
     return found
@@ -402,6 +414,7 @@ def compare_times(
     strength: float,
     arms: Sequence[str],
     seed: int,
+    device: str = "cpu",
     advance: Callable[[str], None] = _silent,
 ) -> tuple[list[Result], dict[str, tuple[list[float], list[float]]]]:
     """Seconds of each method on one drawn model against the number of spins.
@@ -413,6 +426,7 @@ def compare_times(
     family, strength : what to draw; couplings of dense families are divided by √n, so that models stay comparable
     arms : names in :data:`ARMS`
     seed : of the instance
+    device : where the methods compute
     advance : called with a short note after each piece
 
     Returns
@@ -429,7 +443,9 @@ def compare_times(
             if arm in given_up:
                 advance(f"{arm}: left out")
                 continue
-            cell = run.once(f"times/{family}/{n}/{strength:g}/{arm}", lambda arm=arm, A=A, b=b: _timed(arm, A, b, seed))
+            cell = run.once(
+                f"times/{family}/{n}/{strength:g}/{arm}", lambda arm=arm, A=A, b=b: _timed(arm, A, b, seed, device)
+            )
             if cell["seconds"] is None or cell["seconds"] > 20:
                 given_up.add(arm)
             if cell["seconds"] is None:
@@ -453,8 +469,8 @@ def compare_times(
     return results, curves
 
 
-def _timed(arm: str, A: Any, b: Any, seed: int) -> dict[str, float | None]:
+def _timed(arm: str, A: Any, b: Any, seed: int, device: str) -> dict[str, float | None]:
     try:
-        return {"seconds": run_arm(arm, A, b, seed=seed).seconds}
+        return {"seconds": run_arm(arm, A, b, seed=seed, device=device).seconds}
     except InputError:
         return {"seconds": None}

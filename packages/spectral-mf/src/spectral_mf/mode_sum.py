@@ -38,6 +38,7 @@ class FoundModes:
     free_energy : (found,) F(m), a lower bound of log Z each
     starts : (models,) starts used
     converged : (models,) share of starts that converged
+    log_weight : (found,) what each adds to Z, once :func:`search_modes` has worked it out
     """
 
     m: Tensor
@@ -46,6 +47,7 @@ class FoundModes:
     free_energy: Tensor
     starts: Tensor
     converged: Tensor
+    log_weight: Tensor | None = None
 
 
 def modes(
@@ -59,6 +61,7 @@ def modes(
     stability: float = 1e-6,
     roundings: bool | None = None,
     generator: torch.Generator | None = None,
+    known: FoundModes | None = None,
 ) -> LogPartition:
     """Estimate log Z by Σ over distinct stable mean-field modes m of exp(F(m) - ½ log det(I - W^½ A W^½)).
 
@@ -74,6 +77,7 @@ def modes(
     stability : a mode counts where the largest eigenvalue of W^½ A W^½ is below 1 minus this, W = diag(1 - m²)
     roundings : also start at signs drawn from the SDP's solution, which lie near the deepest modes; None: up to n = 400
     generator : source of the starts; None means one seeded with 0
+    known : modes that :func:`search_modes` found; nothing is searched then
 
     Returns
     -------
@@ -98,18 +102,24 @@ def modes(
     if starts < 1 or most < starts:
         raise InputError(f"starts must be at least 1 and at most max_starts, got {starts} and {most}")
     random = generator or torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        found, log_weight, unseen, rounds = _search(problem, starts, most, tol, merge, stability, roundings, random)
-    if problem.dense.requires_grad or problem.b.requires_grad:
+    if known is None:
+        with torch.no_grad():
+            known = _search(problem, starts, most, tol, merge, stability, roundings, random)
+    found = known
+    tracked = torch.is_grad_enabled() and (problem.dense.requires_grad or problem.b.requires_grad)
+    if tracked:
         log_weight = _corrected(problem, found, _attached(problem, found), stability)
+    else:
+        log_weight = found.log_weight
+        if log_weight is None:
+            log_weight = _corrected(problem, found, found.m, stability)
     value = _sum_over_modes(problem, found, log_weight)
     best = _best(problem, found)
     details: dict[str, Any] = {
         "modes": problem.give_back(_counts(problem, found, log_weight)),
         "starts": problem.give_back(found.starts),
-        "rounds": rounds,
         "converged": problem.give_back(found.converged),
-        "unseen": problem.give_back(unseen),
+        "unseen": problem.give_back(_unseen(problem, found, log_weight.detach(), value.detach())[0]),
     }
     share = torch.exp(log_weight.detach() - value.detach()[found.model])
     means = problem.b.new_zeros(problem.models, problem.n).index_add_(0, found.model, share[:, None] * found.m)
@@ -135,7 +145,7 @@ def search_modes(problem: Problem, generator: torch.Generator, *, starts: int = 
     tol : as in :func:`modes`
     """
     with torch.no_grad():
-        return _search(problem, starts, _most(problem.n, starts), tol, 1e-3, 1e-6, None, generator)[0]
+        return _search(problem, starts, _most(problem.n, starts), tol, 1e-3, 1e-6, None, generator)
 
 
 def _most(n: int, starts: int) -> int:
@@ -178,16 +188,16 @@ def _search(
     stability: float,
     roundings: bool | None,
     generator: torch.Generator,
-) -> tuple[FoundModes, Tensor, Tensor, int]:
+) -> FoundModes:
     n, device = problem.n, problem.b.device
     factor: Tensor | None = None
     if roundings or (roundings is None and n <= 400):
-        factor = solve_diagonal(augmented(problem.dense, problem.b).detach(), tol=1e-4).factor
+        factor = solve_diagonal(augmented(problem.dense, problem.b).detach(), tol=1e-2).factor
     symmetric = bool((problem.b.detach() == 0).all())
     active = torch.arange(problem.models, device=device)
     ended: list[FoundModes] = []
     weights: list[Tensor] = []
-    starts_used, converged, unseen_all = (problem.b.new_zeros(problem.models) for _ in range(3))
+    starts_used, converged = (problem.b.new_zeros(problem.models) for _ in range(2))
     known: FoundModes | None = None
     rounds, used = 0, 0
     while len(active):
@@ -198,29 +208,25 @@ def _search(
         rounds, used = rounds + 1, used + k
         log_weight = _corrected(part, known, known.m, stability)
         total = _sum_over_modes(part, known, log_weight)
-        share = torch.exp(log_weight - total[known.model])
-        once = known.hits == 1
-        unseen = torch.zeros_like(total).index_add_(0, known.model, share * once)
-        singles = torch.zeros_like(total).index_add_(0, known.model, once.to(total))
+        unseen, singles = _unseen(part, known, log_weight, total)
         # Good and Turing: the chance that one more start finds something new is singles / starts.
         finished = (unseen <= tol) | (singles <= 0.02 * known.starts)
         if used >= max_starts:
             finished = torch.ones_like(finished)
         starts_used[active], converged[active] = known.starts.to(total), known.converged
-        unseen_all[active] = unseen
         ended.append(_of_models(known, finished, active))
         weights.append(log_weight[finished[known.model]].detach())
         known = _of_models(known, ~finished, (~finished).long().cumsum(0) - 1)
         active = active[~finished]
-    merged = FoundModes(
+    return FoundModes(
         torch.cat([part.m for part in ended]),
         torch.cat([part.model for part in ended]),
         torch.cat([part.hits for part in ended]),
         torch.cat([part.free_energy for part in ended]),
         starts_used,
         converged,
+        torch.cat(weights),
     )
-    return merged, torch.cat(weights), unseen_all, rounds
 
 
 def _of_models(found: FoundModes, chosen: Tensor, names: Tensor) -> FoundModes:
@@ -320,6 +326,14 @@ def _sum_over_modes(problem: Problem, found: FoundModes, log_weight: Tensor) -> 
     share = torch.where(log_weight.detach() == -math.inf, torch.zeros_like(share), share)
     total = torch.zeros_like(top).index_add(0, found.model, share)
     return top + torch.where(none, torch.ones_like(total), total).log()
+
+
+def _unseen(problem: Problem, found: FoundModes, log_weight: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """For each model, the share of the sum in modes that one start alone found, and how many those are."""
+    once = found.hits == 1
+    share = torch.exp(log_weight - total[found.model])
+    empty = problem.b.new_zeros(problem.models)
+    return empty.index_add(0, found.model, share * once), empty.index_add(0, found.model, once.to(empty))
 
 
 def _best(problem: Problem, found: FoundModes) -> Tensor:

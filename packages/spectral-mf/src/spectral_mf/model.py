@@ -183,6 +183,21 @@ class Ising:
         """
         return cls.from_file(path, evidence=evidence, floor=floor)
 
+    def to(self, device: torch.device | str) -> Ising:
+        """Return the model as tensors on a device; a sparse one stays where it is, on the CPU.
+
+        Parameters
+        ----------
+        device : such as ``cuda``
+        """
+        problem = self._problem
+        if problem.A is None:
+            return self
+        moved = [x.to(device) for x in (problem.A, problem.b, problem.const)]
+        model = object.__new__(Ising)
+        object.__setattr__(model, "_problem", Problem(moved[0], moved[1], moved[2], None, problem.batched, "torch"))
+        return model
+
     def save(self, path: str | Path) -> None:
         """Write the model; .npz, .csv, .uai and .safetensors are read back by :meth:`from_file`.
 
