@@ -171,7 +171,7 @@ def test_evaluating_an_rbm(done, tmp_path):
 
 def test_compare_own_real_and_drawn(done, model):
     own = done("compare", "m.npz", "--arms", "spectral,modes,low-rank-2", "--out", "a")
-    assert {row.metric for row in own.results} == {"|log Z error|"}
+    assert {row.metric for row in own.results} == {"error of log Z"}
     real = done("compare", "digits20", "--arms", "spectral,modes", "--seeds", "2", "--out", "b")
     assert {row.n for row in real.results} == {2}
     arms = "spectral,modes,bp-200,mean-field-1,mini-bucket"

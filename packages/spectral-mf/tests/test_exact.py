@@ -399,7 +399,7 @@ def edge(n, *pairs):
         (edge(10, (1, 4)), None, r"A\[1,4\] would make rows of 3 spins, which do not divide n = 10"),
         (edge(10), (3, 4), r"a 3 x 4 grid has 12 spins but n = 10"),
         (edge(10), (-2, -5), r"a -2 x -5 grid"),
-        (grid(0, 15, 16)[0], None, r"narrower side of the 15 x 16 grid is 15, above max_width = 14: a table of 2\^15"),
+        (grid(0, 21, 22)[0], None, r"narrower side of the 21 x 22 grid is 21, above max_width = 20: a table of 2\^21"),
     ],
 )
 def test_what_is_no_narrow_grid_is_refused(A, shape, message):

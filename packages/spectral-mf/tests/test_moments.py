@@ -37,7 +37,7 @@ def test_oracle_marginals(n, c, f):
 
 @pytest.mark.parametrize(
     ("method", "tolerance"),
-    [("exact", 1e-9), ("exact_elimination", 1e-9), ("modes", 0.02), ("tap", 0.15), ("ais", 0.1), ("clamp", 0.05),
+    [("exact", 1e-9), ("exact_elimination", 1e-9), ("modes", 0.02), ("tap", 0.2), ("ais", 0.1), ("clamp", 0.05),
      ("mean_field", 0.05), ("belief_propagation", 0.005), ("trw", 0.05)],
 )  # fmt: skip
 def test_every_method_at_weak_coupling(method, tolerance):

@@ -59,7 +59,11 @@ def _read(path: Path, config: ModelOptions, session: Session | None = None) -> I
     from spectral_mf.model import Ising
 
     model = Ising.from_file(path, **_reading(config))
-    return model if session is None or session.device.type == "cpu" else model.to(session.device)
+    return model if session is None else _placed(model, session)
+
+
+def _placed(model: Ising, session: Session) -> Ising:
+    return model if session.device.type == "cpu" else model.to(session.device)
 
 
 def _reading(config: ModelOptions) -> dict[str, Any]:
@@ -446,7 +450,7 @@ def marginals(config: MarginalsConfig, session: Session) -> Outcome:
 
     arrays = read_model(config.model, **_reading(config))
     model = Ising(arrays.A, arrays.b, arrays.const)
-    model = model if session.device.type == "cpu" else model.to(session.device)
+    model = _placed(model, session)
     random = _generator(config.seed)
     means = _host(means_of(model, method=config.method, generator=random))
     computed = {"means": means}
@@ -597,14 +601,15 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
         machine = RBM.from_arrays(*arrays.rbm)
         if X.shape[1] != len(arrays.rbm[1]):
             raise InputError(f"{config.data}: {X.shape[1]} columns, but the RBM has {len(arrays.rbm[1])} visible units")
-        found = Ising(*machine.to_ising()).log_partition(budget_s=config.budget, generator=random)
+        fitted = Ising(*machine.to_ising())
         energies = -np.asarray(machine.free_energy((X + 1) / 2))
     else:
         model = Ising(arrays.A, arrays.b, arrays.const)
         if X.shape[1] != model.n:
             raise InputError(f"{config.data}: {X.shape[1]} columns, but the model has {model.n} spins")
-        found = model.log_partition(budget_s=config.budget, generator=random)
+        fitted = model
         energies = np.asarray(model.energy(X))
+    found = _placed(fitted, session).log_partition(budget_s=config.budget, generator=random)
     notes = [f"log Z = {_float(found.value):.8g} by {found.method}; {len(X)} rows"]
     notes += [f"warning: {text}" for text in found.warnings]
     return Outcome(_likelihood_rows(config.data.stem, config.model.stem, energies, found), notes=notes)

@@ -149,7 +149,7 @@ def compare_families(
     device: str = "cpu",
     advance: Callable[[str], None] = _silent,
 ) -> tuple[list[Result], list[Claim], dict[str, dict[str, tuple[list[float], list[float]]]]]:
-    """Compare methods on drawn models: |log Z error| by coupling strength.
+    """Compare methods on drawn models: error of log Z by coupling strength.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def compare_families(
                         off.tolist(),
                         dataset=f"{family} n={n} strength={strength:g}",
                         method=arm,
-                        metric="|log Z error|",
+                        metric="error of log Z",
                         unit="nats",
                         better="lower",
                         seconds=cell["seconds"],
@@ -341,7 +341,7 @@ def compare_model(
                 shown,
                 dataset=name,
                 method=arm,
-                metric="|log Z error|" if exact else "log Z",
+                metric="error of log Z" if exact else "log Z",
                 unit="nats",
                 better="lower",
                 seconds=seconds,

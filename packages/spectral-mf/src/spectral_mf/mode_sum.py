@@ -193,7 +193,7 @@ def _search(
     factor: Tensor | None = None
     if roundings or (roundings is None and n <= 400):
         factor = solve_diagonal(augmented(problem.dense, problem.b).detach(), tol=1e-2).factor
-    symmetric = bool((problem.b.detach() == 0).all())
+    symmetric = (problem.b.detach() == 0).all(1)
     active = torch.arange(problem.models, device=device)
     ended: list[FoundModes] = []
     weights: list[Tensor] = []
@@ -204,7 +204,11 @@ def _search(
         part = problem if len(active) == problem.models else problem.select(active)
         k = min(starts * 2**rounds, max_starts - used)
         begin = _starts(part, k, None if factor is None else factor[active], generator)
-        known = find_modes(part, torch.cat([begin, -begin], 1) if symmetric else begin, merge=merge, known=known)
+        if bool(symmetric[active].any()):
+            # Without fields every mode has its mirror image; a batch's other models get as many starts of their own.
+            more = _starts(part, k, None if factor is None else factor[active], generator)
+            begin = torch.cat([begin, torch.where(symmetric[active][:, None, None], -begin, more)], 1)
+        known = find_modes(part, begin, merge=merge, known=known)
         rounds, used = rounds + 1, used + k
         log_weight = _corrected(part, known, known.m, stability)
         total = _sum_over_modes(part, known, log_weight)

@@ -200,7 +200,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
             axis.set_axis_off()
         for axis, ((dataset, metric), rows) in zip(axes, groups.items(), strict=False):
             ordered = sorted(rows, key=lambda row: row.mean, reverse=rows[0].better == "lower")
-            positive = metric.startswith("|") and max(row.mean for row in rows) > 20 * (
+            positive = metric.startswith("error") and max(row.mean for row in rows) > 20 * (
                 min(row.mean for row in rows) + 1e-3
             )
             for place, row in enumerate(ordered):

@@ -141,7 +141,8 @@ def log_expectation(
         if small:
             support = np.arange(len(vector)) if engine == "exact" else support
             got = _enumerate(vector[support], eigenvalue, None if field is None else field[support])
-            err = tol if len(support) < len(vector) else 1e-13
+            size = abs(eigenvalue) * float(np.abs(vector).sum()) ** 2
+            err = 1e-13 + _EPS * len(vector) * size + (tol if len(support) < len(vector) else 0.0)
         else:
             states = _FALLBACK_STATES if engine == "auto" else max_states
             got, err = _dynamic_programme(vector, eigenvalue, field, tol, q, states, engine == "auto")
@@ -247,7 +248,7 @@ def _positive(w: Tensor, b: Tensor | None, step: Tensor, count: int) -> tuple[Te
     log_weight = step[:, None].log() - 0.5 * t**2 - 0.5 * math.log(2 * math.pi)
     argument = t[:, :, None] * w[:, None, :]
     if b is None:
-        log_weight = log_weight + math.log(2) * (k > 0)
+        log_weight = log_weight + math.log(2) * (k > 0).to(w)
         exponent = log_cosh(argument).sum(-1)
     else:
         exponent = (log_cosh(b[:, None, :] + argument) - log_cosh(b)[:, None, :]).sum(-1)
@@ -336,4 +337,4 @@ def _dynamic_programme(
     # Each entry is off by at most q/4, so is each spin's share of y.
     off = float(np.abs(v - 0.5 * step * w).sum())
     error = 0.5 * abs(lam) * off * (2 * reach + off)
-    return top + math.log(float(np.exp(exponent - top).sum())), error + 1e-13
+    return top + math.log(float(np.exp(exponent - top).sum())), error + 1e-13 + _EPS * len(v) * abs(lam) * reach**2

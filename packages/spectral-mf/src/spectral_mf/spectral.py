@@ -56,7 +56,7 @@ def spectral_mean_field(
     engine: Engine = "auto",
     tilt: bool = False,
     q: float | None = None,
-    tol: float = 1e-8,
+    tol: float = 1e-9,
 ) -> LogPartition:
     """Estimate log Z by the product of the marginals of the spectral coordinates: the paper's method.
 
@@ -278,7 +278,7 @@ def sdp_bounds(A: Any, b: Any = None, *, tilt: bool = False) -> tuple[Tensor, Te
     True
     """
     problem = as_problem(A, b)
-    spectrum = _spectrum(problem, "sdp", tilt, 1e-8)
+    spectrum = _spectrum(problem, "sdp", tilt, 1e-6)
     lower, upper = _certified(problem, spectrum, tilt, None, None)
     if upper is None:
         raise AssertionError("the SDP's diagonal leaves no positive eigenvalue")
