@@ -87,7 +87,7 @@ class DemoConfig(CommandConfig):
     arms: tuple[str, ...] = Field(_ARMS, description="methods")
     real: tuple[str, ...] = Field(("digits20", "digits-rbm"), description="models fitted to real data")
     strengths: tuple[float, ...] = Field(
-        (0.05, 0.25, 0.5, 1, 2, 5), description="coupling strengths of the drawn models"
+        (0.05, 0.25, 0.5, 1.0, 2.0, 5.0), description="coupling strengths of the drawn models"
     )
 
 
@@ -171,7 +171,7 @@ class CompareConfig(ModelOptions):
     seeds: int = Field(10, ge=1, description="repetitions: drawn models, training parts, or the methods' randomness")
     n: int = Field(20, ge=2, description="spins of drawn models")
     strengths: tuple[float, ...] = Field(
-        (0.05, 0.1, 0.25, 0.5, 1, 3, 5), description="coupling strengths of drawn models"
+        (0.05, 0.1, 0.25, 0.5, 1.0, 3.0, 5.0), description="coupling strengths of drawn models"
     )
     sizes: tuple[int, ...] = Field((), description="measure seconds at these numbers of spins too (drawn models)")
     budget: float = Field(20.0, gt=0, description="seconds for the reference where no exact log Z is affordable")
