@@ -181,3 +181,21 @@ def test_same_seed_same_answer():
     )
     assert first == second
     assert first != log_partition(A, b, method="ais", generator=torch.Generator().manual_seed(6)).value
+
+
+def test_a_result_prints_as_one_line():
+    A, b = generate("complete", 6, 0.5, 0)
+    text = str(log_partition(A, b))
+    assert text.startswith("log Z = ")
+    assert "by exact_enumeration, certain: " in text
+    assert "±" in str(log_partition(A, b, method="ais"))
+    assert str(log_partition(np.stack([A, A]), b)).startswith("log Z of 2 models by exact_enumeration")
+
+
+def test_a_large_sparse_model_gets_an_estimate_a_second_opinion_and_bounds():
+    A, b = generate("grid", 32 * 32, 0.2, 0)
+    found = log_partition(sparse.csr_array(A), b, budget_s=1.0)
+    assert set(found.diagnostics["opinions"]) == {"belief propagation", "ais from uniform"}
+    assert found.lower < found.value < found.upper
+    assert abs(found.value - found.diagnostics["opinions"]["belief propagation"]) < 1.0
+    assert not found.warnings

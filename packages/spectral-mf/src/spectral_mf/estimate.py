@@ -396,6 +396,10 @@ def _combined(problem: Problem, given: _Given, budget_s: float, generator: torch
         opinions["modes"] = by_modes.value
         if problem.dense.requires_grad or problem.b.requires_grad:
             return by_modes.with_(diagnostics={"plan": "gradients are wanted: modes", **by_modes.diagnostics})
+    else:
+        by_messages = belief_propagation(given, iterations=500, tol=1e-8)
+        if bool(np.all(_plain(by_messages.diagnostics["converged"]))):
+            opinions["belief propagation"] = by_messages.value
     runs: dict[str, Annealed] = {}
     bases: tuple[Base, ...] = ("uniform", "modes") if small and problem.models * problem.n <= 2000 else ("uniform",)
     for base in bases:
