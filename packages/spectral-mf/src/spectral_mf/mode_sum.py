@@ -313,9 +313,14 @@ def _corrected(problem: Problem, found: FoundModes, m: Tensor, stability: float)
         root = (1 - at**2).clamp_min(1e-300).sqrt()
         inner = root[:, :, None] * A[which] * root[:, None, :]
         eye = torch.eye(problem.n, dtype=A.dtype, device=A.device)
-        stable = torch.linalg.cholesky_ex((1 - stability) * eye - inner.detach()).info == 0
-        safe = torch.where(stable[:, None, None], eye - inner, eye)
-        log_det = 2 * torch.linalg.cholesky_ex(safe).L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        factor, info = torch.linalg.cholesky_ex(eye - inner.detach())
+        pivots = factor.diagonal(dim1=-2, dim2=-1)
+        # The least pivot is no less than the least eigenvalue, which must be at least `stability`.
+        stable = (info == 0) & (pivots.amin(-1) ** 2 >= stability)
+        if inner.requires_grad:
+            safe = torch.where(stable[:, None, None], eye - inner, eye)
+            pivots = torch.linalg.cholesky_ex(safe).L.diagonal(dim1=-2, dim2=-1)
+        log_det = 2 * torch.where(stable[:, None], pivots, torch.ones_like(pivots)).log().sum(-1)
         parts.append(torch.where(stable, energy - 0.5 * log_det, -math.inf))
     return torch.cat(parts)
 
