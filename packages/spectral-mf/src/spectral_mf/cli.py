@@ -415,9 +415,8 @@ def bounds(config: BoundsConfig, session: Session) -> Outcome:
         for key, value in found.candidates.items()
         if _finite(_float(value)) is not None
     ]  # fmt: skip
-    notes = [
-        f"{_float(found.lower):.8g} ({found.lower_from}) <= log Z <= {_float(found.upper):.8g} ({found.upper_from})"
-    ]
+    above = found.upper_from.removesuffix(" (upper)")
+    notes = [f"{_float(found.lower):.8g} <= log Z <= {_float(found.upper):.8g}, by {found.lower_from} and {above}"]
     if model.n <= 1500:
         low, high = map_bound(model)
         rows += [_row(name, "largest energy", "lower bound", _float(low), "higher")]
