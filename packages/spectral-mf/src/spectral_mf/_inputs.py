@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 
-__all__ = ["Convention", "Edges", "HasCouplings", "Problem", "Scalar", "as_problem"]
+__all__ = ["Convention", "Edges", "Given", "HasCouplings", "Problem", "Scalar", "as_problem", "to_numpy"]
 
 # Floats for one NumPy model, arrays (models,) for a NumPy batch, tensors for torch.
 Scalar: TypeAlias = float | np.ndarray | Tensor
@@ -279,3 +279,30 @@ def _sparse_problem(A: Any, b: Any, convention: Convention, symmetrize: bool) ->
     _warn_huge(scale)
     const = torch.tensor([0.5 * diagonal.sum()], dtype=torch.float64)
     return Problem(None, fields[None], const, matrix, False, "torch" if isinstance(b, Tensor) else "numpy")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Hands a checked problem on to a function of (A, b).
+
+    Attributes
+    ----------
+    problem : what :func:`as_problem` returned
+    """
+
+    problem: Problem
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """Bring a float, array or tensor of any device to NumPy.
+
+    Parameters
+    ----------
+    value : float, NumPy array or tensor
+
+    Examples
+    --------
+    >>> to_numpy(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shared_core.errors import InputError
-from spectral_mf._inputs import Problem, as_problem
+from spectral_mf._inputs import Given, Problem, as_problem
 from spectral_mf.baselines.belief_propagation import trw
 from spectral_mf.baselines.mini_bucket import weighted_mini_bucket
 from spectral_mf.mode_sum import FoundModes, find_modes
@@ -215,9 +215,9 @@ def _candidates(problem: Problem, starts: int, random: torch.Generator) -> dict[
     }
     const = problem.const.detach()
     if n <= _DENSE_LIMIT:
-        result["log-determinant (upper)"] = log_det_bound(_Given(problem)) - const
+        result["log-determinant (upper)"] = log_det_bound(Given(problem)) - const
         for name, tilt in (("sdp", False), ("sdp with fields apart", True)):
-            low, high = sdp_bounds(_Given(problem), tilt=tilt)
+            low, high = sdp_bounds(Given(problem), tilt=tilt)
             if tilt:
                 result["jensen"] = low - const
             result[f"{name} (upper)"] = high - const
@@ -230,17 +230,10 @@ def _candidates(problem: Problem, starts: int, random: torch.Generator) -> dict[
         result["sdp (upper)"] = crude + rounding_slack(problem, crude)
     edges = len(problem.edges.i)
     if n <= _MINI_BUCKET_LIMIT or edges <= 4 * n <= 40_000:
-        result["mini-buckets (upper)"] = _as_tensor(weighted_mini_bucket(_Given(problem)).upper, problem) - const
+        result["mini-buckets (upper)"] = _as_tensor(weighted_mini_bucket(Given(problem)).upper, problem) - const
     if n <= _TRW_LIMIT or edges <= 4 * n <= 8_000:
-        result["trees (upper)"] = _as_tensor(trw(_Given(problem), iterations=300, tol=1e-6).upper, problem) - const
+        result["trees (upper)"] = _as_tensor(trw(Given(problem), iterations=300, tol=1e-6).upper, problem) - const
     return result
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Hands a checked problem to a function of (A, b)."""
-
-    problem: Problem
 
 
 def _as_tensor(value: Scalar, problem: Problem) -> Tensor:

@@ -372,12 +372,6 @@ def _float(value: Any) -> float:
     return float(value)
 
 
-def _host(values: Any) -> np.ndarray:
-    import numpy as np
-
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
-
-
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
@@ -441,6 +435,7 @@ def marginals(config: MarginalsConfig, session: Session) -> Outcome:
     import numpy as np
 
     from shared_core.runs import atomic_path
+    from spectral_mf._inputs import to_numpy
     from spectral_mf.formats import read_model, write_mar
     from spectral_mf.model import Ising
     from spectral_mf.moments import marginals as means_of
@@ -451,10 +446,10 @@ def marginals(config: MarginalsConfig, session: Session) -> Outcome:
     model = Ising(arrays.A, arrays.b, arrays.const)
     model = _placed(model, session)
     random = _generator(config.seed)
-    means = _host(means_of(model, method=config.method, generator=random))
+    means = to_numpy(means_of(model, method=config.method, generator=random))
     computed = {"means": means}
     if config.pairs:
-        computed["pairs"] = _host(pair_moments(model, method=config.method, generator=random))
+        computed["pairs"] = to_numpy(pair_moments(model, method=config.method, generator=random))
     with atomic_path(session.run.artifact("marginals.npz")) as temporary:
         np.savez(temporary, allow_pickle=False, **computed)
     lines = ["spin,mean,probability_up", *(f"{i},{m:.10g},{(1 + m) / 2:.10g}" for i, m in enumerate(means))]
@@ -485,13 +480,17 @@ def sample(config: SampleConfig, session: Session) -> Outcome:
     """Draw states of a model: exactly where that is affordable, else by annealing; writes samples.csv."""
     import numpy as np
 
+    from spectral_mf._inputs import to_numpy
+
     model = _read(config.model, config, session)
-    states = _host(model.sample(config.k, _generator(config.seed))).astype(int)
+    states = to_numpy(model.sample(config.k, _generator(config.seed))).astype(int)
     shown = states if config.coding == "pm1" else (states + 1) // 2
     lines = [",".join(f"x{i}" for i in range(model.n)), *(",".join(map(str, row)) for row in shown.tolist())]
     _write_text(session, "samples.csv", lines)
     return Outcome(
-        notes=[f"{config.k} states of {model.n} spins, mean energy {float(np.mean(_host(model.energy(states)))):.4f}"]
+        notes=[
+            f"{config.k} states of {model.n} spins, mean energy {float(np.mean(to_numpy(model.energy(states)))):.4f}"
+        ]
     )
 
 

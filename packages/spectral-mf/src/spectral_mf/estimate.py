@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shared_core.errors import InputError
-from spectral_mf._inputs import Convention, Problem, as_problem
+from spectral_mf._inputs import Convention, Given, Problem, Scalar, as_problem, to_numpy
 from spectral_mf.baselines.ais import Annealed, Base, anneal
 from spectral_mf.baselines.ais import ais as _ais
 from spectral_mf.baselines.belief_propagation import belief_propagation, trw
@@ -31,7 +31,7 @@ from spectral_mf.baselines.sdp_rounding import sdp_rounding
 from spectral_mf.bounds import log_partition_bounds
 from spectral_mf.low_rank import low_rank, low_rank_factors
 from spectral_mf.mode_sum import FoundModes, modes, search_modes
-from spectral_mf.result import LogPartition, Scalar
+from spectral_mf.result import LogPartition
 from spectral_mf.spectral import gaussian, spectral_mean_field
 from spectral_mf.variational import mean_field
 
@@ -175,7 +175,7 @@ def log_partition(
             f" {chosen.bytes / 1e9:.3g} GB, above max_bytes = {max_bytes / 1e9:.3g} GB;"
             " choose another method or raise it"
         )
-    handed = _Given(problem)
+    handed = Given(problem)
     if chosen.method == "auto":
         if options:
             raise InputError(f"options {sorted(options)} belong to a method: name it with method=")
@@ -224,7 +224,7 @@ def compare(
     for name in methods or METHODS:
         started = time.perf_counter()
         try:
-            result = log_partition(_Given(problem), method=name, generator=generator, max_bytes=max_bytes)
+            result = log_partition(Given(problem), method=name, generator=generator, max_bytes=max_bytes)
             found[name] = result.with_(seconds=time.perf_counter() - started)
         except InputError as error:
             if name not in METHODS:
@@ -266,14 +266,7 @@ def _with_all_pairs(problem: Problem, method: str, result: LogPartition) -> LogP
     return result.with_(value=value + (moves if problem.batched else moves[0]))
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Hands a checked problem to a function of (A, b)."""
-
-    problem: Problem
-
-
-def _call(name: str, given: _Given, generator: torch.Generator | None, options: Mapping[str, Any]) -> LogPartition:
+def _call(name: str, given: Given, generator: torch.Generator | None, options: Mapping[str, Any]) -> LogPartition:
     function = METHODS[name]
     known = inspect.signature(function).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
@@ -383,7 +376,7 @@ def _cost(problem: Problem, method: str) -> tuple[float, float]:
             return models * 1e-6 * edges, dense if problem.A is not None else 100.0 * edges
 
 
-def _combined(problem: Problem, given: _Given, budget_s: float, generator: torch.Generator | None) -> LogPartition:
+def _combined(problem: Problem, given: Given, budget_s: float, generator: torch.Generator | None) -> LogPartition:
     """AIS from two starting points as long as the budget lasts, and modes, as opinions of each other."""
     random = generator or torch.Generator().manual_seed(0)
     small = problem.A is not None and problem.n <= 1500
@@ -398,7 +391,7 @@ def _combined(problem: Problem, given: _Given, budget_s: float, generator: torch
             return by_modes.with_(diagnostics={"plan": "gradients are wanted: modes", **by_modes.diagnostics})
     else:
         by_messages = belief_propagation(given, iterations=500, tol=1e-8)
-        if bool(np.all(_plain(by_messages.diagnostics["converged"]))):
+        if bool(np.all(to_numpy(by_messages.diagnostics["converged"]))):
             opinions["belief propagation"] = by_messages.value
     runs: dict[str, Annealed] = {}
     bases: tuple[Base, ...] = ("uniform", "modes") if small and problem.models * problem.n <= 2000 else ("uniform",)
@@ -413,11 +406,11 @@ def _combined(problem: Problem, given: _Given, budget_s: float, generator: torch
     means = sum(
         (share[:, None] * run.means for share, run in zip(shares, runs.values(), strict=True)), start=0 * problem.b
     )
-    spread = _spread([np.atleast_1d(_plain(value)) for value in opinions.values()])
-    doubtful = spread > np.maximum(_DISAGREEMENT, 3 * _plain(error))
+    spread = _spread([np.atleast_1d(to_numpy(value)) for value in opinions.values()])
+    doubtful = spread > np.maximum(_DISAGREEMENT, 3 * to_numpy(error))
     if doubtful.any():
         told = ", ".join(
-            f"{name} {float(np.atleast_1d(_plain(value))[doubtful.argmax()]):.2f}" for name, value in opinions.items()
+            f"{name} {float(np.atleast_1d(to_numpy(value))[doubtful.argmax()]):.2f}" for name, value in opinions.items()
         )
         which = f" for model {int(doubtful.argmax())}" if problem.batched else ""
         warnings.append(f"independent estimators disagree by {float(spread.max()):.2f} nats{which}: {told}")
@@ -457,20 +450,16 @@ def _within_budget(
         levels *= factor
 
 
-def _plain(value: Scalar) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-
 def _spread(values: list[np.ndarray]) -> np.ndarray:
     stacked = np.stack(values)
     return stacked.max(0) - stacked.min(0)
 
 
 def _bounded(problem: Problem, result: LogPartition, generator: torch.Generator | None) -> LogPartition:
-    found = log_partition_bounds(_Given(problem), generator=generator)
+    found = log_partition_bounds(Given(problem), generator=generator)
     low, high = _larger(result.lower, found.lower), _smaller(result.upper, found.upper)
     clipped = _smaller(_larger(result.value, low), high)
-    moved = bool(np.any(_plain(clipped) != _plain(result.value)))
+    moved = bool(np.any(to_numpy(clipped) != to_numpy(result.value)))
     warnings = result.warnings
     if moved:
         warnings = (*warnings, "the estimate lay outside the certified bounds and was moved to the nearer one")

@@ -13,6 +13,7 @@ import torch
 
 from shared_core.errors import InputError
 from shared_core.runs import Claim, Result, Run, summarize
+from spectral_mf._inputs import to_numpy
 from spectral_mf.data import load_spins
 from spectral_mf.estimate import log_partition, plan
 from spectral_mf.generators import generate
@@ -20,7 +21,7 @@ from spectral_mf.learn import IsingModel
 from spectral_mf.model import Ising
 from spectral_mf.plots import Opinion
 from spectral_mf.rbm import train_rbm
-from spectral_mf.result import LogPartition, Scalar
+from spectral_mf.result import LogPartition
 
 __all__ = [
     "ARMS",
@@ -84,10 +85,6 @@ class Cell(TypedDict):
 def _silent(_: str) -> None: ...
 
 
-def _host(value: Scalar) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value, dtype=np.float64)
-
-
 def run_arm(arm: str, A: Any, b: Any = None, *, seed: int = 0, device: str = "cpu") -> LogPartition:
     """Run one method of a comparison.
 
@@ -117,13 +114,13 @@ def _cell(arm: str, A: Any, b: Any, truth: Sequence[float] | None, seed: int, de
     started = time.perf_counter()
     result = run_arm(arm, A, b, seed=seed, device=device)
     seconds = time.perf_counter() - started
-    values = np.atleast_1d(_host(result.value))
+    values = np.atleast_1d(to_numpy(result.value))
     known = np.full(len(values), math.nan) if truth is None else np.asarray(truth)
     return {
         "values": values.tolist(),
         "seconds": seconds,
-        "lower_broken": int((np.atleast_1d(_host(result.lower)) > known).sum()),
-        "upper_broken": int((np.atleast_1d(_host(result.upper)) < known).sum()),
+        "lower_broken": int((np.atleast_1d(to_numpy(result.lower)) > known).sum()),
+        "upper_broken": int((np.atleast_1d(to_numpy(result.upper)) < known).sum()),
     }
 
 
@@ -219,45 +216,30 @@ def compare_families(
 def _paper_claims(
     errors: Mapping[tuple[str, float, str], Sequence[float]], families: Sequence[str], strengths: Sequence[float]
 ) -> list[Claim]:
+    rerun = "main experiment of the paper, as its authors' code was re-run (specification 4)"
+    held = [
+        ("spectral", "bp-200", 0.5, "half that of belief propagation (200 iterations)", rerun),
+        ("spectral", "mean-field-1", 1.0, "that of mean field from m = 0", rerun),
+        ("spectral", "mini-bucket", 1.0, "that of mini-buckets (MBE-10)", rerun),
+        ("modes", "spectral", 0.25, "a quarter of that of the spectral scheme", "this project"),
+        ("ais-modes", "spectral", 0.25, "a quarter of that of the spectral scheme", "this project"),
+    ]
     claims: list[Claim] = []
-    strong = [s for s in strengths if s >= 1]
     for family in families:
-        for arm, factor, name in (
-            ("bp-200", 0.5, "half that of belief propagation (200 iterations)"),
-            ("mean-field-1", 1.0, "that of mean field from m = 0"),
-            ("mini-bucket", 1.0, "that of mini-buckets (MBE-10)"),
-        ):
-            pairs = [
-                (np.mean(errors[family, s, "spectral"]), factor * np.mean(errors[family, s, arm]))
-                for s in strong
-                if (family, s, arm) in errors and (family, s, "spectral") in errors
+        for ours, theirs, factor, name, source in held:
+            ratios = [
+                float(np.mean(errors[family, s, ours]) / max(float(np.mean(errors[family, s, theirs])), 1e-12))
+                for s in strengths
+                if s >= 1 and (family, s, ours) in errors and (family, s, theirs) in errors
             ]
-            if pairs:
-                worst = max(ours / max(theirs, 1e-12) for ours, theirs in pairs)
+            if ratios:
                 claims.append(
                     Claim(
-                        text=f"{family}, strength ≥ 1: the spectral scheme's mean error is below {name}",
-                        source="paper, section 5 (as re-run, specification 4)",
-                        holds=bool(worst < 1),
-                        value=float(worst),
-                        threshold=1.0,
-                    )
-                )
-        for arm in ("modes", "ais-modes"):
-            pairs = [
-                (np.mean(errors[family, s, arm]), np.mean(errors[family, s, "spectral"]))
-                for s in strong
-                if (family, s, arm) in errors and (family, s, "spectral") in errors
-            ]
-            if pairs:
-                worst = max(ours / max(theirs, 1e-12) for ours, theirs in pairs)
-                claims.append(
-                    Claim(
-                        text=f"{family}, strength ≥ 1: {arm} is off by less than a quarter of the spectral scheme",
-                        source="this project",
-                        holds=bool(worst < 0.25),
-                        value=float(worst),
-                        threshold=0.25,
+                        text=f"{family}, strength ≥ 1: the mean error of {ours} is below {name}",
+                        source=source,
+                        holds=max(ratios) < factor,
+                        value=max(ratios),
+                        threshold=factor,
                     )
                 )
     return claims

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shared_core.errors import InputError
-from spectral_mf._inputs import Problem, as_problem
+from spectral_mf._inputs import Given, Problem, as_problem
 from spectral_mf.baselines.ais import anneal, gibbs
 from spectral_mf.baselines.exact import exact_sample, structure
 from spectral_mf.estimate import METHODS, log_partition, pair_curvature, plan
@@ -61,7 +61,7 @@ def marginals(
     if name in _BY_GRADIENT:
         _, db = _gradients(problem, name, generator, options, pairs=False)
         return problem.give_back(db)
-    result = log_partition(_Given(problem), method=name, generator=generator, bounds=False, **options)
+    result = log_partition(Given(problem), method=name, generator=generator, bounds=False, **options)
     if result.marginals is None:
         raise InputError(
             f"'{method}' gives no marginals; choose auto, exact, clamp, {', '.join(_BY_GRADIENT + _BY_BELIEF)}"
@@ -138,7 +138,7 @@ def sample(
         raise InputError(f"k must be at least 1, got {k}")
     random = generator or torch.Generator().manual_seed(0)
     if problem.n <= 25:
-        return exact_sample(_Given(problem), k=k, generator=random)
+        return exact_sample(Given(problem), k=k, generator=random)
     found = structure(problem)
     if found.sides is not None and found.sides[0] <= 20 and problem.models == 1:
         return problem.give_back(_bipartite(problem, k, random)[None])
@@ -155,19 +155,12 @@ def sample(
     return problem.give_back(X.mT)
 
 
-class _Given:
-    """Hands a checked problem to a function of (A, b)."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-
-
 def _resolve(problem: Problem, method: str) -> str:
     if method not in ("auto", "exact"):
         if method not in METHODS:
             raise InputError(f"unknown method '{method}': choose auto, exact, clamp, {', '.join(METHODS)}")
         return method
-    chosen = plan(_Given(problem))
+    chosen = plan(Given(problem))
     if chosen.exact:
         return chosen.method
     if method == "exact":

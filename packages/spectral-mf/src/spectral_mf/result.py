@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_mf._inputs import Problem, Scalar
+from spectral_mf._inputs import Problem, Scalar, to_numpy
 
 __all__ = ["LogPartition", "Scalar", "rounding_slack"]
 
@@ -80,21 +80,17 @@ class LogPartition:
 
     def __str__(self) -> str:
         """One line: the value, how sure it is, and by which method."""
-        values = np.atleast_1d(_plain(self.value))
-        error = "" if self.std_error is None else f" ± {float(np.max(_plain(self.std_error))):.2g}"
+        values = np.atleast_1d(to_numpy(self.value))
+        error = "" if self.std_error is None else f" ± {float(np.max(to_numpy(self.std_error))):.2g}"
         if len(values) > 1:
             return f"log Z of {len(values)} models by {self.method}: {values.min():.6g} to {values.max():.6g}{error}"
-        low, high = float(_plain(self.lower).item()), float(_plain(self.upper).item())
+        low, high = float(to_numpy(self.lower).item()), float(to_numpy(self.upper).item())
         certain = f", certain: {low:.6g} to {high:.6g}" if math.isfinite(low) or math.isfinite(high) else ""
         return f"log Z = {values[0]:.8g}{error} by {self.method}{certain}"
 
     def with_(self, **changes: Any) -> LogPartition:
         """Return a copy with some attributes replaced."""
         return replace(self, **changes)
-
-
-def _plain(value: Scalar) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def rounding_slack(problem: Problem, *values: Tensor) -> Tensor:
