@@ -69,6 +69,20 @@ def test_float32_is_computed_in_float64():
     assert log_partition(integers).value == pytest.approx(brute(integers.astype(float), np.zeros(2)))
 
 
+def test_single_precision_may_be_asymmetric_by_its_own_rounding():
+    random = np.random.default_rng(0)
+    V = random.normal(size=(12, 40)).astype(np.float32)
+    A = V @ V.T / 40
+    A[0, 1] *= 1 + 3e-7
+    assert A[0, 1] != A[1, 0]
+    mean = 0.5 * (A.astype(float) + A.T.astype(float))
+    expected = brute(mean - np.diag(np.diag(mean)), np.zeros(12)) + 0.5 * np.trace(mean)
+    for given in (A, torch.from_numpy(A), sparse.csr_array(A)):
+        assert float(log_partition(given).value) == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(InputError, match="symmetrize"):
+        log_partition(A.astype(np.float64))
+
+
 def test_one_b_for_many_A_and_many_b_for_one_A():
     A, b = random_model(6)
     other, fields = random_model(6, 1)

@@ -21,6 +21,8 @@ Scalar: TypeAlias = float | np.ndarray | Tensor
 
 Convention = Literal["half", "full"]
 _SYMMETRY = 1e-8
+# What sums in another order leave in single precision.
+_SYMMETRY_SINGLE = 1e-5
 _HUGE = 1e6
 _DENSE_WARNING = 2000
 
@@ -150,7 +152,8 @@ def as_problem(
     Raises
     ------
     InputError
-        Where A is not square, not symmetric to 1e-8 (relative), empty, or anything is NaN or infinite.
+        Where A is not square, not symmetric to 1e-8 (relative; 1e-5 in single precision), empty, or anything is NaN
+        or infinite.
     """
     if isinstance(A, HasCouplings):
         if b is not None:
@@ -183,7 +186,7 @@ def as_problem(
         raise InputError("the batch is empty: A holds no model")
     _refuse_not_finite(couplings, "A", batched)
     _refuse_not_finite(fields, "b", batched)
-    couplings = _symmetric(couplings, symmetrize, batched)
+    couplings = _symmetric(couplings, symmetrize, batched, _symmetry_of(A))
     if convention == "full":
         couplings = 2 * couplings
     diagonal = couplings.diagonal(dim1=-2, dim2=-1)
@@ -223,12 +226,18 @@ def _refuse_not_finite(values: Tensor, name: str, batched: bool) -> None:
         )
 
 
-def _symmetric(couplings: Tensor, symmetrize: bool, batched: bool) -> Tensor:
+def _symmetry_of(A: Any) -> float:
+    """How far an entry may be from its mirror image, relative to the largest: by the precision A was given in."""
+    single = str(getattr(A, "dtype", "")).removeprefix("torch.") in {"float32", "float16", "bfloat16"}
+    return _SYMMETRY_SINGLE if single else _SYMMETRY
+
+
+def _symmetric(couplings: Tensor, symmetrize: bool, batched: bool, tolerance: float) -> Tensor:
     transposed = couplings.transpose(-1, -2)
     gap = (couplings - transposed).detach().abs()
     scale = couplings.detach().abs().amax((-1, -2), keepdim=True)
-    if not symmetrize and bool((gap > _SYMMETRY * scale).any()):
-        index = (gap > _SYMMETRY * scale).nonzero()[0].tolist()
+    if not symmetrize and bool((gap > tolerance * scale).any()):
+        index = (gap > tolerance * scale).nonzero()[0].tolist()
         model, i, j = index
         raise InputError(
             f"A{_place([model, i, j], batched)}={float(couplings[model, i, j].detach()):g} but"
@@ -260,7 +269,7 @@ def _sparse_problem(A: Any, b: Any, convention: Convention, symmetrize: bool) ->
         raise InputError(f"A[{i},{j}] is {entries.data[at]}; every entry must be finite")
     gap = (matrix - matrix.T).tocoo()
     scale = float(np.abs(matrix.data).max(initial=0.0))
-    wrong = np.abs(gap.data) > _SYMMETRY * scale
+    wrong = np.abs(gap.data) > _symmetry_of(A) * scale
     if not symmetrize and wrong.any():
         at = int(np.argmax(wrong))
         i, j = (int(c[at]) for c in gap.coords)
