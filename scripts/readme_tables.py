@@ -1,7 +1,8 @@
 """Fill the tables of a README from docs/results, so that no figure in it was typed by hand.
 
 A place in the README is marked by a comment: ``<!-- results: PACKAGE/NAME.json [metric=..] [dataset=..] -->`` up to
-``<!-- end -->``. ``layout=matrix`` makes a row a method and a column a data set. With ``--check`` nothing is written and the exit status says whether all tables are up to date.
+``<!-- end -->``. ``layout=matrix`` makes a row a method and a column a data set. With ``--check`` nothing is written
+and the exit status says whether all tables are up to date.
 """
 
 from __future__ import annotations

@@ -711,7 +711,7 @@ def test_what_no_model_is_made_of_in_a_mat_file(save):
 
 
 def test_a_compressed_bomb_in_a_mat_file_is_not_unpacked_without_end(save, monkeypatch):
-    monkeypatch.setattr("spectral_mf.formats._LARGEST", 10_000)
+    monkeypatch.setattr("spectral_mf._mat.LARGEST", 10_000)
     buffer = io.BytesIO()
     scipy.io.savemat(buffer, {"A": np.zeros((100, 100)), "h": np.zeros(100)}, do_compression=True)
     with pytest.raises(InputError, match="truncated or too large"):

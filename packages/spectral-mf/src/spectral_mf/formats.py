@@ -10,10 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,6 +23,7 @@ from scipy import sparse
 
 from shared_core.errors import InputError
 from shared_core.runs import atomic_path
+from spectral_mf._mat import LARGEST, MatFile, checked_csr, first_line, real_array
 
 __all__ = [
     "ModelArrays",
@@ -45,8 +44,6 @@ Coding = Literal["auto", "01", "pm1"]
 _SYMMETRY = 1e-8
 _DENSE_BELOW = 64
 _DENSE_FROM = 0.2
-# A few kilobytes of ZIP can declare terabytes; what a file may unpack to stays below what kills a process.
-_LARGEST = 2**33
 # exp beyond this is no float, and UAI tables hold exp.
 _LARGEST_EXPONENT = 700.0
 _MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?", ".")
@@ -121,7 +118,7 @@ def rbm_to_ising(
 
 
 def _rbm_arrays(where: str, W: Any, bv: Any, bh: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    weights, visible, hidden = (_real(where, name, value) for name, value in (("W", W), ("bv", bv), ("bh", bh)))
+    weights, visible, hidden = (real_array(where, name, value) for name, value in (("W", W), ("bv", bv), ("bh", bh)))
     # MATLAB and many a script keep biases as one row or one column.
     visible, hidden = (bias.ravel() if bias.ndim == 2 and 1 in bias.shape else bias for bias in (visible, hidden))
     if weights.ndim != 2 or 0 in weights.shape or visible.ndim != 1 or hidden.ndim != 1:
@@ -181,10 +178,10 @@ def qubo_to_ising(
     >>> A.tolist(), b.tolist(), const
     ([[0.0, 1.0], [1.0, 0.0]], [1.5, 1.0], 1.5)
     """
-    quadratic = _real("", "Q", Q)
+    quadratic = real_array("", "Q", Q)
     if quadratic.ndim != 2 or quadratic.shape[0] != quadratic.shape[1] or quadratic.size == 0:
         raise InputError(f"Q must be (n, n) with n at least 1, got {quadratic.shape}")
-    linear = np.zeros(len(quadratic)) if c is None else _real("", "c", c)
+    linear = np.zeros(len(quadratic)) if c is None else real_array("", "c", c)
     if linear.shape != (len(quadratic),):
         raise InputError(f"c must have length n = {len(quadratic)}, got shape {linear.shape}")
     triangular = not np.tril(quadratic, -1).any() or not np.triu(quadratic, 1).any()
@@ -291,7 +288,7 @@ def factors_to_ising(
     """
     if len(scopes) != len(tables):
         raise InputError(f"there are {len(scopes)} scopes but {len(tables)} tables; give one table a scope")
-    flat = [_real("", f"table {k}", table).ravel() for k, table in enumerate(tables)]
+    flat = [real_array("", f"table {k}", table).ravel() for k, table in enumerate(tables)]
     cardinality = np.array(cardinalities, dtype=np.int64).reshape(-1)
     arity = np.array([len(scope) for scope in scopes], dtype=np.int64)
     scope = np.array([variable for scope in scopes for variable in scope], dtype=np.int64)
@@ -468,28 +465,11 @@ def _dense(A: np.ndarray | sparse.csr_array) -> np.ndarray:
 
 
 def _refuse_too_large(where: str, entries: int) -> None:
-    if entries * 8 > _LARGEST:
+    if entries * 8 > LARGEST:
         raise InputError(
-            f"{where}this takes {entries * 8e-9:.3g} GB as a dense array, more than the {_LARGEST * 1e-9:.3g} GB"
+            f"{where}this takes {entries * 8e-9:.3g} GB as a dense array, more than the {LARGEST * 1e-9:.3g} GB"
             " allowed; give the couplings as an edge list or a sparse matrix"
         )
-
-
-def _real(where: str, name: str, values: Any) -> np.ndarray:
-    """Take `values` as finite float64, or say which entry is not."""
-    try:
-        array = np.asarray(values)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{where}{name} must be numbers in a regular array: {_first_line(error)}") from error
-    if array.dtype.kind not in "fiub":
-        raise InputError(f"{where}{name} must hold real numbers, it holds {array.dtype}")
-    array = array.astype(np.float64)
-    finite = np.isfinite(array)
-    if not finite.all():
-        at = tuple(int(k) for k in np.unravel_index(int(np.argmin(finite)), array.shape))
-        place = f"[{','.join(map(str, at))}]" if at else ""
-        raise InputError(f"{where}{name}{place} is {array[at]}; every entry must be finite")
-    return array
 
 
 def _asymmetric(A: np.ndarray) -> tuple[int, int] | None:
@@ -505,7 +485,7 @@ def _couplings_checked(where: str, A: Any) -> np.ndarray | sparse.csr_array:
         matrix.sum_duplicates()
         shape: tuple[int, ...] = matrix.shape
     else:
-        matrix = _real(where, "A", A)
+        matrix = real_array(where, "A", A)
         shape = matrix.shape
     if len(shape) != 2 or shape[0] != shape[1]:
         raise InputError(f"{where}A must be (n, n), one model, got shape {shape}")
@@ -534,7 +514,7 @@ def _couplings_checked(where: str, A: Any) -> np.ndarray | sparse.csr_array:
 def _fields_checked(where: str, b: Any, n: int) -> np.ndarray:
     if b is None:
         return np.zeros(n)
-    fields = _real(where, "b", b)
+    fields = real_array(where, "b", b)
     fields = fields.ravel() if fields.ndim == 2 and 1 in fields.shape else fields
     if fields.shape != (n,):
         raise InputError(f"{where}b must have length n = {n}, as A says, got shape {fields.shape}")
@@ -542,7 +522,7 @@ def _fields_checked(where: str, b: Any, n: int) -> np.ndarray:
 
 
 def _scalar(where: str, name: str, value: Any) -> float:
-    array = _real(where, name, value)
+    array = real_array(where, name, value)
     if array.size != 1:
         raise InputError(f"{where}{name} must be one number, got shape {array.shape}")
     return float(array.reshape(-1)[0])
@@ -690,8 +670,8 @@ def _npz_arrays(path: Path, data: bytes) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
-            if (total := sum(member.file_size for member in members)) > _LARGEST:
-                raise InputError(f"{path} unpacks to {total * 1e-9:.3g} GB; at most {_LARGEST * 1e-9:.3g} are read")
+            if (total := sum(member.file_size for member in members)) > LARGEST:
+                raise InputError(f"{path} unpacks to {total * 1e-9:.3g} GB; at most {LARGEST * 1e-9:.3g} are read")
             raw = {
                 member.filename.removesuffix(".npy"): archive.read(member)
                 for member in members
@@ -700,7 +680,7 @@ def _npz_arrays(path: Path, data: bytes) -> dict[str, np.ndarray]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path} is not a readable NPZ file: {_first_line(error)}") from error
+        raise InputError(f"{path} is not a readable NPZ file: {first_line(error)}") from error
     return {name: _npy_array(path, name, content) for name, content in raw.items()}
 
 
@@ -715,7 +695,7 @@ def _npy_array(path: Path, name: str, content: bytes) -> np.ndarray:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: array '{name}' is damaged: {_first_line(error)}") from error
+        raise InputError(f"{path}: array '{name}' is damaged: {first_line(error)}") from error
     if dtype.hasobject:
         raise InputError(f"{path}: array '{name}' holds Python objects, which are never unpickled; save numbers")
     body = content[stream.tell() :]
@@ -728,10 +708,6 @@ def _npy_array(path: Path, name: str, content: bytes) -> np.ndarray:
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 def _read_npz_model(path: Path, data: bytes) -> ModelArrays:
     arrays: dict[str, Any] = dict(_npz_arrays(path, data))
     if {"data", "indices", "indptr", "shape"} <= arrays.keys():
@@ -740,23 +716,9 @@ def _read_npz_model(path: Path, data: bytes) -> ModelArrays:
         if form not in (["csr"], ["csc"], [b"csr"], [b"csc"]):
             raise InputError(f"{path}: the sparse matrix is not in CSR form; save it with A.tocsr()")
         kept = {name: arrays[name] for name in ("b", "const", "log_partition") if name in arrays}
-        A = _csr(f"{path}: ", arrays["data"], arrays["indices"], arrays["indptr"], arrays["shape"])
+        A = checked_csr(f"{path}: ", arrays["data"], arrays["indices"], arrays["indptr"], arrays["shape"])
         return _assemble(path, kept | {"A": A})
     return _assemble(path, arrays)
-
-
-def _csr(where: str, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: np.ndarray) -> sparse.csr_array:
-    whole = all(array.ndim == 1 and array.dtype.kind in "iu" for array in (indices, indptr, shape))
-    if not whole or data.ndim != 1 or len(shape) != 2 or len(indptr) != int(shape[0]) + 1 or (shape < 0).any():
-        raise InputError(f"{where}the parts of the sparse matrix do not fit its shape {shape.tolist()}; save it again")
-    values = _real(where, "data", data)
-    starts, columns = indptr.astype(np.int64), indices.astype(np.int64)
-    # SciPy's own check lets row starts through that make its compiled code read out of bounds when nothing is stored.
-    sound = starts[0] == 0 and starts[-1] == len(columns) == len(values) and (np.diff(starts) >= 0).all()
-    if not sound or (columns < 0).any() or (columns >= int(shape[1])).any():
-        raise InputError(f"{where}not a sound sparse matrix of shape {shape.tolist()}; save it again")
-    matrix: Any = sparse.csr_array((values, columns, starts), shape=(int(shape[0]), int(shape[1])))
-    return matrix
 
 
 def _read_safetensors(path: Path, data: bytes) -> ModelArrays:
@@ -767,103 +729,9 @@ def _read_safetensors(path: Path, data: bytes) -> ModelArrays:
         arrays = safetensors.load(data)
     except Exception as error:
         raise InputError(
-            f"{path} is not a readable safetensors file of float16, float32 or float64 arrays: {_first_line(error)}"
+            f"{path} is not a readable safetensors file of float16, float32 or float64 arrays: {first_line(error)}"
         ) from error
     return _assemble(path, arrays)
-
-
-# MAT-file format, level 5: the numbers its documentation gives to types of data and classes of arrays.
-_MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_MAT_MATRIX, _MAT_COMPRESSED = 14, 15
-_MAT_SPARSE, _MAT_NUMERIC = 5, range(6, 16)
-
-
-@dataclass(frozen=True, eq=False)
-class _Mat:
-    """A MAT-file's bytes. SciPy's reader crashes the process on some damaged files, hence this small one."""
-
-    where: str
-    order: str
-
-    def damaged(self, what: str) -> InputError:
-        return InputError(
-            f"{self.where}not a sound MATLAB file: {what}; save it again with save(name, 'A', 'h', '-v7')"
-        )
-
-    def elements(self, data: bytes) -> Generator[tuple[int, bytes]]:
-        """Split bytes into (type, content)."""
-        at = 0
-        while at < len(data):
-            if at + 8 > len(data):
-                raise self.damaged(f"{len(data) - at} bytes are left where an element of 8 begins")
-            kind, size = struct.unpack_from(f"{self.order}II", data, at)
-            if kind >> 16:
-                # Up to four bytes lie in the tag itself.
-                kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
-                if size > 4:
-                    raise self.damaged(f"an element of {size} bytes inside a tag of 8")
-            else:
-                start = at + 8
-                end = start + (size if kind == _MAT_COMPRESSED else -(-size // 8) * 8)
-            # Some writers leave out the padding at the very end.
-            if start + size > len(data):
-                raise self.damaged(f"truncated: an element of {size} bytes, {len(data) - start} are there")
-            yield kind, data[start : start + size]
-            at = end
-
-    def numbers(self, element: tuple[int, bytes], what: str) -> np.ndarray:
-        kind, content = element
-        if kind not in _MAT_TYPES:
-            raise self.damaged(f"{what} has type {kind}, which is not of numbers")
-        dtype = np.dtype(f"{self.order}{_MAT_TYPES[kind]}")
-        if len(content) % dtype.itemsize:
-            raise self.damaged(f"{what} takes {len(content)} bytes, no multiple of {dtype.itemsize}")
-        return np.frombuffer(content, dtype)
-
-    def arrays(self, data: bytes) -> Generator[tuple[str, Any]]:
-        """Give the names and values of the file's variables; what is no array of real numbers is None."""
-        for kind, content in self.elements(data):
-            if kind == _MAT_COMPRESSED:
-                yield from self.arrays(self.unpacked(content))
-            elif kind == _MAT_MATRIX:
-                yield self.array(list(self.elements(content)))
-
-    def unpacked(self, content: bytes) -> bytes:
-        try:
-            stream = zlib.decompressobj()
-            unpacked = stream.decompress(content, _LARGEST)
-        except zlib.error as error:
-            raise self.damaged(str(error)) from error
-        if stream.unconsumed_tail or not stream.eof:
-            raise self.damaged("a compressed variable is truncated or too large")
-        if unpacked[:4] == struct.pack(f"{self.order}I", _MAT_COMPRESSED):
-            raise self.damaged("a compressed variable inside a compressed variable")
-        return unpacked
-
-    def array(self, parts: list[tuple[int, bytes]]) -> tuple[str, Any]:
-        flags = self.numbers(parts[0], "flags") if parts else np.zeros(1, int)
-        kind, name = int(flags[:1].sum()) & 0xFF, parts[2][1].decode("ascii", "replace") if len(parts) > 2 else ""
-        is_complex = bool(int(flags[:1].sum()) & 0x800)
-        if is_complex or kind not in (_MAT_SPARSE, *_MAT_NUMERIC):
-            return name, None
-        if len(parts) < 3:
-            raise self.damaged("an array without dimensions and name")
-        shape, values = self.numbers(parts[1], "dimensions"), parts[3:]
-        if shape.dtype.kind not in "iu" or len(shape) < 2 or (shape < 0).any():
-            raise self.damaged(f"variable '{name[:40]}' has no sound dimensions")
-        dimensions = tuple(shape.tolist())
-        if len(values) != (3 if kind == _MAT_SPARSE else 1):
-            raise self.damaged(f"variable '{name[:40]}' has {len(values)} parts of data")
-        if kind == _MAT_SPARSE:
-            rows, starts, entries = (self.numbers(value, name) for value in values)
-            used = int(starts[-1]) if len(starts) else 0
-            # By columns, which of a symmetric matrix is the same as by rows.
-            turned = np.array(dimensions[::-1], dtype=np.int64)
-            return name, _csr(self.where, entries[:used], rows[:used], starts, turned)
-        numbers = self.numbers(values[0], name)
-        if len(numbers) != math.prod(dimensions):
-            raise self.damaged(f"variable '{name[:40]}' is {dimensions} but has {len(numbers)} entries")
-        return name, numbers.reshape(dimensions, order="F")
 
 
 def _read_mat(path: Path, data: bytes, index: Sequence[int] | None) -> ModelArrays:
@@ -874,7 +742,7 @@ def _read_mat(path: Path, data: bytes, index: Sequence[int] | None) -> ModelArra
     if order is None:
         raise InputError(f"{where}not a MATLAB file of version 5 to 7.2; save it with save(name, 'A', 'h', '-v7')")
     wanted = ("A", "h", "b", "logZ")
-    arrays = {name: value for name, value in _Mat(where, order).arrays(data[128:]) if name in wanted}
+    arrays = {name: value for name, value in MatFile(where, order).arrays(data[128:]) if name in wanted}
     if unusable := [name for name, value in arrays.items() if value is None]:
         raise InputError(f"{where}{unusable[0]} is no array of real numbers; save it as one")
     names = [name for name in ("h", "b") if name in arrays]
@@ -1352,7 +1220,7 @@ def write_mar(path: str | Path, probabilities: ArrayLike, *, evidence: Mapping[i
     >>> read_mar(path).tolist()
     [0.25, 1.0, 0.5]
     """
-    given = _real("", "probabilities", probabilities)
+    given = real_array("", "probabilities", probabilities)
     observed = dict(evidence or {})
     if given.ndim != 1 or len(given) + len(observed) == 0:
         raise InputError(f"probabilities must be (n,), one for each variable, got shape {given.shape}")
