@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["one_blas_thread"]
+__all__ = ["one_blas_thread", "one_thread"]
 
 
 @functools.cache
@@ -24,3 +26,30 @@ def one_blas_thread() -> AbstractContextManager[object]:
     ...     pass
     """
     return _controller().limit(limits=1, user_api="blas")
+
+
+@contextmanager
+def one_thread(enabled: bool = True) -> Generator[None]:
+    """Limit torch and NumPy to one thread inside the context, for models too small to share.
+
+    Parameters
+    ----------
+    enabled : False changes nothing
+
+    Examples
+    --------
+    >>> with one_thread():
+    ...     torch.get_num_threads()
+    1
+    """
+    before = torch.get_num_threads()
+    if enabled:
+        torch.set_num_threads(1)
+    try:
+        if enabled:
+            with one_blas_thread():
+                yield
+        else:
+            yield
+    finally:
+        torch.set_num_threads(before)

@@ -14,6 +14,7 @@ import torch
 from shared_core.errors import InputError
 from shared_core.runs import Claim, Result, Run, summarize
 from spectral_mf._inputs import to_numpy
+from spectral_mf._threads import one_thread
 from spectral_mf.data import load_spins
 from spectral_mf.estimate import log_partition, plan
 from spectral_mf.generators import generate
@@ -73,6 +74,10 @@ DEFAULT_ARMS = (
 )
 
 
+# Spins up to which a second thread costs more than it gives.
+_SMALL = 200
+
+
 class Cell(TypedDict):
     """What one method did on the instances of one setting; plain JSON."""
 
@@ -98,9 +103,13 @@ def run_arm(arm: str, A: Any, b: Any = None, *, seed: int = 0, device: str = "cp
     if arm not in ARMS:
         raise InputError(f"unknown method '{arm}': choose from {', '.join(ARMS)}")
     method, options = ARMS[arm]
+    spins = A.n if isinstance(A, Ising) else np.shape(A)[-1]
     if device != "cpu":
         A, b = (A if isinstance(A, Ising) else Ising(A, b)).to(device), None
-    return log_partition(A, b, method=method, bounds=False, generator=torch.Generator().manual_seed(seed), **options)
+    with one_thread(spins <= _SMALL):
+        return log_partition(
+            A, b, method=method, bounds=False, generator=torch.Generator().manual_seed(seed), **options
+        )
 
 
 def _instances(
@@ -127,7 +136,8 @@ def _cell(arm: str, A: Any, b: Any, truth: Sequence[float] | None, seed: int, de
 def _truth(A: Any, b: Any, seed: int, budget_s: float) -> dict[str, Any]:
     chosen = plan(A, b)
     if chosen.exact:
-        value = np.atleast_1d(np.asarray(log_partition(A, b, method=chosen.method, bounds=False).value))
+        with one_thread():
+            value = np.atleast_1d(to_numpy(log_partition(A, b, method=chosen.method, bounds=False).value))
         return {"values": value.tolist(), "exact": True, "by": chosen.method}
     random = torch.Generator().manual_seed(seed + 1)
     found = log_partition(A, b, budget_s=budget_s, bounds=False, generator=random)
@@ -258,11 +268,13 @@ def real_models(name: str, seed: int) -> Ising:
     if name == "digits-rbm":
         X = load_spins("digits64").X
         chosen = random.permutation(len(X))[: 3 * len(X) // 4]
-        machine = train_rbm((X[chosen] + 1) / 2, hidden=12, epochs=20, seed=seed)
+        with one_thread():
+            machine = train_rbm((X[chosen] + 1) / 2, hidden=12, epochs=20, seed=seed)
         return Ising.from_rbm(machine.W, machine.bv, machine.bh)
     X = load_spins(name).X
     chosen = random.permutation(len(X))[: 3 * len(X) // 4]
-    fitted = IsingModel(l2=1e-2).fit(X[chosen])
+    with one_thread():
+        fitted = IsingModel(l2=1e-2).fit(X[chosen])
     return Ising(fitted.A_, fitted.b_)
 
 
@@ -353,7 +365,8 @@ def compare_model(
 
 
 def _certified(model: Ising) -> dict[str, float]:
-    found = model.bounds(clamp=4 if model.n <= 100 else 0)
+    with one_thread(model.n <= _SMALL):
+        found = model.bounds(clamp=4 if model.n <= 100 else 0)
     return {"lower": float(found.lower), "upper": float(found.upper)}
 
 
