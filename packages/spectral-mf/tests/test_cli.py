@@ -169,6 +169,15 @@ def test_evaluating_an_rbm(done, tmp_path):
     )
 
 
+@pytest.mark.parametrize("names", [("W", "v_bias", "h_bias"), ("rbm.weight", "rbm.vbias", "rbm.hbias")])
+def test_an_rbm_under_common_names_and_turned(done, tmp_path, names):
+    random = np.random.default_rng(0)
+    W, bv, bh = random.normal(size=(6, 3)), random.normal(size=6), random.normal(size=3)
+    save_file({names[0]: np.ascontiguousarray(W.T), names[1]: bv, names[2]: bh}, tmp_path / "rbm.safetensors")
+    summary = done("logz", "rbm.safetensors", "--out", "r")
+    assert value(summary) == pytest.approx(Ising.from_rbm(W, bv, bh).log_partition().value)
+
+
 def test_compare_own_real_and_drawn(done, model):
     own = done("compare", "m.npz", "--arms", "spectral,modes,low-rank-2", "--out", "a")
     assert {row.metric for row in own.results} == {"error of log Z"}

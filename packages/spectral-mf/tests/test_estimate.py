@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 
 from shared_core.errors import InputError
-from spectral_mf import METHODS, compare, generate, log_partition, plan
+from spectral_mf import METHODS, compare, generate, log_partition, marginals, plan
 
 
 def brute(A: np.ndarray, b: np.ndarray) -> float:
@@ -199,3 +199,53 @@ def test_a_large_sparse_model_gets_an_estimate_a_second_opinion_and_bounds():
     assert found.lower < found.value < found.upper
     assert abs(found.value - found.diagnostics["opinions"]["belief propagation"]) < 1.0
     assert not found.warnings
+
+
+def test_a_disconnected_model_is_solved_by_parts():
+    blocks = [generate("complete", 24, 0.3, seed) for seed in range(3)]
+    n = 24 * 3 + 2
+    A, b = np.zeros((n, n)), np.zeros(n)
+    for k, (couplings, fields) in enumerate(blocks):
+        A[24 * k : 24 * k + 24, 24 * k : 24 * k + 24] = couplings
+        b[24 * k : 24 * k + 24] = fields
+    b[-1] = 0.7
+    expected = sum(log_partition(*block).value for block in blocks) + np.log(2) + np.log(2 * np.cosh(0.7))
+    order = np.random.default_rng(0).permutation(n)
+    for given in (A, sparse.csr_array(A)):
+        found = log_partition(given[order][:, order], b[order])
+        assert found.value == pytest.approx(expected, abs=1e-8)
+        assert found.upper - found.lower < 1e-6
+        assert found.std_error is None
+    means = np.zeros(n)
+    means[order] = marginals(A[order][:, order], b[order])
+    np.testing.assert_allclose(means[24:48], marginals(*blocks[1]), atol=1e-9)
+    assert means[-1] == pytest.approx(np.tanh(0.7))
+    batch = log_partition(np.stack([A, A]), np.stack([b, 0 * b])).value
+    assert batch[0] == pytest.approx(expected, abs=1e-8)
+
+
+def test_low_rank_couplings_too_strong_for_quadrature_are_estimated_after_all():
+    V = np.random.default_rng(3).standard_normal((30, 2))
+    gentle = V @ V.T
+    assert plan(gentle).method == "low_rank"
+    strong = 1e5 * gentle
+    assert plan(strong).method == "auto"
+    found = log_partition(strong, budget_s=1.0)
+    assert found.lower <= found.value <= found.upper
+
+
+def test_planning_is_quick_for_a_thousand_spins_of_low_rank():
+    V = np.random.default_rng(0).standard_normal((1000, 2)) / np.sqrt(1000)
+    chosen = plan(V @ V.T)
+    assert chosen.method == "low_rank"
+    assert "rank 2" in chosen.reason
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"budget_s": -1}, "positive"), ({"budget_s": "5"}, "positive"), ({"generator": 3}, "torch.Generator")],
+)
+def test_wrong_budgets_and_generators(options, told):
+    with pytest.raises(InputError, match=told):
+        log_partition(np.zeros((3, 3)), **options)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +139,14 @@ def test_bounds_and_plan():
     assert model.plan().exact
     with pytest.raises(InputError, match="clamp"):
         model.bounds(clamp=20)
+
+
+def test_it_can_be_pickled_and_copied():
+    A, b = generate("complete", 5, 0.5, 0)
+    for model in (Ising(A, b), Ising(sparse.csr_array(A), b), Ising(torch.tensor(A), torch.tensor(b))):
+        again = pickle.loads(pickle.dumps(model))
+        assert float(again.log_partition().value) == pytest.approx(brute(A, b))
+        assert copy.copy(model) is model
+        assert copy.deepcopy(model) is model
+    with pytest.raises(AttributeError, match="immutable"):
+        del model._problem

@@ -33,4 +33,4 @@ def attach(
             return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return get, lambda: sorted({*homes, *modules}), sorted(homes)
+    return get, lambda: sorted({*homes, *(name for name in modules if "." not in name)}), sorted(homes)

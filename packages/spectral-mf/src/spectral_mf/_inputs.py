@@ -24,6 +24,7 @@ _SYMMETRY = 1e-8
 # What sums in another order leave in single precision.
 _SYMMETRY_SINGLE = 1e-5
 _HUGE = 1e6
+_BEYOND = 1e100
 _DENSE_WARNING = 2000
 
 
@@ -206,7 +207,11 @@ def _tensor(values: Any, name: str, device: torch.device | None) -> Tensor:
         values = values.cpu() if values.device.type == "mps" else values
         return values.to(torch.float64)
     try:
+        if np.iscomplexobj(values):
+            raise InputError(f"{name} must be real numbers, got {np.asarray(values).dtype}")
         array = np.asarray(values, dtype=np.float64)
+    except InputError:
+        raise
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be numbers in a regular array: {error}") from error
     return torch.tensor(array, device=device)
@@ -248,6 +253,8 @@ def _symmetric(couplings: Tensor, symmetrize: bool, batched: bool, tolerance: fl
 
 
 def _warn_huge(largest: float) -> None:
+    if largest > _BEYOND:
+        raise InputError(f"a coupling of {largest:g} is beyond what sums of energies hold; rescale the model")
     if largest > _HUGE:
         warnings.warn(
             f"a coupling of {largest:g}: is A in the units you think? exp of it is far beyond a float", stacklevel=4
@@ -255,6 +262,8 @@ def _warn_huge(largest: float) -> None:
 
 
 def _sparse_problem(A: Any, b: Any, convention: Convention, symmetrize: bool) -> Problem:
+    if np.issubdtype(A.dtype, np.complexfloating):
+        raise InputError(f"A must be real numbers, got {A.dtype}")
     matrix: Any = sparse.csr_array(A, dtype=np.float64, copy=True)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"A must be (n, n), got {matrix.shape}")

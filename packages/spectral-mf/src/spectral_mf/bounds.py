@@ -29,6 +29,8 @@ from spectral_mf.spectral import log_det_bound, sdp_bounds
 __all__ = ["Bounds", "log_partition_bounds", "map_bound", "states_bound"]
 
 _DENSE_LIMIT = 1500
+# A model held sparse is made dense for its bounds up to here.
+_SPARSE_LIMIT = 400
 _MINI_BUCKET_LIMIT = 100
 _TRW_LIMIT = 60
 
@@ -89,7 +91,7 @@ def log_partition_bounds(
     """
     started = time.perf_counter()
     problem = as_problem(A, b)
-    if not 0 <= clamp <= 12:
+    if not isinstance(clamp, int) or not 0 <= clamp <= 12:
         raise InputError(f"clamp must be 0 to 12, got {clamp}: 2^clamp models are bounded one by one")
     random = generator or torch.Generator().manual_seed(0)
     spins: tuple[int, ...] = ()
@@ -214,7 +216,7 @@ def _candidates(problem: Problem, starts: int, random: torch.Generator) -> dict[
         "states": states - rounding_slack(problem, states),
     }
     const = problem.const.detach()
-    if n <= _DENSE_LIMIT:
+    if n <= (_SPARSE_LIMIT if problem.A is None else _DENSE_LIMIT):
         result["log-determinant (upper)"] = log_det_bound(Given(problem)) - const
         for name, tilt in (("sdp", False), ("sdp with fields apart", True)):
             low, high = sdp_bounds(Given(problem), tilt=tilt)

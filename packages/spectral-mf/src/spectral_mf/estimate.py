@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from shared_core.errors import InputError
@@ -29,9 +31,10 @@ from spectral_mf.baselines.exact import (
 from spectral_mf.baselines.mini_bucket import mini_bucket, weighted_mini_bucket
 from spectral_mf.baselines.sdp_rounding import sdp_rounding
 from spectral_mf.bounds import log_partition_bounds
-from spectral_mf.low_rank import low_rank, low_rank_factors
+from spectral_mf.low_rank import low_rank, low_rank_factors, low_rank_work
 from spectral_mf.mode_sum import FoundModes, modes, search_modes
-from spectral_mf.result import LogPartition
+from spectral_mf.rank_one import log_cosh
+from spectral_mf.result import LogPartition, rounding_slack
 from spectral_mf.spectral import gaussian, spectral_mean_field
 from spectral_mf.variational import mean_field
 
@@ -76,6 +79,8 @@ _BY_EDGES = ("exact_transfer", "exact_rbm", "exact_elimination")
 _MAX_BYTES = 4e9
 _OPERATIONS_A_SECOND = 3e8
 _DISAGREEMENT = 1.0
+# Evaluations that exact quadrature may take: seconds.
+_LOW_RANK_WORK = 1e9
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,10 @@ def log_partition(
     """
     started = time.perf_counter()
     problem = as_problem(A, b, convention=convention, symmetrize=symmetrize)
+    if not isinstance(budget_s, int | float) or not 0 < budget_s < math.inf:
+        raise InputError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError("generator must be a torch.Generator; pass torch.Generator().manual_seed(seed)")
     chosen = _plan(problem, method, budget_s)
     if chosen.bytes > max_bytes:
         raise InputError(
@@ -176,6 +185,12 @@ def log_partition(
             " choose another method or raise it"
         )
     handed = Given(problem)
+    # The gradient of a coupling between two parts that do not interact would be lost.
+    whole = problem.A is not None and problem.A.requires_grad
+    parts = _components(problem) if chosen.method == "auto" and not options and not whole else []
+    if len(parts) > 1:
+        result = _by_components(problem, parts, budget_s, max_bytes, generator)
+        return result.with_(seconds=time.perf_counter() - started)
     if chosen.method == "auto":
         if options:
             raise InputError(f"options {sorted(options)} belong to a method: name it with method=")
@@ -189,6 +204,73 @@ def log_partition(
     elif method == "auto" and chosen.exact:
         result = result.with_(diagnostics={"plan": chosen.reason, **result.diagnostics})
     return result.with_(seconds=time.perf_counter() - started)
+
+
+def _components(problem: Problem) -> list[Tensor]:
+    """Spins of each part of the graph that does not interact with the others."""
+    edges = problem.edges
+    i, j = edges.i.cpu().numpy(), edges.j.cpu().numpy()
+    graph = sparse.coo_array((np.ones(len(i)), (i, j)), shape=(problem.n, problem.n))
+    count, label = connected_components(graph, directed=False)
+    if count == 1:
+        return []
+    order = np.argsort(label, kind="stable")
+    return [torch.from_numpy(part) for part in np.split(order, np.cumsum(np.bincount(label))[:-1])]
+
+
+def _by_components(
+    problem: Problem, parts: list[Tensor], budget_s: float, max_bytes: float, generator: torch.Generator | None
+) -> LogPartition:
+    """Add up what the parts of a disconnected model give; spins alone go in closed form."""
+    alone = torch.cat([part for part in parts if len(part) == 1] or [torch.zeros(0, dtype=torch.long)])
+    joined = [part for part in parts if len(part) > 1]
+    b = problem.b
+    free = (log_cosh(b[:, alone]) + math.log(2)).sum(-1)
+    value, lower, upper, variance = free, free.detach(), free.detach(), torch.zeros_like(free.detach())
+    means = torch.tanh(b.detach())
+    estimated = 0
+    warnings: list[str] = []
+    for part in joined:
+        if problem.A is None:
+            held: Any = problem.sparse
+            rows = part.numpy()
+            piece = Problem(None, b[:, part], torch.zeros_like(free), held[rows][:, rows], False, "torch")
+        else:
+            piece = Problem(problem.A[:, part][:, :, part], b[:, part], torch.zeros_like(free), None, True, "torch")
+        found = log_partition(Given(piece), budget_s=budget_s / len(joined), max_bytes=max_bytes, generator=generator)
+        value = value + torch.as_tensor(found.value).reshape(-1)
+        lower = lower + torch.as_tensor(found.lower).reshape(-1)
+        upper = upper + torch.as_tensor(found.upper).reshape(-1)
+        warnings += found.warnings
+        if found.std_error is not None:
+            estimated += 1
+            variance = variance + torch.as_tensor(found.std_error).reshape(-1) ** 2
+            means[:, part] = torch.as_tensor(found.marginals).reshape(problem.models, -1)
+        else:
+            means[:, part] = _exact_means(piece)
+    slack = rounding_slack(problem, value)
+    return LogPartition.of(
+        problem,
+        "auto" if estimated else "exact_by_parts",
+        value,
+        lower=lower - slack,
+        upper=upper + slack,
+        std_error=variance.sqrt() if estimated else None,
+        marginals=means,
+        diagnostics={
+            "plan": f"{len(parts)} parts that do not interact, {len(joined) - estimated + len(alone)} of them exact"
+        },
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _exact_means(piece: Problem) -> Tensor:
+    """Differentiate an exact log Z in the fields."""
+    fields = piece.b.detach().clone().requires_grad_()
+    couplings = None if piece.A is None else piece.A.detach()
+    with torch.enable_grad():
+        value = log_partition(Given(Problem(couplings, fields, piece.const, piece.sparse, True, "torch"))).value
+        return torch.autograd.grad(torch.as_tensor(value).sum(), fields)[0]
 
 
 def compare(
@@ -313,21 +395,24 @@ def _choose(problem: Problem, budget_s: float) -> Plan:
             "exact_elimination": f"induced width {found.induced_width}",
         }[name]
         return Plan(name, why, problem.models * cost.operations / _OPERATIONS_A_SECOND, cost.bytes, True)
-    if problem.A is not None and problem.n <= 2000 and problem.models * problem.n**3 <= 1e10:
-        scale = problem.dense.detach().abs().sum((-1, -2))
+    if problem.A is not None and problem.n <= 5000 and problem.models <= 1000:
         for rank in (1, 2):
-            if all(_is_low_rank(problem.dense[k].detach(), rank, float(scale[k])) for k in range(problem.models)):
-                return Plan("low_rank", f"couplings of rank {rank} but for the diagonal", 1.0, 1e8, True)
+            work = [_low_rank_work(problem.dense[k].detach(), rank) for k in range(problem.models)]
+            if all(w is not None for w in work) and (total := float(sum(w or 0.0 for w in work))) <= _LOW_RANK_WORK:
+                why = f"couplings of rank {rank} but for the diagonal"
+                return Plan("low_rank", why, 1e-3 + 5e-9 * total, 1e8 + 24.0 * problem.n**2, True)
     return Plan(
         "auto", "no exact method is affordable: sampling beside modes", budget_s, _cost(problem, "ais")[1], False
     )
 
 
-def _is_low_rank(A: Tensor, rank: int, scale: float) -> bool:
-    # A glance first: the fit takes up to hundreds of eigendecompositions.
+def _low_rank_work(A: Tensor, rank: int) -> float | None:
+    """Predict the evaluations that quadrature would take; None where the couplings are not of this rank."""
+    # A glance first, which nearly always says no.
     if _clearly_full(A, rank):
-        return False
-    return low_rank_factors(A, rank)[2] <= 1e-10 * scale
+        return None
+    lam, v, left = low_rank_factors(A, rank, iterations=20)
+    return low_rank_work(v, lam) if left <= 1e-10 * float(A.abs().sum()) else None
 
 
 def _clearly_full(A: Tensor, rank: int) -> bool:

@@ -47,6 +47,12 @@ _DENSE_FROM = 0.2
 # exp beyond this is no float, and UAI tables hold exp.
 _LARGEST_EXPONENT = 700.0
 _MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?", ".")
+# How other programs call an RBM's weights, visible and hidden biases.
+_RBM_NAMES = {
+    "W": ("w", "weight", "weights"),
+    "bv": ("bv", "b_v", "v_bias", "vbias", "visible_bias", "bias_v"),
+    "bh": ("bh", "b_h", "h_bias", "hbias", "hidden_bias", "bias_h"),
+}
 _OPTIONS = {"evidence": ".uai", "floor": ".uai", "index": ".mat", "fields": ".csv"}
 
 
@@ -646,6 +652,7 @@ def _decode(path: Path, data: bytes) -> str:
 def _assemble(path: Path, arrays: Mapping[str, Any]) -> ModelArrays:
     """Make a model of named arrays: an RBM, or couplings with fields."""
     where = f"{path}: "
+    arrays = _with_usual_names(arrays)
     log_partition = _scalar(where, "log_partition", arrays["log_partition"]) if "log_partition" in arrays else None
     if {"W", "bv", "bh"} <= arrays.keys():
         if "A" in arrays:
@@ -663,6 +670,22 @@ def _assemble(path: Path, arrays: Mapping[str, Any]) -> ModelArrays:
     b = _fields_checked(where, arrays.get("b"), cast("tuple[int, int]", A.shape)[0])
     const = _scalar(where, "const", arrays.get("const", 0.0))
     return ModelArrays(_thin(A), b, const, log_partition=log_partition)
+
+
+def _with_usual_names(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Call an RBM's arrays W, bv and bh under whatever common names they come, W turned if its shape says so."""
+    if _RBM_NAMES.keys() <= arrays.keys():
+        return arrays
+    found: dict[str, Any] = {}
+    for name, others in _RBM_NAMES.items():
+        matches = [key for key in arrays if key.rsplit(".", 1)[-1].lower() in others]
+        if len(matches) != 1:
+            return arrays
+        found[name] = arrays[matches[0]]
+    shape, visible, hidden = np.shape(found["W"]), np.shape(found["bv"]), np.shape(found["bh"])
+    if len(shape) == 2 and len(visible) == len(hidden) == 1 and shape == (*hidden, *visible) != (*visible, *hidden):
+        found["W"] = np.asarray(found["W"]).T
+    return {**{key: value for key, value in arrays.items() if key in ("A", "const", "log_partition")}, **found}
 
 
 def _npz_arrays(path: Path, data: bytes) -> dict[str, np.ndarray]:

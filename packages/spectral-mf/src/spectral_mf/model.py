@@ -68,6 +68,23 @@ class Ising:
         """Refuse: a model does not change."""
         raise AttributeError(f"an Ising model is immutable; make a new one in place of setting {name!r}")
 
+    def __delattr__(self, name: str) -> None:
+        """Refuse: a model does not change."""
+        raise AttributeError(f"an Ising model is immutable; {name!r} stays")
+
+    def __reduce__(self) -> tuple[Any, tuple[Problem]]:
+        """Pickle what it was checked to be."""
+        return _restored, (self._problem,)
+
+    def __copy__(self) -> Ising:
+        """Return itself: it does not change."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Ising:
+        """Return itself: it does not change."""
+        del memo
+        return self
+
     def __repr__(self) -> str:
         """Say how large it is."""
         batch = f"models={self._problem.models}, " if self._problem.batched else ""
@@ -120,7 +137,7 @@ class Ising:
         Q : (n, n) symmetric or triangular; its diagonal counts as linear
         c : (n,) linear terms
         """
-        return cls(*qubo_to_ising(_array(Q), None if c is None else _array(c)))
+        return cls(*qubo_to_ising(_dense(_array(Q)), None if c is None else _array(c)))
 
     @classmethod
     def from_edges(cls, i: Any, j: Any, weight: Any, b: Any = None, *, n: int | None = None) -> Ising:
@@ -144,6 +161,8 @@ class Ising:
         if len(rows) and not (np.issubdtype(rows.dtype, np.integer) and np.issubdtype(columns.dtype, np.integer)):
             raise InputError("i and j must be integers: the numbers of the spins, from 0")
         rows, columns = rows.astype(np.int64), columns.astype(np.int64)
+        if not len(rows) and n is None and b is None:
+            raise InputError("there are no edges: say how many spins there are with n")
         size = n if n is not None else len(_array(b)) if b is not None else int(max(rows.max(), columns.max())) + 1
         if len(rows) and (min(rows.min(), columns.min()) < 0 or max(rows.max(), columns.max()) >= size):
             at = int(np.argmax((rows < 0) | (columns < 0) | (rows >= size) | (columns >= size)))
@@ -194,9 +213,7 @@ class Ising:
         if problem.A is None:
             return self
         moved = [x.to(device) for x in (problem.A, problem.b, problem.const)]
-        model = object.__new__(Ising)
-        object.__setattr__(model, "_problem", Problem(moved[0], moved[1], moved[2], None, problem.batched, "torch"))
-        return model
+        return _restored(Problem(moved[0], moved[1], moved[2], None, problem.batched, "torch"))
 
     def save(self, path: str | Path) -> None:
         """Write the model; .npz, .csv, .uai and .safetensors are read back by :meth:`from_file`.
@@ -229,6 +246,8 @@ class Ising:
         True
         """
         self._refuse_batch("condition")
+        if not isinstance(evidence, Mapping):
+            raise InputError("evidence must be a mapping of spins to -1 or 1, such as {0: 1}")
         for spin, value in evidence.items():
             if not 0 <= spin < self.n or value not in (-1, 1):
                 raise InputError(f"evidence {spin}: {value}: spins are 0 to {self.n - 1}, values -1 or 1")
@@ -347,6 +366,12 @@ class Ising:
     def _refuse_batch(self, what: str) -> None:
         if self._problem.batched:
             raise InputError(f"{what} takes one model, this is a batch of {self._problem.models}; take them one by one")
+
+
+def _restored(problem: Problem) -> Ising:
+    model = object.__new__(Ising)
+    object.__setattr__(model, "_problem", problem)
+    return model
 
 
 def _array(values: Any) -> Any:

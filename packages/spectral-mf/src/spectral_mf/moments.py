@@ -134,8 +134,8 @@ def sample(
     array([1., 1., 1.])
     """
     problem = as_problem(A, b)
-    if k < 1:
-        raise InputError(f"k must be at least 1, got {k}")
+    if not isinstance(k, int) or k < 1:
+        raise InputError(f"k must be an integer of at least 1, got {k}")
     random = generator or torch.Generator().manual_seed(0)
     if problem.n <= 25:
         return exact_sample(Given(problem), k=k, generator=random)

@@ -266,6 +266,10 @@ def rbm_log_likelihood(
     >>> round(rbm_log_likelihood(coin, [[0, 1, 1]]).mean / math.log(0.5), 9)
     3.0
     """
+    if not isinstance(rbm, RBM):
+        if not hasattr(rbm, "components_"):
+            raise InputError(f"rbm must be an RBM (RBM.from_arrays, RBM.from_sklearn), got {type(rbm).__name__}")
+        rbm = RBM.from_sklearn(rbm)
     data = _binary(X, rbm.visible)
     if len(data) == 0:
         raise InputError("X has no rows: a mean log-likelihood needs one at least")

@@ -86,7 +86,8 @@ class LogPartition:
             return f"log Z of {len(values)} models by {self.method}: {values.min():.6g} to {values.max():.6g}{error}"
         low, high = float(to_numpy(self.lower).item()), float(to_numpy(self.upper).item())
         certain = f", certain: {low:.6g} to {high:.6g}" if math.isfinite(low) or math.isfinite(high) else ""
-        return f"log Z = {values[0]:.8g}{error} by {self.method}{certain}"
+        doubt = f"; {len(self.warnings)} warning(s), see .warnings" if self.warnings else ""
+        return f"log Z = {values[0]:.8g}{error} by {self.method}{certain}{doubt}"
 
     def with_(self, **changes: Any) -> LogPartition:
         """Return a copy with some attributes replaced."""
