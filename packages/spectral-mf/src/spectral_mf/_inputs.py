@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 
-__all__ = ["Convention", "Edges", "Given", "HasCouplings", "Problem", "Scalar", "as_problem", "to_numpy"]
+__all__ = ["Convention", "Edges", "Given", "HasCouplings", "Problem", "Scalar", "as_problem", "is_a", "to_numpy"]
 
 # Floats for one NumPy model, arrays (models,) for a NumPy batch, tensors for torch.
 Scalar: TypeAlias = float | np.ndarray | Tensor
@@ -324,3 +324,19 @@ def to_numpy(value: Any) -> np.ndarray:
     [1.0, 1.0]
     """
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def is_a(value: object, *kinds: type) -> bool:
+    """Tell whether what a caller passed is of the kind its annotation asks for; callers need not heed annotations.
+
+    Parameters
+    ----------
+    value : anything
+    kinds : classes it may be of
+
+    Examples
+    --------
+    >>> is_a(2.5, int)
+    False
+    """
+    return isinstance(value, kinds)

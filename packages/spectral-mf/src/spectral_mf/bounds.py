@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shared_core.errors import InputError
-from spectral_mf._inputs import Given, Problem, as_problem
+from spectral_mf._inputs import Given, Problem, as_problem, is_a
 from spectral_mf.baselines.belief_propagation import trw
 from spectral_mf.baselines.mini_bucket import weighted_mini_bucket
 from spectral_mf.mode_sum import FoundModes, find_modes
@@ -91,7 +91,7 @@ def log_partition_bounds(
     """
     started = time.perf_counter()
     problem = as_problem(A, b)
-    if not isinstance(clamp, int) or not 0 <= clamp <= 12:
+    if not is_a(clamp, int) or not 0 <= clamp <= 12:
         raise InputError(f"clamp must be 0 to 12, got {clamp}: 2^clamp models are bounded one by one")
     random = generator or torch.Generator().manual_seed(0)
     spins: tuple[int, ...] = ()

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from shared_core.errors import InputError
-from spectral_mf._inputs import Convention, Given, Problem, Scalar, as_problem, to_numpy
+from spectral_mf._inputs import Convention, Given, Problem, Scalar, as_problem, is_a, to_numpy
 from spectral_mf.baselines.ais import Annealed, Base, anneal
 from spectral_mf.baselines.ais import ais as _ais
 from spectral_mf.baselines.belief_propagation import belief_propagation, trw
@@ -173,9 +173,9 @@ def log_partition(
     """
     started = time.perf_counter()
     problem = as_problem(A, b, convention=convention, symmetrize=symmetrize)
-    if not isinstance(budget_s, int | float) or not 0 < budget_s < math.inf:
+    if not is_a(budget_s, int, float) or not 0 < budget_s < math.inf:
         raise InputError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if generator is not None and not is_a(generator, torch.Generator):
         raise InputError("generator must be a torch.Generator; pass torch.Generator().manual_seed(seed)")
     chosen = _plan(problem, method, budget_s)
     if chosen.bytes > max_bytes:
@@ -189,7 +189,7 @@ def log_partition(
     whole = problem.A is not None and problem.A.requires_grad
     parts = _components(problem) if chosen.method == "auto" and not options and not whole else []
     if len(parts) > 1:
-        result = _by_components(problem, parts, budget_s, max_bytes, generator)
+        result = _by_components(problem, parts, bounds, budget_s, max_bytes, generator)
         return result.with_(seconds=time.perf_counter() - started)
     if chosen.method == "auto":
         if options:
@@ -219,12 +219,19 @@ def _components(problem: Problem) -> list[Tensor]:
 
 
 def _by_components(
-    problem: Problem, parts: list[Tensor], budget_s: float, max_bytes: float, generator: torch.Generator | None
+    problem: Problem,
+    parts: list[Tensor],
+    bounds: bool | None,
+    budget_s: float,
+    max_bytes: float,
+    generator: torch.Generator | None,
 ) -> LogPartition:
     """Add up what the parts of a disconnected model give; spins alone go in closed form."""
     alone = torch.cat([part for part in parts if len(part) == 1] or [torch.zeros(0, dtype=torch.long)])
     joined = [part for part in parts if len(part) > 1]
     b = problem.b
+    # One source for all parts: with the same seed each, equal parts would err alike.
+    random = generator or torch.Generator().manual_seed(0)
     free = (log_cosh(b[:, alone]) + math.log(2)).sum(-1)
     value, lower, upper, variance = free, free.detach(), free.detach(), torch.zeros_like(free.detach())
     means = torch.tanh(b.detach())
@@ -237,7 +244,9 @@ def _by_components(
             piece = Problem(None, b[:, part], torch.zeros_like(free), held[rows][:, rows], False, "torch")
         else:
             piece = Problem(problem.A[:, part][:, :, part], b[:, part], torch.zeros_like(free), None, True, "torch")
-        found = log_partition(Given(piece), budget_s=budget_s / len(joined), max_bytes=max_bytes, generator=generator)
+        found = log_partition(
+            Given(piece), bounds=bounds, budget_s=budget_s / len(joined), max_bytes=max_bytes, generator=random
+        )
         value = value + torch.as_tensor(found.value).reshape(-1)
         lower = lower + torch.as_tensor(found.lower).reshape(-1)
         upper = upper + torch.as_tensor(found.upper).reshape(-1)

@@ -12,7 +12,7 @@ from scipy import sparse
 from torch import Tensor
 
 from shared_core.errors import InputError
-from spectral_mf._inputs import Convention, Problem, as_problem
+from spectral_mf._inputs import Convention, Problem, as_problem, is_a
 from spectral_mf.bounds import Bounds, log_partition_bounds, map_bound
 from spectral_mf.estimate import Plan, log_partition, plan
 from spectral_mf.formats import ising_to_qubo, qubo_to_ising, rbm_to_ising, read_model, write_model
@@ -246,7 +246,7 @@ class Ising:
         True
         """
         self._refuse_batch("condition")
-        if not isinstance(evidence, Mapping):
+        if not is_a(evidence, Mapping):
             raise InputError("evidence must be a mapping of spins to -1 or 1, such as {0: 1}")
         for spin, value in evidence.items():
             if not 0 <= spin < self.n or value not in (-1, 1):

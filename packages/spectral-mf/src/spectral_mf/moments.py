@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shared_core.errors import InputError
-from spectral_mf._inputs import Given, Problem, as_problem
+from spectral_mf._inputs import Given, Problem, as_problem, is_a
 from spectral_mf.baselines.ais import anneal, gibbs
 from spectral_mf.baselines.exact import exact_sample, structure
 from spectral_mf.estimate import METHODS, log_partition, pair_curvature, plan
@@ -134,7 +134,7 @@ def sample(
     array([1., 1., 1.])
     """
     problem = as_problem(A, b)
-    if not isinstance(k, int) or k < 1:
+    if not is_a(k, int) or k < 1:
         raise InputError(f"k must be an integer of at least 1, got {k}")
     random = generator or torch.Generator().manual_seed(0)
     if problem.n <= 25:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from shared_core.errors import InputError
+from spectral_mf._inputs import is_a
 from spectral_mf.baselines.ais import Annealed
 from spectral_mf.estimate import METHODS, log_partition
 from spectral_mf.formats import rbm_to_ising
@@ -266,7 +267,7 @@ def rbm_log_likelihood(
     >>> round(rbm_log_likelihood(coin, [[0, 1, 1]]).mean / math.log(0.5), 9)
     3.0
     """
-    if not isinstance(rbm, RBM):
+    if not is_a(rbm, RBM):
         if not hasattr(rbm, "components_"):
             raise InputError(f"rbm must be an RBM (RBM.from_arrays, RBM.from_sklearn), got {type(rbm).__name__}")
         rbm = RBM.from_sklearn(rbm)

@@ -173,7 +173,7 @@ def gaussian(A: Any, b: Any = None, *, diagonal: Diagonal | Tensor = "sdp") -> L
         upper = upper + rounding_slack(problem, upper)
     return LogPartition.of(
         problem,
-        "gaussian" if sdp is not None else "tap" if diagonal == "tap" else "gaussian",
+        "tap" if isinstance(diagonal, str) and diagonal == "tap" else "gaussian",
         value,
         lower=lower,
         upper=upper,
