@@ -97,7 +97,7 @@ class CompareConfig(TableOptions):
     extend: int = Field(12, ge=0, description="most further learning rates while the best is at an edge")
     steps: int | None = Field(None, ge=1, description="steps of a training run (default: the task's)")
     schedule: Literal["linear", "constant"] = Field("linear", description="after the warm-up")
-    lr: float | None = Field(None, gt=0, description="take this learning rate everywhere instead of tuning")
+    lr: float | None = Field(None, gt=0, le=1e4, description="take this learning rate everywhere instead of tuning")
     text: Path | None = Field(None, description="text file for char-lstm")
 
 
@@ -298,7 +298,7 @@ class TrainConfig(TableOptions):
 
     data: Path = argument("table: CSV or TSV with a header (also .gz), or NPZ with x and perhaps y")
     optimizer: str = Field("block-adam", description="as in compare")
-    lr: float = Field(1e-2, gt=0, description="learning rate at the top of the schedule")
+    lr: float = Field(1e-2, gt=0, le=1e4, description="learning rate at the top of the schedule")
     epochs: int = Field(50, ge=1, description="passes through the training rows")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises")
     schedule: Literal["linear", "constant"] = Field("linear", description="after the warm-up")

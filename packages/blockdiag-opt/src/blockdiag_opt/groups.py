@@ -483,7 +483,7 @@ class _Entry:
         return int(self.group["update_interval"])
 
     def engine(self, layout: Layout) -> str:
-        fits = self.param.device.type == "cpu" and layout.n <= native.LARGEST and not self.group["amsgrad"]
+        fits = _home(self.param).type == "cpu" and layout.n <= native.LARGEST and not self.group["amsgrad"]
         return "native" if fits and self.group["engine"] != "torch" and native.load() is not None else "torch"
 
     def state_bytes(self, layout: Layout, interval: int) -> int:
@@ -596,7 +596,7 @@ def plan(
 
     def clock(entry: _Entry) -> _Clock:
         dtype = torch.float64 if entry.param.dtype == torch.float64 else torch.float32
-        machine = _Machine(str(entry.param.device), torch.get_num_threads(), dtype)
+        machine = _Machine(str(_home(entry.param)), torch.get_num_threads(), dtype)
         return clocks.setdefault(machine, _Clock(machine, measure))
 
     engines = [entry.engine(entry.layout) for entry in entries]
@@ -647,8 +647,8 @@ def _plan_warnings(entries: Sequence[_Entry], rows: Sequence[PlanRow]) -> list[s
         for row in rows
         if row.block_size > 32
     ]
-    for device in {entry.param.device for entry in entries}:
-        needed = sum(row.state_bytes for entry, row in zip(entries, rows, strict=True) if entry.param.device == device)
+    for device in {_home(entry.param) for entry in entries}:
+        needed = sum(row.state_bytes for entry, row in zip(entries, rows, strict=True) if _home(entry.param) == device)
         free = _free_memory(device)
         if free is not None and needed > free / 2:
             found.append(
@@ -656,9 +656,14 @@ def _plan_warnings(entries: Sequence[_Entry], rows: Sequence[PlanRow]) -> list[s
                 ' grouping="diag" for the largest tensors'
             )
     blocks = any(row.block_size > 1 for row in rows)
-    if blocks and any(entry.param.device.type == "cpu" for entry in entries) and native.load() is None:
+    if blocks and any(_home(entry.param).type == "cpu" for entry in entries) and native.load() is None:
         found.append(f"no native engine: {native.reason()}; torch does the decompositions, about ten times slower")
     return found
+
+
+def _home(param: Tensor) -> torch.device:
+    # A model of shapes alone is planned for as if it were trained on the CPU.
+    return torch.device("cpu") if param.device.type == "meta" else param.device
 
 
 def _free_memory(device: torch.device) -> int | None:

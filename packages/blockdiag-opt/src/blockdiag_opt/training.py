@@ -192,7 +192,7 @@ def _step(trained: Trained, x: Tensor, y: Tensor, clip_norm: float | int | None)
     except FloatingPointError as error:
         raise InputError(f"training diverged: {error}; or give a smaller --lr") from error
     if not bool(loss.isfinite()):
-        raise InputError(f"training diverged: the loss is {float(loss)}; give a smaller --lr or --clip-norm")
+        raise InputError(f"training diverged: the loss is {loss.item()}; give a smaller --lr or --clip-norm")
     return loss.detach()
 
 
