@@ -1,7 +1,8 @@
 """Fill the tables of a README from docs/results, so that no figure in it was typed by hand.
 
 A place in the README is marked by a comment: ``<!-- results: PACKAGE/NAME.json [metric=..] [dataset=..] -->`` up to
-``<!-- end -->``. ``layout=matrix`` makes a row a method and a column a data set. With ``--check`` nothing is written
+``<!-- end -->``; spaces in names are written as underscores. ``layout=matrix`` makes a row a method and a column a data
+set (``format=.3g`` writes its numbers so), ``layout=metrics`` a column a metric. With ``--check`` nothing is written
 and the exit status says whether all tables are up to date.
 """
 
@@ -16,8 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(<!-- results: (\S+)((?: \w+=[^>]*?)?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def chosen(summary: dict, wanted: dict[str, str]) -> list[dict]:
+    return [
+        row
+        for row in summary["results"]
+        if all(row[key] in {value, value.replace("_", " ")} for key, value in wanted.items())
+    ]
+
+
 def table(summary: dict, wanted: dict[str, str]) -> str:
-    rows = [row for row in summary["results"] if all(row[key] == value for key, value in wanted.items())]
+    rows = chosen(summary, wanted)
     lines = [
         "| data | method | metric | mean | 95 % interval | n | seconds |",
         "|---|---|---|---|---|---|---|",
@@ -38,7 +47,8 @@ def table(summary: dict, wanted: dict[str, str]) -> str:
 
 
 def matrix(summary: dict, wanted: dict[str, str]) -> str:
-    rows = [row for row in summary["results"] if all(row[key] == value for key, value in wanted.items())]
+    style = wanted.pop("format", ".3f")
+    rows = chosen(summary, wanted)
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     words = [name.split() for name in datasets]
     shared = 0
@@ -56,8 +66,33 @@ def matrix(summary: dict, wanted: dict[str, str]) -> str:
                 continue
             column = [cells[key] for key in cells if key[1] == name]
             best = (min if row["better"] == "lower" else max)(other["mean"] for other in column)
-            mean = f"**{row['mean']:.3f}**" if row["mean"] == best else f"{row['mean']:.3f}"
-            line.append(mean if row["high"] is None else f"{mean} ± {row['high'] - row['mean']:.3f}")
+            mean = f"**{row['mean']:{style}}**" if row["mean"] == best else f"{row['mean']:{style}}"
+            line.append(mean if row["high"] is None else f"{mean} ± {row['high'] - row['mean']:{style}}")
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_metric(summary: dict, wanted: dict[str, str]) -> str:
+    rows = chosen(summary, wanted)
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    cells = {(row["method"], row["metric"]): row for row in rows}
+    heads = []
+    for metric in metrics:
+        row = next(row for row in rows if row["metric"] == metric)
+        heads.append(metric + (f" ({row['unit']})" if row["unit"] not in {"", "1", *metric.split()} else ""))
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line = [method]
+        for metric in metrics:
+            row = cells.get((method, metric))
+            if row is None:
+                line.append("")
+                continue
+            column = [cells[key] for key in cells if key[1] == metric]
+            best = (min if row["better"] == "lower" else max)(other["mean"] for other in column)
+            marked = row["mean"] == best and len(column) > 1 and not metric.startswith("best ")
+            mean = f"**{row['mean']:.3g}**" if marked else f"{row['mean']:.3g}"
+            line.append(mean if row["high"] is None else f"{mean} ± {row['high'] - row['mean']:.2g}")
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
 
@@ -66,7 +101,7 @@ def fill(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         summary = json.loads((ROOT / "docs/results" / match[2]).read_text(encoding="utf-8"))
         wanted = dict(pair.split("=", 1) for pair in match[3].split())
-        draw = matrix if wanted.pop("layout", None) == "matrix" else table
+        draw = {"matrix": matrix, "metrics": by_metric}.get(wanted.pop("layout", ""), table)
         return match[1] + draw(summary, wanted) + match[4]
 
     return PLACE.sub(replace, text)

@@ -213,7 +213,7 @@ def race(
     ----------
     contestants : who takes part
     model : one of `MODELS`
-    steps : of each contestant, after a warm-up of one cycle and at least 3 steps
+    steps : of each contestant, after a warm-up of 3 steps, or of 21 cycles of more than one step
     cycle : steps that are timed as one, so that what an optimizer does every ``cycle`` steps is neither missed by the
         median nor all of it
     seed : of weights and gradients
@@ -228,7 +228,8 @@ def race(
         make(c.name, network.parameters(), c.lr, **c.options) for c, network in zip(contestants, networks, strict=True)
     ]
     pool = make_gradients(networks[0], 24, seed)
-    warm_up, cycles = math.ceil(3 / cycle), max(2, math.ceil(steps / cycle))
+    # Our interval of K is in force from step 20 K on.
+    warm_up, cycles = 3 if cycle == 1 else 21, max(2, math.ceil(steps / cycle))
     took: list[list[float]] = [[] for _ in contestants]
     for turn in range(warm_up + cycles):
         for place, (network, optimizer) in enumerate(zip(networks, optimizers, strict=True)):

@@ -49,6 +49,8 @@ PAPER = "arXiv:1905.10757, abstract (in words; no figure of the paper is quoted)
 PROJECT = "this project"
 _POINTS = 100
 _EXPLODED = 1e4
+# A probe sees other batches than the training.
+_PROBE = 500_000
 
 
 def _silent(note: str) -> None:
@@ -137,14 +139,14 @@ def train_once(
     steps = task.steps if steps is None else steps
     with _one_thread():
         model = task.build(seed).to(device)
-        optimizer = make_optimizer(spec, model, lr)
+        started = time.perf_counter()
+        optimizer = make_optimizer(spec, model, lr, (task.batches(seed + _PROBE, 50), task.loss))
         # Groups may have learning rates of their own; all follow the same shape.
         tops = [float(group["lr"]) for group in optimizer.param_groups]
         losses: list[float] = []
         seconds: list[float] = []
         spent: list[float] = []
         diverged = False
-        started = time.perf_counter()
         in_step = 0.0
         for step, batch in enumerate(task.batches(seed, steps)):
             factor = schedule_factor(step, steps, schedule=schedule, warmup=task.warmup)

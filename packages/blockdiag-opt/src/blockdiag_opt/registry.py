@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
@@ -117,7 +117,9 @@ def parse_spec(spec: str) -> Spec:
 
     Parameters
     ----------
-    spec : ``name`` or ``name:option=value,option=value``; a tuple is written with slashes, ``betas=0.9/0.99``
+    spec : ``name`` or ``name:option=value,option=value``; a tuple is written with slashes, ``betas=0.9/0.99``. Ours
+        also take ``b`` (block_size), ``K`` (update_interval), ``clip`` (its final learning rate), and
+        ``discover=true``: groups found by a probe.
 
     Raises
     ------
@@ -138,6 +140,8 @@ def parse_spec(spec: str) -> Spec:
     if origin == "ours":
         given = _expand(given, spec)
     allowed = _allowed_options(kind, origin)
+    if allowed is not None and name in _BLOCKS:
+        allowed = (*allowed, "discover")
     if allowed is not None:
         for option in given:
             if option not in allowed:
@@ -248,7 +252,10 @@ def _allowed_options(kind: type[Optimizer], origin: Origin) -> tuple[str, ...] |
 
 
 def make_optimizer(
-    spec: str, params_or_model: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]], lr: float
+    spec: str,
+    params_or_model: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
+    lr: float,
+    probe: tuple[Iterable[Any], Callable[[Any, Any], Tensor]] | None = None,
 ) -> Optimizer:
     """Make the optimizer that a spec names.
 
@@ -257,6 +264,7 @@ def make_optimizer(
     spec : as :func:`parse_spec` reads it
     params_or_model : a module (ours then tell recurrent from dense weights by their layer), tensors, or param groups
     lr : learning rate
+    probe : batches and loss for specs with ``discover=true``, as :func:`blockdiag_opt.discover_groups` takes them
 
     Raises
     ------
@@ -274,14 +282,21 @@ def make_optimizer(
     try:
         params: Any = params_or_model
         if isinstance(params_or_model, nn.Module):
-            params = _params_of(params_or_model, found, options)
+            params = _params_of(params_or_model, found, options, probe)
+        if options.pop("discover", False):
+            raise InputError(f"optimizer '{spec}': groups are discovered in a model's gradients; give a model and data")
         return kind(params, lr=lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"optimizer '{spec}' with learning rate {lr:g}: {message}") from error
 
 
-def _params_of(model: nn.Module, spec: Spec, options: dict[str, Any]) -> Any:
+def _params_of(
+    model: nn.Module,
+    spec: Spec,
+    options: dict[str, Any],
+    probe: tuple[Iterable[Any], Callable[[Any, Any], Tensor]] | None,
+) -> Any:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if spec.name not in _BLOCKS:
         return trained
@@ -289,6 +304,8 @@ def _params_of(model: nn.Module, spec: Spec, options: dict[str, Any]) -> Any:
     shape = {key: options[key] for key in ("block_size", "grouping") if key in options}
     if spec.name == "adablock":
         shape = {"grouping": "paper"} | shape
+    if probe is not None and options.pop("discover", False):
+        return own.discover_groups(model, *probe, **shape)
     return own.block_groups(model, **shape)
 
 
