@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import blockdiag_opt.optimizer as optimizer_module
 from blockdiag_opt import BlockAdam, BlockRMSprop, RandomizedBlockAdam, native
 
 pytestmark = pytest.mark.skipif(
@@ -18,6 +19,12 @@ pytestmark = pytest.mark.skipif(
 )
 DOUBLE = torch.float64
 ENGINES = ["torch"] if native.load() is None else ["native", "torch"]
+
+
+@pytest.fixture(autouse=True)
+def _intervals_in_force_at_once(monkeypatch):
+    # Trainings here take a few steps; children are forks and inherit it.
+    monkeypatch.setattr(optimizer_module, "_STEPS_PER_INTERVAL", 1)
 
 
 def draw(seed, *shape):

@@ -1,10 +1,11 @@
 /* One optimizer step for many small blocks, and their eigen-decomposition.
 
-   Blocks are worked on LANES at a time, one in each vector lane ("struct of arrays"): the k-th entry of all of them lies
-   together. A block V is reduced to tridiagonal form T = H' V H by Householder reflections; implicit QL with Wilkinson's
-   shift diagonalises T. The matrix function f(V) m needs no eigenvectors: the rotations are applied to H' m as they are
-   found, the result is scaled by f(eigenvalues), and the rotations and reflections are undone in reverse. That is
-   O(4/3 n^3) for the reduction and O(n^2) for the rest. Everything is done in double precision, whatever the storage.
+   Blocks are worked on LANES at a time, one in each vector lane ("struct of arrays"): the k-th entry of all of them
+   lies together. A block V is reduced to tridiagonal form T = H' V H by Householder reflections; implicit QL with
+   Wilkinson's shift diagonalises T. The matrix function f(V) m needs no eigenvectors: the rotations are applied to H' m
+   as they are found, the result is scaled by f(eigenvalues), and rotations and reflections are undone in reverse: it
+   takes O(4/3 n^3) for the reduction and O(n^2) for the rest. All of it is done in double
+   precision, whatever the storage.
 
    A lane that has converged gets identity rotations, so that a block's result does not depend on its neighbours.
 
@@ -118,7 +119,8 @@ int64_t bd_step(const Task *tasks, int64_t count, int64_t *next) {
         while (tile >= before + tiles_of(&tasks[task])) before += tiles_of(&tasks[task++]);
         const Task *t = &tasks[task];
         if (t->mode == FLAT) {
-            int64_t start = FLAT_TILE * (tile - before), stop = start + FLAT_TILE < t->last ? start + FLAT_TILE : t->last;
+            int64_t start = FLAT_TILE * (tile - before), stop = start + FLAT_TILE;
+            if (stop > t->last) stop = t->last;
             t->double_storage ? flat_d16(t, start, stop) : flat_f16(t, start, stop);
             continue;
         }
@@ -144,7 +146,7 @@ int64_t bd_task_size(void) { return (int64_t)sizeof(Task); }
 #define AT(a, i) ((a) + (i) * LANES)
 #define ROW(base, rows, row) ((base) + (tile * (rows) + (row)) * width + lane)
 
-/* Reduce the lower triangle A [n, n] to tridiagonal d, e; the reflectors stay below A's diagonal, their factors in B. */
+/* Reduce the lower triangle A to tridiagonal d, e; the reflectors stay below A's diagonal, their factors in B. */
 static void NAME(reduce)(int64_t n, double *restrict A, double *restrict B, double *restrict d, double *restrict e,
                          double *restrict w) {
     const int64_t ld = LEADING(n);
@@ -219,7 +221,8 @@ static void NAME(reduce)(int64_t n, double *restrict A, double *restrict B, doub
 }
 
 /* Reflect the vector y by all of A's reflectors, in order or in reverse. */
-static void NAME(reflect)(int64_t n, const double *restrict A, const double *restrict B, double *restrict y, int reverse) {
+static void NAME(reflect)(int64_t n, const double *restrict A, const double *restrict B, double *restrict y,
+                          int reverse) {
     const int64_t ld = LEADING(n);
     for (int64_t step = 0; step + 2 < n; step++) {
         int64_t k = reverse ? n - 3 - step : step;
@@ -402,7 +405,8 @@ static void NAME(flat)(const Task *t, int64_t start, int64_t stop) {
     STORE *mean = t->mean, *param = t->param, *moments = t->moments;
     const double lower = t->lower, upper = t->upper;
     _Pragma("omp simd") for (int64_t i = start; i < stop; i++) {
-        double old = (double)param[i], slope = t->sign * (double)grad[i] + (t->coupled_decay != 0 ? t->coupled_decay * old : 0);
+        double old = (double)param[i], slope = t->sign * (double)grad[i];
+        slope += t->coupled_decay != 0 ? t->coupled_decay * old : 0;
         STORE moment = (STORE)(t->moment_keep * (double)moments[i] + t->moment_add * slope * slope);
         moments[i] = moment;
         double first = slope;
@@ -435,8 +439,8 @@ static void NAME(tile)(const Task *t, int64_t j, int64_t valid, double *restrict
     const int whole = lane + LANES <= width;
     const STORE *grad = t->grad;
     STORE *mean = t->mean, *param = t->param, *moments = t->moments, *basis = t->basis, *spectrum = t->spectrum;
-    double *A = work, *d = A + LANES * n * ld, *e = d + LANES * n, *B = e + LANES * n, *w = B + LANES * n, *g = w + LANES * n,
-           *y = g + LANES * n, *s = y + LANES * n, *scratch = s + LANES * n;
+    double *A = work, *d = A + LANES * n * ld, *e = d + LANES * n, *B = e + LANES * n, *w = B + LANES * n;
+    double *g = w + LANES * n, *y = g + LANES * n, *s = y + LANES * n, *scratch = s + LANES * n;
     STORE *slopes = (STORE *)scratch; /* gradient; mean, and both in the basis */
     int64_t *offsets = (int64_t *)(scratch + 4 * LANES * n);
     int32_t *where = (int32_t *)(offsets + LANES * n);
