@@ -486,7 +486,8 @@ def forgetful(monkeypatch, tmp_path):
     [
         ("BLOCKDIAG_OPT_NATIVE", "0", "BLOCKDIAG_OPT_NATIVE=0"),
         ("CC", "no-such-compiler", "no C compiler found"),
-        ("CC", "false", "did not build the kernel"),
+        ("CC", "false", "did not build the kernel: exit status 1"),
+        ("CC", '"gcc', "no C compiler found"),
     ],
 )
 def test_without_a_compiler_torch_does_the_work_and_says_why(forgetful, monkeypatch, name, value, note):
@@ -503,7 +504,7 @@ def compiler(monkeypatch):
     """Stands in for the compiler: copies the library that is there, and counts."""
     if native.load() is None:
         pytest.skip(f"no native engine: {native.reason()}")
-    library = native._build(native._compiler())
+    library = native._build(native._compiler())[0]
     calls = []
 
     def copies(command, **options):
@@ -520,7 +521,7 @@ def test_the_kernel_is_built_once(compiler, forgetful, tmp_path):
     native.load.cache_clear()
     assert run([draw(0, 3, 3)])[1].health()["engine"] == "native"
     assert len(compiler) == 1
-    assert [path.suffix for path in (tmp_path / "a" / "b").iterdir()] == [".so"]
+    assert sorted(path.suffix for path in (tmp_path / "a" / "b").iterdir()) == [".sha256", ".so"]
 
 
 def test_a_cache_that_cannot_be_made_does_not_matter(compiler, forgetful, monkeypatch, tmp_path):
@@ -531,7 +532,7 @@ def test_a_cache_that_cannot_be_made_does_not_matter(compiler, forgetful, monkey
 
 def test_a_damaged_library_in_the_cache_is_no_catastrophe(compiler, forgetful, tmp_path):
     assert run([draw(0, 3, 3)])[1].health()["engine"] == "native"
-    (built,) = (tmp_path / "a" / "b").iterdir()
+    (built,) = (tmp_path / "a" / "b").glob("*.so")
     built.unlink()
     built.write_bytes(b"not a library")
     native.load.cache_clear()
@@ -572,3 +573,47 @@ def test_the_scan_finds_the_first_bad_tensor():
             x = torch.zeros(37, dtype=dtype)
             x[36] = bad
             assert native.scan(kernel, [good[0], x, x], [8.0, 8.0, 8.0]) == 1
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def fresh_load(monkeypatch, tmp_path):
+    monkeypatch.setenv("BLOCKDIAG_OPT_CACHE", str(tmp_path))
+    monkeypatch.delenv("BLOCKDIAG_OPT_NATIVE", raising=False)
+
+    def load():
+        native.load.cache_clear()
+        return native.load()
+
+    yield load
+    monkeypatch.undo()
+    native.load.cache_clear()
+
+
+@pytest.mark.skipif(native.load() is None, reason="no C compiler")
+def test_a_torn_library_in_the_cache_is_built_again(fresh_load, tmp_path):
+    assert fresh_load() is not None
+    (library,) = tmp_path.glob("*.so")
+    whole = library.read_bytes()
+    library.unlink()
+    library.write_bytes(whole[: len(whole) // 2])
+    assert fresh_load() is not None
+    assert library.read_bytes() == whole
+
+
+@pytest.mark.skipif(native.load() is None, reason="no C compiler")
+def test_a_sealed_file_that_is_no_kernel_is_built_again(fresh_load, tmp_path, monkeypatch):
+    build = native._build
+
+    def first_wrong(compiler):
+        library, _ = build(compiler)
+        monkeypatch.setattr(native, "_build", build)
+        wrong = library.with_name("wrong.so")
+        wrong.write_bytes(b"nothing")
+        return wrong, False
+
+    monkeypatch.setattr(native, "_build", first_wrong)
+    assert fresh_load() is not None
+    assert not list(tmp_path.glob("wrong.so"))

@@ -543,7 +543,7 @@ static void NAME(tile)(const Task *t, int64_t j, int64_t valid, double *restrict
         NAME(rotate)(count, turns, where, y, 0);
         for (int64_t i = 0; i < n; i++) {
             NAME(response)(t, AT(d, i), least, s);
-            EACH AT(y, i)[v] = top[v] > 0 ? AT(y, i)[v] * s[v] : 0;
+            EACH AT(y, i)[v] = broken[v] > 0 ? 0 : AT(y, i)[v] * s[v];
         }
         NAME(rotate)(count, turns, where, y, 1);
         NAME(reflect)(n, A, B, y, 1);

@@ -5,6 +5,7 @@ Without a compiler, or with ``BLOCKDIAG_OPT_NATIVE=0`` in the environment, every
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -84,10 +85,18 @@ def load() -> Kernel | None:
         _reason = "no C compiler found (cc, gcc or clang; or name it in CC)"
         return None
     try:
-        return Kernel(_build(compiler))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        _reason = f"{compiler[0]} did not build the kernel: {str(detail).strip().splitlines()[-1] if detail else error}"
+        library, made = _build(compiler)
+        try:
+            return Kernel(library)
+        except (OSError, AttributeError):
+            # Whatever lies in the cache, it is not what was put there.
+            if made:
+                raise
+            library.unlink()
+            return Kernel(_build(compiler)[0])
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        detail = str(error).strip().splitlines()
+        _reason = f"{compiler[0]} did not build the kernel: {detail[-1] if detail else type(error).__name__}"
         return None
 
 
@@ -96,18 +105,24 @@ def _compiler() -> list[str] | None:
         return None
     named = os.environ.get("CC")
     for candidate in [named] if named else ["cc", "gcc", "clang"]:
-        words = shlex.split(candidate)
+        try:
+            words = shlex.split(candidate)
+        except ValueError:
+            continue
         if words and shutil.which(words[0]):
             return words
     return None
 
 
-def _cache() -> Path:
+def _cache() -> Path | None:
     named = os.environ.get("BLOCKDIAG_OPT_CACHE")
-    if named:
-        return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "blockdiag-opt"
+    try:
+        folder = Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "blockdiag-opt"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _processor() -> str:
@@ -120,33 +135,42 @@ def _processor() -> str:
         return platform.processor() + platform.version()
 
 
-def _build(compiler: list[str]) -> Path:
+def _build(compiler: list[str]) -> tuple[Path, bool]:
+    """Return the library, and whether it was compiled now."""
     source = Path(__file__).with_name("kernel.c")
     wide = ("-mprefer-vector-width=512",) if platform.machine().lower() in {"x86_64", "amd64"} else ()
     flags = (*_FLAGS, *wide)
     known = [source.read_text(), " ".join(compiler), " ".join(flags), platform.platform(), _processor()]
     key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:24]
     folder = _cache()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        usable = os.access(folder, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:
+    if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="blockdiag-opt-"))
-    library = folder / f"kernel-{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            built = Path(place) / library.name
-            for chosen in (flags, _FLAGS, tuple(flag for flag in _FLAGS if flag != "-march=native")):
-                command = [*compiler, *chosen, "-shared", "-o", str(built), str(source), "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
-                if done.returncode == 0:
-                    break
-            else:
-                raise OSError(done.stderr or "unknown error")
-            built.replace(library)
-    return library
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library, seal = folder / f"kernel-{key}.so", folder / f"kernel-{key}.sha256"
+    if _sealed(library, seal):
+        return library, False
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        built = Path(place) / library.name
+        for chosen in (flags, _FLAGS, tuple(flag for flag in _FLAGS if flag != "-march=native")):
+            command = [*compiler, *chosen, "-shared", "-o", str(built), str(source), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+            if done.returncode == 0 and built.exists():
+                break
+        else:
+            raise OSError(done.stderr.strip() or f"exit status {done.returncode}, and no message")
+        sum_file = Path(place) / seal.name
+        sum_file.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        built.replace(library)
+        sum_file.replace(seal)
+    return library, True
+
+
+def _sealed(library: Path, seal: Path) -> bool:
+    # A torn library is not refused by the loader: it takes the process down.
+    try:
+        return seal.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except OSError:
+        return False
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

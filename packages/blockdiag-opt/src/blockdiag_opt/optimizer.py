@@ -18,6 +18,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from blockdiag_opt import native
@@ -418,6 +419,8 @@ class BlockDiagonal(Optimizer):
         group["base_lr"] = _number("base_lr", group["base_lr"], 0, open_low=True)
 
     def _check_param(self, group: dict[str, Any], place: int, param: Tensor) -> None:
+        if isinstance(param, UninitializedParameter):
+            raise TypeError(f"parameter #{place} has no shape yet; run one forward pass before making the optimizer")
         name = _name(group, place, param)
         if param.is_complex():
             raise TypeError(f"parameter '{name}' is complex; view it as real (torch.view_as_real)")
@@ -620,6 +623,11 @@ class BlockDiagonal(Optimizer):
                         state[key] = value.to(job.param.device, job.dtype)
             if "exp_avg" not in state and group["method"] in {"adam", "adafom"} and group["betas"][0] > 0:
                 state["exp_avg"] = torch.zeros(layout.shape, dtype=job.dtype, device=job.param.device)
+            # Settings that were changed in the middle of training.
+            if group["amsgrad"] and "max_exp_avg_sq" not in state:
+                state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+            if group["momentum"] and "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros(layout.shape, dtype=job.dtype, device=job.param.device)
             tracked = group["update_interval"] > 1 and not layout.diagonal
             if tracked and "eigvecs" not in state:
                 job.anew = True
@@ -925,6 +933,12 @@ class BlockDiagonal(Optimizer):
         for saved, group in zip(groups, self.param_groups, strict=True):
             if "block_size" not in saved or "grouping" not in saved:
                 raise ValueError("the checkpoint is of another optimizer: its groups have no block_size and grouping")
+            for name in ("method", "decoupled", "amsgrad"):
+                if saved.get(name) != group[name]:
+                    raise ValueError(
+                        f"the checkpoint is of another optimizer of the family: {name} is {saved.get(name)!r} there and"
+                        f" {group[name]!r} here"
+                    )
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
                     f"the checkpoint has {len(saved['params'])} parameters in a group where the optimizer has"
@@ -1113,6 +1127,8 @@ def _import(
     }
     local = _local(param)
     found: dict[str, Any] = {}
+    if missing := {"step", "exp_avg_sq"} - set(entry):
+        raise ValueError(f"parameter '{plan.name}': the checkpoint has no {sorted(missing)[0]}")
     named = saved.get("state_dtype")
     default = torch.float64 if param.dtype == torch.float64 else torch.float32
     dtype = _STATE_DTYPES[named] if named is not None else default

@@ -176,7 +176,7 @@ def _find(name: str, spec: str) -> tuple[Origin, type[Optimizer], str]:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=4, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=4, cutoff=0.5)
     return f"; nearest: {', '.join(close)}" if close else f"; there are: {', '.join(known)}"
 
 

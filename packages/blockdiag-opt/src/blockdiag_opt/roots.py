@@ -124,7 +124,9 @@ def _two_by_two(full: Tensor) -> tuple[Tensor, Tensor]:
     angle = 0.5 * torch.atan2(2 * b, a - c)
     large = (a + c) / 2 + torch.hypot((a - c) / 2, b)
     small = torch.where(large > 0, (a * c - b * b) / large, large)
-    cos, sin = angle.cos(), angle.sin()
+    # Diagonal blocks stay exactly diagonal: the cosine of pi / 2 is not 0 in floating point.
+    straight, first = b == 0, (a >= c).to(full.dtype)
+    cos, sin = torch.where(straight, first, angle.cos()), torch.where(straight, 1 - first, angle.sin())
     vectors = torch.stack([torch.stack([-sin, cos], -1), torch.stack([cos, sin], -1)], -2).mT
     return torch.stack([small, large], -1) * scale[:, None], vectors
 
