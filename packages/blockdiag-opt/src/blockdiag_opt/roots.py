@@ -211,7 +211,7 @@ def inverse_root(
 
     Parameters
     ----------
-    blocks : (..., n, n)
+    blocks : a matrix (n, n) or a batch (batch, n, n) of any dimensions
     eps : the paper's delta, >= 0
     floor : eigenvalues are raised to this share of their block's largest; default ``n`` times the machine precision
         of the blocks. It bounds what rounding errors in the null space are amplified by. A block of zeros gives
@@ -245,7 +245,7 @@ def positive_part(blocks: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch 
 
     Parameters
     ----------
-    blocks : (..., n, n)
+    blocks : a matrix (n, n) or a batch (batch, n, n) of any dimensions
 
     Returns
     -------

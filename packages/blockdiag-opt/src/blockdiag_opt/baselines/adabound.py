@@ -122,7 +122,7 @@ class AdaBound(Optimizer):
     Parameters
     ----------
     params : parameters, named parameters, or dictionaries of groups; real, with dense gradients
-    lr : learning rate of the adaptive phase, >= 0
+    lr : learning rate of the adaptive phase, >= 0, a number or a tensor of shape (1,)
     betas : decay rates of the first and second moment, in [0, 1)
     final_lr : learning rate of the SGD that it turns into, > 0
     gamma : how fast the bounds close, per step, > 0
@@ -302,7 +302,7 @@ class AMSBound(AdaBound):
     Parameters
     ----------
     params : parameters, named parameters, or dictionaries of groups; real, with dense gradients
-    lr : learning rate of the adaptive phase, >= 0
+    lr : learning rate of the adaptive phase, >= 0, a number or a tensor of shape (1,)
     betas : decay rates of the first and second moment, in [0, 1)
     final_lr : learning rate of the SGD that it turns into, > 0
     gamma : how fast the bounds close, per step, > 0
