@@ -92,7 +92,10 @@ def by_metric(summary: dict, wanted: dict[str, str]) -> str:
             best = (min if row["better"] == "lower" else max)(other["mean"] for other in column)
             marked = row["mean"] == best and len(column) > 1 and not metric.startswith("best ")
             mean = f"**{row['mean']:.3g}**" if marked else f"{row['mean']:.3g}"
-            line.append(mean if row["high"] is None else f"{mean} ± {row['high'] - row['mean']:.2g}")
+            half = 0.0 if row["high"] is None else row["high"] - row["mean"]
+            line.append(
+                mean if row["high"] is None else f"{mean} ± {half:.0f}" if half >= 100 else f"{mean} ± {half:.2g}"
+            )
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
 

@@ -26,7 +26,7 @@ class BlockAdam(BlockDiagonal):
     Parameters
     ----------
     params, lr, betas, eps, weight_decay, amsgrad : as of ``torch.optim.Adam``; with ``block_size=1`` the steps are
-        Adam's exactly. The best `lr` is usually 2 to 6 times Adam's.
+        Adam's exactly. The best `lr` is another one than Adam's: tune it from 0.02 on.
     options : every keyword of :class:`BlockDiagonal`: ``block_size=10``, ``grouping="auto"``, ``clip=None``,
         ``update_interval=1``, ...
 
