@@ -575,45 +575,28 @@ def test_the_scan_finds_the_first_bad_tensor():
             assert native.scan(kernel, [good[0], x, x], [8.0, 8.0, 8.0]) == 1
 
 
-# ---- the cache
-
-
-@pytest.fixture
-def fresh_load(monkeypatch, tmp_path):
-    monkeypatch.setenv("BLOCKDIAG_OPT_CACHE", str(tmp_path))
-    monkeypatch.delenv("BLOCKDIAG_OPT_NATIVE", raising=False)
-
-    def load():
-        native.load.cache_clear()
-        return native.load()
-
-    yield load
-    monkeypatch.undo()
-    native.load.cache_clear()
-
-
-@pytest.mark.skipif(native.load() is None, reason="no C compiler")
-def test_a_torn_library_in_the_cache_is_built_again(fresh_load, tmp_path):
-    assert fresh_load() is not None
-    (library,) = tmp_path.glob("*.so")
+def test_a_torn_library_in_the_cache_is_built_again(compiler, forgetful, tmp_path):
+    assert native.load() is not None
+    (library,) = (tmp_path / "a" / "b").glob("*.so")
     whole = library.read_bytes()
     library.unlink()
     library.write_bytes(whole[: len(whole) // 2])
-    assert fresh_load() is not None
+    native.load.cache_clear()
+    assert native.load() is not None
     assert library.read_bytes() == whole
+    assert len(compiler) == 2
 
 
-@pytest.mark.skipif(native.load() is None, reason="no C compiler")
-def test_a_sealed_file_that_is_no_kernel_is_built_again(fresh_load, tmp_path, monkeypatch):
+def test_a_sealed_file_that_is_no_kernel_is_built_again(compiler, forgetful, tmp_path, monkeypatch):
     build = native._build
 
-    def first_wrong(compiler):
-        library, _ = build(compiler)
+    def first_wrong(words):
+        library, _ = build(words)
         monkeypatch.setattr(native, "_build", build)
         wrong = library.with_name("wrong.so")
         wrong.write_bytes(b"nothing")
         return wrong, False
 
     monkeypatch.setattr(native, "_build", first_wrong)
-    assert fresh_load() is not None
-    assert not list(tmp_path.glob("wrong.so"))
+    assert native.load() is not None
+    assert not list((tmp_path / "a" / "b").glob("wrong.so"))
