@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from blockdiag_opt.layout import Layout, lay_out
-from blockdiag_opt.optimizer import BlockDiagonal, step_scalars
+from blockdiag_opt.optimizer import BlockDiagonal, effective_rates, floor_of, raise_to_floor, step_scalars
 from blockdiag_opt.roots import decompose, to_full, untile
 from shared_core.errors import InputError
 
@@ -150,20 +150,13 @@ def _off_diagonal(full: Tensor) -> Tensor:
 
 
 def _floored(values: Tensor, group: Mapping[str, Any], precision: float) -> Tensor:
-    floor = values.shape[-1] * precision if group["floor"] is None else float(group["floor"])
-    return values.maximum(floor * values.amax(-1, keepdim=True)) if values.shape[-1] > 1 else values
-
-
-def _rates(values: Tensor, group: Mapping[str, Any], step: int, precision: float) -> Tensor:
-    """Return the learning rate along each eigenvector (blocks, n)."""
-    scalars = step_scalars(group, float(step))
     n = values.shape[-1]
-    rate = scalars.rate * (math.sqrt(n) if group["lr_scale"] == "sqrt_block" else 1.0)
-    floored = _floored(values, group, precision)
-    # A diagonal tensor has no eigenvalues that jitter could apply to.
-    jitter = float(group["jitter"]) if n > 1 else 0.0
-    below = (floored + jitter).sqrt() * scalars.root_scale + float(group["eps"])
-    found = torch.where(below > 0, rate / below, torch.zeros_like(below)).clamp(scalars.lower, scalars.upper)
+    return raise_to_floor(values, floor_of(group, n, precision)) if n > 1 else values
+
+
+def _rates(floored: Tensor, group: Mapping[str, Any], step: int) -> Tensor:
+    """Return the learning rate along each eigenvector (blocks, n)."""
+    found = effective_rates(floored, group, step_scalars(group, step), floored.shape[-1])
     return found * float(group["lr"]) if group["momentum"] else found
 
 
@@ -181,7 +174,7 @@ def _describe(
     floored = _floored(values, group, precision)
     smallest = floored[:, 0]
     condition = torch.where(smallest > 0, floored[:, -1] / smallest, torch.ones_like(smallest))
-    rates = _rates(values, group, step, precision)
+    rates = _rates(floored, group, step)
     if samples is None:
         samples = effective_samples(group["method"], float(group["betas"][1]), step)
     # Blocks that never had a gradient do not move, whatever their rate.

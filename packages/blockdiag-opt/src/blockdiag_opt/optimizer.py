@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from blockdiag_opt import native
 from blockdiag_opt.clip import SpectrumClip
 from blockdiag_opt.layout import GROUPINGS, Layout, lay_out, merge, partition
-from blockdiag_opt.roots import decompose, positive_part, tile, to_full, to_packed, triangle_on, untile
+from blockdiag_opt.roots import decompose, diagonal_places, positive_part, tile, to_full, to_packed, triangle_on, untile
 
 __all__ = ["METHODS", "BlockDiagonal", "Health", "StepScalars", "step_scalars"]
 
@@ -58,7 +58,6 @@ class _Plan:
     key: tuple[object, ...]
     name: str
     task: native.Task
-    index: Tensor | None = None
 
 
 @dataclass
@@ -79,6 +78,10 @@ class _Job:
     @property
     def layout(self) -> Layout:
         return self.plan.layout
+
+    @property
+    def precision(self) -> float:
+        return torch.finfo(self.dtype).eps
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,71 @@ def step_scalars(group: Mapping[str, Any], step: float | int) -> StepScalars:
     decay = float(group["weight_decay"])
     coupled, shrink = (0.0, 1 - lr * decay) if group["decoupled"] else (decay, 1.0)
     return StepScalars(beta1, 1 - beta1, keep, add, rate, root, lower, upper, coupled, shrink)
+
+
+def block_rate(group: Mapping[str, Any], scalars: StepScalars, n: int) -> float:
+    """Return the rate of blocks of size n: see `lr_scale`.
+
+    Parameters
+    ----------
+    group : parameter group
+    scalars : of the step
+    n : coordinates of a block
+    """
+    return scalars.rate * (math.sqrt(n) if group["lr_scale"] == "sqrt_block" else 1.0)
+
+
+def floor_of(group: Mapping[str, Any], n: int, precision: float) -> float:
+    """Return the share of a block's largest eigenvalue that its others are raised to.
+
+    Parameters
+    ----------
+    group : parameter group
+    n : coordinates of a block
+    precision : machine precision of the state
+    """
+    return n * precision if group["floor"] is None else float(group["floor"])
+
+
+def raise_to_floor(eigenvalues: Tensor, floor: float) -> Tensor:
+    """Raise eigenvalues (blocks, n) to a share of their block's largest.
+
+    Parameters
+    ----------
+    eigenvalues : (blocks, n)
+    floor : the share
+    """
+    return eigenvalues.maximum(floor * eigenvalues.amax(-1, keepdim=True)) if floor else eigenvalues
+
+
+def effective_rates(eigenvalues: Tensor, group: Mapping[str, Any], scalars: StepScalars, n: int) -> Tensor:
+    """Return clip(rate / (root_scale sqrt(eigenvalue) + eps)), what the first moment is multiplied with.
+
+    Parameters
+    ----------
+    eigenvalues : of blocks, of any shape
+    group : parameter group
+    scalars : of the step
+    n : coordinates of a block; a diagonal tensor (1) has no eigenvalues that jitter could apply to
+    """
+    jitter = float(group["jitter"]) if n > 1 else 0.0
+    below = (eigenvalues + jitter).sqrt() * scalars.root_scale + float(group["eps"])
+    rates = torch.where(below > 0, block_rate(group, scalars, n) / below, torch.zeros_like(below))
+    return rates.clamp(scalars.lower, scalars.upper) if scalars.upper < math.inf else rates
+
+
+def state_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """Return the type of a parameter's state.
+
+    Parameters
+    ----------
+    group : parameter group
+    param : of any shape
+    """
+    named = group.get("state_dtype")
+    if named is not None:
+        return _STATE_DTYPES[named]
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -454,10 +522,9 @@ class BlockDiagonal(Optimizer):
         task.width, task.n, task.chunks, task.length = layout.width, layout.n, layout.chunks, layout.length
         task.line_stride, task.stride, task.first = layout.line_stride, layout.stride, 0
         task.last = layout.numel if layout.diagonal else layout.blocks
-        index = layout.index
-        if index is not None:
-            task.index = index.data_ptr()
-        self._plans[param] = plan = _Plan(layout, key, name, task, index)
+        if layout.index is not None:
+            task.index = layout.index.data_ptr()
+        self._plans[param] = plan = _Plan(layout, key, name, task)
         return plan
 
     # ---- the step
@@ -529,32 +596,25 @@ class BlockDiagonal(Optimizer):
                         f"parameter '{plan.name}' has a sparse gradient; make its embedding dense (sparse=False), or"
                         " give it to torch.optim.SparseAdam"
                     )
-                named = group["state_dtype"]
-                dtype = (
-                    _STATE_DTYPES[named]
-                    if named is not None
-                    else torch.float64
-                    if param.dtype == torch.float64
-                    else torch.float32
-                )
                 grad = _local(grad)
                 grad = grad.resolve_neg() if grad.is_neg() else grad
                 grad = grad if grad.is_contiguous() else grad.contiguous()
-                jobs.append(_Job(group, local, grad, self.state[param], plan, dtype))
+                jobs.append(_Job(group, local, grad, self.state[param], plan, state_dtype(group, param)))
         return jobs
 
     def _all_finite(self, jobs: list[_Job]) -> bool:
         bad = self._first_bad(jobs)
-        # Processes that hold parts of one parameter must agree on whether this step takes place.
-        elsewhere = bad < 0 and self._sharded and _anywhere(False)
-        if bad >= 0 and self._sharded:
-            _anywhere(True)
-        if bad < 0 and not elsewhere:
+        broken = bad >= 0
+        if self._sharded:
+            # Processes that hold parts of one parameter must agree on whether this step takes place.
+            broken = _anywhere(broken)
+        if not broken:
             return True
-        if self.param_groups[0]["on_nonfinite"] == "skip" if elsewhere else jobs[bad].group["on_nonfinite"] == "skip":
+        group = jobs[bad].group if bad >= 0 else self.param_groups[0]
+        if group["on_nonfinite"] == "skip":
             self._skipped += 1
             return False
-        if elsewhere:
+        if bad < 0:
             raise FloatingPointError("non-finite gradient on another process; its message names the parameter")
         job = jobs[bad]
         step = int(job.state["step"]) + 1 if job.state else 1
@@ -595,52 +655,38 @@ class BlockDiagonal(Optimizer):
 
     def _prepare(self, job: _Job) -> None:
         state, layout, group = job.state, job.layout, job.group
-        if not state:
-            options: dict[str, Any] = {"dtype": job.dtype, "device": job.param.device}
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            if group["method"] in {"adam", "adafom"} and group["betas"][0] > 0:
-                state["exp_avg"] = torch.zeros(layout.shape, **options)
-            start = float(group["initial_accumulator_value"])
-            shape = layout.shape if layout.diagonal else (layout.tiles, layout.packed, layout.width)
-            state["exp_avg_sq"] = torch.zeros(shape, **options)
-            if start and layout.diagonal:
-                state["exp_avg_sq"].fill_(start)
-            elif start:
-                places = [k * (k + 1) // 2 + k for k in range(layout.n)]
-                state["exp_avg_sq"][:, places] = start
-            if group["amsgrad"]:
-                state["max_exp_avg_sq"] = torch.zeros(shape, **options)
-            if group["momentum"]:
-                state["momentum_buffer"] = torch.zeros(layout.shape, **options)
-            if group["update_interval"] > 1 and not layout.diagonal:
-                self._add_basis(job)
-        else:
-            moments: Tensor = state["exp_avg_sq"]
-            if moments.device != job.param.device or moments.dtype != job.dtype:
-                # The model was moved or cast in the middle of training.
-                for key, value in state.items():
-                    if key != "step":
-                        state[key] = value.to(job.param.device, job.dtype)
-            if "exp_avg" not in state and group["method"] in {"adam", "adafom"} and group["betas"][0] > 0:
-                state["exp_avg"] = torch.zeros(layout.shape, dtype=job.dtype, device=job.param.device)
-            # Settings that were changed in the middle of training.
-            if group["amsgrad"] and "max_exp_avg_sq" not in state:
-                state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
-            if group["momentum"] and "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros(layout.shape, dtype=job.dtype, device=job.param.device)
-            tracked = group["update_interval"] > 1 and not layout.diagonal
-            if tracked and "eigvecs" not in state:
-                job.anew = True
-                self._add_basis(job)
-            elif not tracked and "eigvecs" in state:
-                del state["eigvecs"], state["eigvals"]
-        state["step"] += 1
-
-    def _add_basis(self, job: _Job) -> None:
         options: dict[str, Any] = {"dtype": job.dtype, "device": job.param.device}
-        layout = job.layout
-        job.state["eigvecs"] = torch.zeros((layout.tiles, layout.n**2, layout.width), **options)
-        job.state["eigvals"] = torch.zeros((layout.tiles, layout.n, layout.width), **options)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            shape = layout.shape if layout.diagonal else (layout.tiles, layout.packed, layout.width)
+            moments = torch.zeros(shape, **options)
+            start = float(group["initial_accumulator_value"])
+            if start and layout.diagonal:
+                moments.fill_(start)
+            elif start:
+                moments[:, diagonal_places(layout.n)] = start
+            state["exp_avg_sq"] = moments
+        moments: Tensor = state["exp_avg_sq"]
+        if moments.device != job.param.device or moments.dtype != job.dtype:
+            # The model was moved or cast in the middle of training.
+            for key, value in state.items():
+                if key != "step":
+                    state[key] = value.to(**options)
+        # What the settings ask for, now or since they were changed in the middle of training.
+        if "exp_avg" not in state and group["method"] in {"adam", "adafom"} and group["betas"][0] > 0:
+            state["exp_avg"] = torch.zeros(layout.shape, **options)
+        if group["amsgrad"] and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+        if group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros(layout.shape, **options)
+        tracked = group["update_interval"] > 1 and not layout.diagonal
+        if tracked and "eigvecs" not in state:
+            job.anew = True
+            state["eigvecs"] = torch.zeros((layout.tiles, layout.n**2, layout.width), **options)
+            state["eigvals"] = torch.zeros((layout.tiles, layout.n, layout.width), **options)
+        elif not tracked and "eigvecs" in state:
+            del state["eigvecs"], state["eigvals"]
+        state["step"] += 1
 
     def _kernel(self, group: Mapping[str, Any]) -> native.Kernel | None:
         if group["engine"] == "torch":
@@ -665,13 +711,6 @@ class BlockDiagonal(Optimizer):
         if interval == 1:
             return native.SOLVE
         return native.REFRESH if job.anew or _interval_at(int(job.state["step"]), interval) == 1 else native.TRACKED
-
-    def _floor(self, job: _Job) -> float:
-        given = job.group["floor"]
-        return job.layout.n * torch.finfo(job.dtype).eps if given is None else float(given)
-
-    def _rate(self, job: _Job, scalars: StepScalars) -> float:
-        return scalars.rate * (math.sqrt(job.layout.n) if job.group["lr_scale"] == "sqrt_block" else 1.0)
 
     # ---- by the kernel
 
@@ -716,8 +755,12 @@ class BlockDiagonal(Optimizer):
             task.shrink = scalars.shrink
             task.mean_keep, task.mean_add = scalars.mean_keep, scalars.mean_add
             task.moment_keep, task.moment_add = scalars.moment_keep, scalars.moment_add
-            task.jitter, task.floor, task.damping = float(group["jitter"]), self._floor(job), float(group["eps"])
-            task.rate, task.root_scale = self._rate(job, scalars), scalars.root_scale
+            task.jitter, task.floor, task.damping = (
+                float(group["jitter"]),
+                floor_of(group, layout.n, job.precision),
+                float(group["eps"]),
+            )
+            task.rate, task.root_scale = block_rate(group, scalars, layout.n), scalars.root_scale
             task.lower, task.upper = scalars.lower, scalars.upper
             cost += layout.blocks * layout.n * (_COST_SQUARE * layout.n + _COST_CUBE * layout.n**2)
             tasks += _shares(task, layout, (rank + place) % world, world) if job.shared else [task]
@@ -727,8 +770,7 @@ class BlockDiagonal(Optimizer):
             self._fallen += fallen
             self._counts.zero_()
             self._check_moments([job for job, _ in jobs])
-        if world > 1:
-            _sum_over_processes([job.out for job, _ in jobs if job.shared])
+        _sum_over_processes([job.out for job, _ in jobs if job.shared])
         for place, (job, scalars) in enumerate(jobs):
             if job.out is not None:
                 self._apply(job, scalars, place)
@@ -771,15 +813,15 @@ class BlockDiagonal(Optimizer):
         group = jobs[0].group
         grads = [job.grad.to(job.dtype) for job in jobs]
         if group["maximize"]:
-            grads = list(torch._foreach_neg(grads))  # pyright: ignore[reportPrivateUsage]
+            grads = list(torch._foreach_neg(grads))
         if scalars.coupled:
             decays = [job.param.to(job.dtype) for job in jobs]
-            grads = list(torch._foreach_add(grads, decays, alpha=scalars.coupled))  # pyright: ignore[reportPrivateUsage]
+            grads = list(torch._foreach_add(grads, decays, alpha=scalars.coupled))
         means = grads
         if "exp_avg" in jobs[0].state:
             means = [job.state["exp_avg"] for job in jobs]
-            torch._foreach_mul_(means, scalars.mean_keep)  # pyright: ignore[reportPrivateUsage]
-            torch._foreach_add_(means, grads, alpha=scalars.mean_add)  # pyright: ignore[reportPrivateUsage]
+            torch._foreach_mul_(means, scalars.mean_keep)
+            torch._foreach_add_(means, grads, alpha=scalars.mean_add)
         stacks: dict[tuple[int, torch.dtype, torch.device], list[tuple[_Job, Tensor, Tensor]]] = {}
         for job, grad, mean in zip(jobs, grads, means, strict=True):
             if job.layout.diagonal:
@@ -793,8 +835,8 @@ class BlockDiagonal(Optimizer):
             if group["amsgrad"]:
                 moments = self._raise_bound(job, moments)
             if not job.block_step:
-                places = [k * (k + 1) // 2 + k for k in range(job.layout.n)]
-                response = self._response(untile(moments[:, places], job.layout), job, scalars, 0.0)
+                diagonal = untile(moments[:, diagonal_places(job.layout.n)], job.layout)
+                response = effective_rates(diagonal, group, scalars, job.layout.n)
                 job.out = merge(response * first, job.layout)
             elif group["update_interval"] > 1:
                 job.out = self._tracked_by_torch(job, lanes, first, scalars, step)
@@ -803,20 +845,9 @@ class BlockDiagonal(Optimizer):
                 stacks.setdefault(key, []).append((job, untile(moments, job.layout), first))
         for (n, dtype, _), stack in stacks.items():
             self._solve_by_torch(n, dtype, stack, scalars)
-        rank, world = _world(group["shard_eigh"])
-        if world > 1:
-            del rank
-            _sum_over_processes([job.out for job in jobs if job.shared])
+        _sum_over_processes([job.out for job in jobs if job.shared])
         for place, job in enumerate(jobs):
             self._apply(job, scalars, place)
-
-    def _response(self, eigenvalues: Tensor, job: _Job, scalars: StepScalars, floor: float) -> Tensor:
-        """Return clip(rate / (root_scale sqrt(eigenvalue) + eps)) for eigenvalues (blocks, n)."""
-        if floor:
-            eigenvalues = eigenvalues.maximum(floor * eigenvalues.amax(-1, keepdim=True))
-        below = (eigenvalues + float(job.group["jitter"])).sqrt() * scalars.root_scale + float(job.group["eps"])
-        response = torch.where(below > 0, self._rate(job, scalars) / below, torch.zeros_like(below))
-        return response.clamp(scalars.lower, scalars.upper) if scalars.upper < math.inf else response
 
     def _diagonal_by_torch(self, job: _Job, grad: Tensor, mean: Tensor, scalars: StepScalars) -> None:
         moments: Tensor = job.state["exp_avg_sq"]
@@ -824,11 +855,7 @@ class BlockDiagonal(Optimizer):
         if job.group["amsgrad"]:
             bound: Tensor = job.state["max_exp_avg_sq"]
             moments = torch.maximum(bound, moments, out=bound)
-        below = moments.sqrt().mul_(scalars.root_scale).add_(float(job.group["eps"]))
-        response = torch.where(below > 0, scalars.rate / below, torch.zeros_like(below))
-        if scalars.upper < math.inf:
-            response = response.clamp_(scalars.lower, scalars.upper)
-        job.out = response.mul_(mean)
+        job.out = effective_rates(moments, job.group, scalars, 1).mul_(mean)
 
     def _raise_bound(self, job: _Job, moments: Tensor) -> Tensor:
         bound: Tensor = job.state["max_exp_avg_sq"]
@@ -848,7 +875,8 @@ class BlockDiagonal(Optimizer):
         if bool(spectrum.fallen.any()):
             self._check_moments([each for each, _, _ in stack])
         job = stack[0][0]
-        response = self._response(spectrum.values, job, scalars, self._floor(job))
+        values = raise_to_floor(spectrum.values, floor_of(job.group, n, job.precision))
+        response = effective_rates(values, job.group, scalars, n)
         wanted = first[own].to(spectrum.vectors.dtype)[..., None]
         turned = spectrum.vectors @ (response[..., None] * (spectrum.vectors.mT @ wanted))
         update = torch.zeros_like(first)
@@ -875,7 +903,8 @@ class BlockDiagonal(Optimizer):
             values[chosen] = spectrum.values.to(basis.dtype).view(*shape, -1).transpose(1, 2)
         wanted = (vectors * tile(first, layout)[:, :, None]).sum(1)
         flat = values.transpose(1, 2).reshape(-1, layout.n)
-        response = self._response(flat, job, scalars, self._floor(job)).view(layout.tiles, layout.width, layout.n)
+        flat = raise_to_floor(flat, floor_of(job.group, layout.n, job.precision))
+        response = effective_rates(flat, job.group, scalars, layout.n).view(layout.tiles, layout.width, layout.n)
         return merge(untile((vectors * (response.transpose(1, 2) * wanted)[:, None]).sum(2), layout), layout)
 
     # ---- saving and loading
@@ -1129,9 +1158,7 @@ def _import(
     found: dict[str, Any] = {}
     if missing := {"step", "exp_avg_sq"} - set(entry):
         raise ValueError(f"parameter '{plan.name}': the checkpoint has no {sorted(missing)[0]}")
-    named = saved.get("state_dtype")
-    default = torch.float64 if param.dtype == torch.float64 else torch.float32
-    dtype = _STATE_DTYPES[named] if named is not None else default
+    dtype = state_dtype(saved, param)
     was = (saved["grouping"], saved["block_size"])
     now = (group["grouping"], group["block_size"])
     if not same or (was != now and lay_out(local.shape, *was, name=plan.name).kind != layout.kind):

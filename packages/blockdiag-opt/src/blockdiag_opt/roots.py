@@ -46,6 +46,11 @@ def triangle_on(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return row.to(device), column.to(device), place.to(device)
 
 
+def diagonal_places(n: int) -> list[int]:
+    """Return the places of the diagonal in a packed lower triangle of size n."""
+    return [k * (k + 3) // 2 for k in range(n)]
+
+
 def tile(blocks: Tensor, layout: Layout) -> Tensor:
     """Lay rows (blocks, k) of numbers out as tiles (tiles, k, width); blocks that fill the last tile up are zero."""
     missing = layout.tiles * layout.width - layout.blocks

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from blockdiag_opt.clip import SpectrumClip
 from shared_core.errors import InputError
 
 __all__ = ["AMSBound", "AdaBound", "dense_gradients", "restore_precision", "step_size_bounds"]
@@ -46,7 +47,7 @@ def step_size_bounds(step: Number, *, final_lr: Number, gamma: Number) -> tuple[
     >>> step_size_bounds(1000, final_lr=0.1, gamma=1e-3)
     (0.05, 0.2)
     """
-    return final_lr * (1 - 1 / (gamma * step + 1)), final_lr * (1 + 1 / (gamma * step))
+    return SpectrumClip(final_lr, gamma).bounds(step)
 
 
 def dense_gradients(optimizer: Optimizer, number: int) -> list[tuple[int, Tensor, Tensor]]:
