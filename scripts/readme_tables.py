@@ -46,58 +46,48 @@ def table(summary: dict, wanted: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def matrix(summary: dict, wanted: dict[str, str]) -> str:
-    style = wanted.pop("format", ".3f")
-    rows = chosen(summary, wanted)
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    words = [name.split() for name in datasets]
-    shared = 0
-    while len(words) > 1 and all(len(w) > shared + 1 and w[shared] == words[0][shared] for w in words):
-        shared += 1
-    heads = [" ".join(w[shared:]) for w in words]
-    cells = {(row["method"], row["dataset"]): row for row in rows}
+def grid(rows: list[dict], key: str, heads: list[str], mean_style: str, half_style: str) -> str:
+    """Make a row of each method and a column of each value of `key`; the best mean of a column is set in bold."""
+    names = list(dict.fromkeys(row[key] for row in rows))
+    cells = {(row["method"], row[key]): row for row in rows}
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for method in dict.fromkeys(row["method"] for row in rows):
         line = [method]
-        for name in datasets:
+        for name in names:
             row = cells.get((method, name))
             if row is None:
                 line.append("")
                 continue
-            column = [cells[key] for key in cells if key[1] == name]
+            column = [cell for place, cell in cells.items() if place[1] == name]
             best = (min if row["better"] == "lower" else max)(other["mean"] for other in column)
-            mean = f"**{row['mean']:{style}}**" if row["mean"] == best else f"{row['mean']:{style}}"
-            line.append(mean if row["high"] is None else f"{mean} ± {row['high'] - row['mean']:{style}}")
+            marked = row["mean"] == best and len(column) > 1 and not row["metric"].startswith("best ")
+            mean = f"**{row['mean']:{mean_style}}**" if marked else f"{row['mean']:{mean_style}}"
+            if row["high"] is not None:
+                half = row["high"] - row["mean"]
+                mean += f" ± {half:{'.0f' if half >= 100 else half_style}}"
+            line.append(mean)
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
+
+
+def matrix(summary: dict, wanted: dict[str, str]) -> str:
+    style = wanted.pop("format", ".3f")
+    rows = chosen(summary, wanted)
+    words = [name.split() for name in dict.fromkeys(row["dataset"] for row in rows)]
+    shared = 0
+    while len(words) > 1 and all(len(w) > shared + 1 and w[shared] == words[0][shared] for w in words):
+        shared += 1
+    return grid(rows, "dataset", [" ".join(w[shared:]) for w in words], style, style)
 
 
 def by_metric(summary: dict, wanted: dict[str, str]) -> str:
     rows = chosen(summary, wanted)
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    cells = {(row["method"], row["metric"]): row for row in rows}
+    units = {row["metric"]: row["unit"] for row in reversed(rows)}
     heads = []
-    for metric in metrics:
-        row = next(row for row in rows if row["metric"] == metric)
-        heads.append(metric + (f" ({row['unit']})" if row["unit"] not in {"", "1", *metric.split()} else ""))
-    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        line = [method]
-        for metric in metrics:
-            row = cells.get((method, metric))
-            if row is None:
-                line.append("")
-                continue
-            column = [cells[key] for key in cells if key[1] == metric]
-            best = (min if row["better"] == "lower" else max)(other["mean"] for other in column)
-            marked = row["mean"] == best and len(column) > 1 and not metric.startswith("best ")
-            mean = f"**{row['mean']:.3g}**" if marked else f"{row['mean']:.3g}"
-            half = 0.0 if row["high"] is None else row["high"] - row["mean"]
-            line.append(
-                mean if row["high"] is None else f"{mean} ± {half:.0f}" if half >= 100 else f"{mean} ± {half:.2g}"
-            )
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines) + "\n"
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        unit = units[metric]
+        heads.append(metric + (f" ({unit})" if unit not in {"", "1", *metric.split()} else ""))
+    return grid(rows, "metric", heads, ".3g", ".2g")
 
 
 def fill(text: str) -> str:

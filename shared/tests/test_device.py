@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from shared_core.device import World, autocast, deterministic, generator, process_group, resolve_device, seed_everything
+from shared_core.device import (
+    World,
+    autocast,
+    deterministic,
+    generator,
+    one_thread,
+    process_group,
+    resolve_device,
+    seed_everything,
+)
 from shared_core.errors import InputError
 
 
@@ -49,6 +58,22 @@ def test_deterministic_restores():
     with deterministic():
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_one_thread_restores():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with one_thread(False):
+            assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), one_thread():
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_autocast_policy():

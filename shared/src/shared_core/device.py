@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["World", "autocast", "deterministic", "generator", "process_group", "resolve_device", "seed_everything"]
+__all__ = [
+    "World",
+    "autocast",
+    "deterministic",
+    "generator",
+    "one_thread",
+    "process_group",
+    "resolve_device",
+    "seed_everything",
+]
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -85,6 +94,32 @@ def deterministic(enabled: bool = True) -> Generator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def one_thread(enabled: bool = True) -> Generator[None]:
+    """Keep torch to one thread in the body: for small models a second only waits, for minutes where cores are busy.
+
+    Parameters
+    ----------
+    enabled : False changes nothing
+
+    Examples
+    --------
+    >>> import torch
+    >>> with one_thread():
+    ...     torch.get_num_threads()
+    1
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if enabled:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def autocast(device: torch.device, precision: str = "float32") -> AbstractContextManager[object]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeAlias, TypedDict
@@ -22,6 +21,7 @@ import torch
 from blockdiag_opt.plots import Curve
 from blockdiag_opt.registry import lr_centre, make_optimizer, parse_spec
 from blockdiag_opt.tasks import Metric, Task, make_task
+from shared_core.device import one_thread
 from shared_core.errors import InputError
 from shared_core.runs import Claim, Result, Run, interval, summarize
 
@@ -96,17 +96,6 @@ def schedule_factor(step: int, steps: int, *, schedule: Schedule = "linear", war
     return 1.0 if schedule == "constant" else (steps - step) / (steps - warmup)
 
 
-@contextmanager
-def _one_thread() -> Generator[None]:
-    """Keep torch to one thread: for networks this small a second one only waits, for minutes where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def train_once(
     task: Task,
     spec: str,
@@ -137,7 +126,7 @@ def train_once(
     Trace of the run.
     """
     steps = task.steps if steps is None else steps
-    with _one_thread():
+    with one_thread():
         model = task.build(seed).to(device)
         started = time.perf_counter()
         optimizer = make_optimizer(spec, model, lr, (task.batches(seed + _PROBE, 50), task.loss))

@@ -8,15 +8,14 @@ them: by error on a validation part of the training data. The test part is looke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64
 
+from shared_core.device import one_thread
 from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import Claim, Result, Run, interval, summarize
 from sparsity_norm.ampute import ampute
@@ -141,7 +140,7 @@ def out_of_fold(
     rows: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     settings: list[dict[str, Any]] = []
-    with _one_thread():
+    with one_thread():
         for train, test in _folds(table, folds, seed):
             offset, factor = learn_scale(table.x[train], table.scale)
             x = (table.x - offset) * factor
@@ -158,17 +157,6 @@ def out_of_fold(
         setting=settings[0],
         seconds=time.perf_counter() - started,
     )
-
-
-@contextmanager
-def _one_thread() -> Generator[None]:
-    """Keep torch to one thread: for networks this small a second one only waits, for minutes where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _folds(table: Table, folds: int, seed: int) -> list[tuple[Int64[np.ndarray, " train"], Int64[np.ndarray, " test"]]]:
@@ -558,7 +546,7 @@ def tuned_recommender(
 
     Parameters are those of :func:`rating_cell`; returns the fitted recommender, the test part and the setting chosen.
     """
-    with _one_thread() if len(ratings) < _MANY_RATINGS else nullcontext():
+    with one_thread(len(ratings) < _MANY_RATINGS):
         return _tuned_recommender(ratings, arm, seed=seed, mode=mode, options=options)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import torch
 from threadpoolctl import ThreadpoolController
+
+from shared_core.device import one_thread as one_torch_thread
 
 __all__ = ["one_blas_thread", "one_thread"]
 
@@ -38,18 +39,10 @@ def one_thread(enabled: bool = True) -> Generator[None]:
 
     Examples
     --------
+    >>> import torch
     >>> with one_thread():
     ...     torch.get_num_threads()
     1
     """
-    before = torch.get_num_threads()
-    if enabled:
-        torch.set_num_threads(1)
-    try:
-        if enabled:
-            with one_blas_thread():
-                yield
-        else:
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with one_torch_thread(enabled), one_blas_thread() if enabled else nullcontext():
+        yield
