@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import math
+
+import matplotlib as mpl
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from shared_core.errors import InputError
+from shared_core.runs import Result, summarize
+from srq_dropbits import plots
+from srq_dropbits.config import LearnBits, QuantConfig
+from srq_dropbits.diagnose import gain_curve
+from srq_dropbits.grid import Grid
+from srq_dropbits.qat import calibrate, prepare
+
+
+def row(dataset, method, values, metric="test accuracy", **options) -> Result:
+    return summarize(values, dataset=dataset, method=method, metric=metric, **{"better": "higher", **options})
+
+
+def ladder() -> list[Result]:
+    rows = []
+    levels = {"float32": 0.985, "ptq": 0.61, "lsq": 0.95, "mcste_zero": 0.11, "rq_st": 0.955, "srq+dropbits": 0.957}
+    for bits, gain in (("2/2", 0.0), ("4/4", 0.02)):
+        for name, level in levels.items():
+            rows.append(row(f"digits {bits}", name, [min(level + gain + 0.004 * k, 1) for k in (-1, 0, 1)]))
+            rows.append(row(f"digits {bits}", name, [1e-3], "best learning rate", better="lower"))
+        rows.append(row(f"digits {bits}", "lsq", [0.3, 0.4], "quantization error", better="lower"))
+    return rows
+
+
+def small_model(**options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        x = torch.randn(64, 6)
+    qmodel = prepare(model, QuantConfig(**{"weight_bits": 3, "act_bits": 3, **options}), x[:1])
+    calibrate(qmodel, [x])
+    return qmodel
+
+
+def history() -> list[dict]:
+    records = []
+    for epoch in range(1, 5):
+        layers = {
+            "0": {"bits": 4.0, "alpha": 0.1 * epoch, "rho": 0.33, "act_alpha": None},
+            "2": {"bits": 5.0 - epoch / 2, "alpha": 0.2, "rho": 0.3, "act_alpha": 0.05},
+        }
+        record = {"epoch": epoch, "loss": 1 / epoch, "penalty": 0.1 / epoch, "validation_accuracy": 1 - 0.2 / epoch}
+        records.append(record | {"avg_bits": 4.0 - epoch / 8, "layers": layers})
+    return records
+
+
+def points():
+    return {
+        "uniform 2 bits": [(2.0, 0.9, {"0": 2}), (2.0, 0.92, {"0": 2})],
+        "uniform 4 bits": [(4.0, 0.97, {"0": 4}), (4.0, 0.98, {"0": 4})],
+        "learned, target 2.5": [(2.4, 0.95, {"0": 2}), (2.6, 0.96, {"0": 3})],
+        "learned, penalty 0.03": [(3.1, 0.97, {"0": 3})],
+    }
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """What the functions drew, to look at its parts."""
+    drawn: list[Figure] = []
+    save = plots._save
+
+    def keep(figure, path):
+        drawn.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return drawn
+
+
+DRAW = {
+    "ladder": lambda path: plots.plot_ladder(path, ladder()),
+    "comparison": lambda path: plots.plot_comparison(path, ladder()),
+    "pareto": lambda path: plots.plot_pareto(path, points()),
+    "weights": lambda path: plots.plot_weights(path, small_model(per_channel=True)),
+    "bits": lambda path: plots.plot_bits(path, small_model().report()),
+    "history": lambda path: plots.plot_history(path, history()),
+    "estimators": lambda path: plots.plot_estimators(
+        path, [gain_curve(name, Grid.signed(2), points=60, draws=20) for name in ("lsq", "mcste_zero", "rq")]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_the_same_input_gives_the_same_bytes_and_leaves_nothing_else(name, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        DRAW[name](tmp_path / folder / "picture.svg")
+    first, second = (tmp_path / folder / "picture.svg" for folder in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    assert [path.name for path in first.parent.iterdir()] == ["picture.svg"]
+
+
+def test_kind_of_file_by_suffix(tmp_path):
+    for suffix, magic in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
+        path = tmp_path / f"p{suffix}"
+        plots.plot_history(path, history())
+        assert path.read_bytes().startswith(magic)
+    with pytest.raises(InputError, match=r"p\.docx.*\.png"):
+        plots.plot_history(tmp_path / "p.docx", history())
+    assert not (tmp_path / "p.docx").exists()
+
+
+def test_settings_of_matplotlib_are_left_alone(tmp_path):
+    before = dict(mpl.rcParams)
+    plots.plot_bits(tmp_path / "p.png", small_model().report())
+    assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("draw", "empty"),
+    [
+        (plots.plot_ladder, []),
+        (plots.plot_comparison, []),
+        (plots.plot_pareto, {}),
+        (plots.plot_history, []),
+        (plots.plot_estimators, []),
+        (plots.plot_weights, nn.Linear(2, 2)),
+    ],
+)
+def test_nothing_to_draw_is_said(draw, empty, tmp_path):
+    with pytest.raises(InputError):
+        draw(tmp_path / "p.png", empty)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ladder_has_a_panel_for_each_bit_width_and_cuts_off_what_failed(tmp_path, figures):
+    plots.plot_ladder(tmp_path / "p.png", ladder())
+    assert [axis.get_title() for axis in figures[0].axes] == [
+        "digits 2/2 bits (weights/inputs)",
+        "digits 4/4 bits (weights/inputs)",
+    ]
+    for axis, rows in zip(figures[0].axes, (ladder()[:12], ladder()[13:25]), strict=True):
+        labels = [label.get_text() for label in axis.get_yticklabels()]
+        assert labels == ["srq+dropbits", "rq_st", "mcste_zero", "lsq", "ptq"]
+        means = {one.method: 100 * one.mean for one in rows if one.metric == "test accuracy"}
+        # What is beyond the edge is written out.
+        left = axis.get_xlim()[0]
+        assert {text.get_text() for text in axis.texts} == {
+            f"{mean:.1f}" for method, mean in means.items() if mean < left and method != "float32"
+        }
+        assert means["mcste_zero"] < left < means["lsq"]
+        lines = [line for line in axis.lines if line.get_linestyle() == "--"]
+        assert [line.get_xdata()[0] for line in lines] == [pytest.approx(means["float32"])]
+
+
+def test_ladder_keeps_all_where_methods_are_alike(tmp_path, figures):
+    rows = [row("wine 3/3", name, [level]) for name, level in (("float32", 0.96), ("lsq", 0.9), ("srq", 0.93))]
+    plots.plot_ladder(tmp_path / "p.png", rows)
+    assert not figures[0].axes[0].texts
+    assert figures[0].axes[0].get_xlim()[0] < 90
+
+
+def test_comparison_leaves_settings_to_the_table(tmp_path, figures):
+    plots.plot_comparison(tmp_path / "p.png", ladder())
+    labels = [axis.get_xlabel() for axis in figures[0].axes if axis.get_xlabel()]
+    assert sorted(set(labels)) == ["quantization error (lower is better)", "test accuracy (higher is better)"]
+    best_on_top = figures[0].axes[0].get_yticklabels()[-1].get_text()
+    assert best_on_top == "float32"
+
+
+def test_pareto_joins_uniform_widths_and_stars_learned_ones(tmp_path, figures):
+    plots.plot_pareto(tmp_path / "p.png", points())
+    (axis,) = figures[0].axes
+    line = axis.lines[0]
+    assert list(line.get_xdata()) == [2.0, 4.0]
+    assert list(line.get_ydata()) == pytest.approx([91.0, 97.5])
+    stars = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "*"]
+    assert stars == [pytest.approx((2.5, 95.5)), pytest.approx((3.1, 97.0))]
+    legend = {text.get_text() for text in figures[0].legends[0].get_texts()}
+    assert legend == {"uniform: one bit-width for all layers", "learned, target 2.5", "learned, penalty 0.03"}
+
+
+def test_weights_show_the_share_of_each_grid_point(tmp_path, figures):
+    model = small_model()
+    plots.plot_weights(tmp_path / "p.png", model)
+    stems = [axis for axis in figures[0].axes if axis.yaxis.get_ticks_position() == "right"]
+    for axis, layer in zip(stems, (model[0], model[2]), strict=True):
+        part = layer.parametrizations.weight[0]
+        codes = part.codes(layer.parametrizations.weight.original)
+        expected = [(codes == n).float().mean().item() for n in range(-3, 4)]
+        assert list(axis.lines[0].get_ydata()) == pytest.approx(expected)
+        assert math.fsum(axis.lines[0].get_ydata()) == pytest.approx(1, abs=1e-6)
+
+
+def test_weights_of_dorefa_and_of_a_pruned_layer_can_be_drawn(tmp_path, figures):
+    plots.plot_weights(tmp_path / "odd.png", small_model(estimator="ste_minmax"))
+    model = small_model(learn_bits=LearnBits(max_bits=3, min_bits=1))
+    model[0].parametrizations.weight[0].freeze(Grid(0, 0, 0))
+    plots.plot_weights(tmp_path / "pruned.png", model)
+    plots.plot_bits(tmp_path / "bits.png", model.report())
+    assert figures[1].axes[0].get_title().startswith("0: 0 bits")
+    assert [text.get_text() for text in figures[2].axes[0].texts] == ["pruned", "3"]
+
+
+def test_bits_show_the_bytes_of_the_report(tmp_path, figures):
+    report = small_model(overrides={"2": {"weight_bits": 8}}).report()
+    plots.plot_bits(tmp_path / "p.png", report)
+    left, right = figures[0].axes
+    assert [bar.get_width() for bar in left.patches] == [3, 8]
+    assert [bar.get_width() for bar in right.patches] == [384, 36, 192, 48]
+    assert f"{report.avg_bits:.2f}" in left.get_title()
+
+
+def test_history_has_a_panel_for_what_was_recorded(tmp_path, figures):
+    plots.plot_history(tmp_path / "p.png", history())
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert titles[:4] == ["loss", "accuracy, %", "average bits", "bits of weights"]
+    assert titles[4:] == ["step of weights / first", "noise scale / step", "step of inputs / first"]
+    steps = figures[0].axes[4].lines[0].get_ydata()
+    assert list(steps) == pytest.approx([1, 2, 3, 4])
+    plots.plot_history(tmp_path / "p.png", [{"epoch": 1, "loss": 0.5}])
+    assert [axis.get_title() for axis in figures[1].axes] == ["loss"]
+    with pytest.raises(InputError, match="no loss"):
+        plots.plot_history(tmp_path / "q.png", [{"epoch": 1, "loss": math.nan}])
+
+
+def test_estimators_that_give_the_same_value_share_a_line(tmp_path, figures):
+    table = [gain_curve(name, Grid.signed(2), points=60, draws=200) for name in ("lsq", "mcste_zero", "sr")]
+    plots.plot_estimators(tmp_path / "p.png", table)
+    legend = figures[0].subfigs[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["lsq, mcste_zero", "sr"]
+    assert figures[0].subfigs[1].axes[1].get_title() == "mcste_zero: dead 33%, against 0%, mean 0.29"
