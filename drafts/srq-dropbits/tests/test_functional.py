@@ -352,7 +352,8 @@ class TestConcrete:
             out.sum().backward()
             grads.append([parts[0].grad, parts[2].grad])
             outs.append(out.detach() / 0.8)
-        assert torch.allclose(grads[0][0], grads[1][0]) and torch.allclose(grads[0][1], grads[1][1])
+        assert torch.allclose(grads[0][0], grads[1][0])
+        assert torch.allclose(grads[0][1], grads[1][1])
         assert torch.allclose(outs[1], outs[1].round(), atol=1e-12)
         if kind == "forward_mode":
             assert outs[1].numpy() == pytest.approx(np.clip(np.rint(x / 0.8), -2, 2))
@@ -428,7 +429,8 @@ class TestExtremes:
 
     def test_nan_stays_nan(self, name):
         out = QUANTIZERS[name](torch.tensor([math.nan, 0.0]), torch.tensor(1.0), torch.tensor(0.3), -3, 3)
-        assert bool(out[0].isnan()) and not bool(out[1].isnan())
+        assert bool(out[0].isnan())
+        assert not bool(out[1].isnan())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_it_keeps_the_type(self, name, dtype):

@@ -93,9 +93,7 @@ class TestLevels:
         assert sorted(points) == list(range(grid.n_lo, grid.n_hi + 1))
 
     def test_the_level_of_a_point(self):
-        assert [level_of(n) for n in range(-300, 301)] == [
-            int(np.ceil(np.log2(abs(n) + 1))) for n in range(-300, 301)
-        ]
+        assert [level_of(n) for n in range(-300, 301)] == [int(np.ceil(np.log2(abs(n) + 1))) for n in range(-300, 301)]
 
     @pytest.mark.parametrize("bits", range(2, 9))
     def test_lower_levels_are_the_smaller_grid(self, bits):
@@ -119,7 +117,7 @@ class TestMaskedMode:
         every = itertools.product((0.0, 1.0), repeat=count)
         chosen = list(every) if count <= 5 else np.random.default_rng(1).integers(0, 2, (24, count)).astype(float)
         for masks in chosen:
-            left = np.array([n for n in range(grid.n_lo, grid.n_hi + 1)])
+            left = np.array(list(range(grid.n_lo, grid.n_hi + 1)))
             left = left[mask_of(grid, np.array(masks), base, sharing) > 0]
             distance = np.abs(x[:, None] - ALPHA * left)
             two = np.sort(distance, 1)[:, :2] if len(left) > 1 else np.stack([distance[:, 0], distance[:, 0] + 1], 1)
@@ -301,7 +299,8 @@ class TestHardConcrete:
         hard_concrete(phi, uniform).sum().backward()
         slope = (hard_concrete(phi.detach() + h, uniform) - hard_concrete(phi.detach() - h, uniform)) / (2 * h)
         assert torch.allclose(phi.grad, slope, atol=1e-6)
-        assert bool((phi.grad > 0).any()) and bool((phi.grad == 0).any())
+        assert bool((phi.grad > 0).any())
+        assert bool((phi.grad == 0).any())
 
     @pytest.mark.parametrize("probability", [0.01, 0.5, 0.7, 0.9, 0.999])
     def test_the_log_odds_of_a_probability(self, probability):
@@ -311,7 +310,8 @@ class TestHardConcrete:
         phi = torch.zeros(2, requires_grad=True)
         gates = hard_concrete(phi, torch.tensor([0.0, 1.0]))
         gates.sum().backward()
-        assert gates.tolist() == [0.0, 1.0] and bool(phi.grad.isfinite().all())
+        assert gates.tolist() == [0.0, 1.0]
+        assert bool(phi.grad.isfinite().all())
 
 
 class TestCounterUniform:
@@ -320,7 +320,8 @@ class TestCounterUniform:
         for column in along.T:
             assert stats.kstest(column, "uniform").pvalue > 1e-3
         assert stats.kstest(counter_uniform(torch.tensor(3), 0, 4000).numpy(), "uniform").pvalue > 1e-3
-        assert 0 < along.min() and along.max() < 1
+        assert along.min() > 0
+        assert along.max() < 1
 
     @pytest.mark.parametrize(("one", "other"), [(0, 1), (0, -1), (5, 6), (0, 1000), (3, 2**31 * 1000)])
     def test_streams_do_not_move_together(self, one, other):

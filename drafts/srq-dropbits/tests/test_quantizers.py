@@ -1,4 +1,4 @@
-"""Quantizer modules: first steps by brute force, gradients by the rules of their papers, types, saturation, the cache."""
+"""Quantizer modules: first steps by brute force, gradients by their papers' rules, types, saturation, the cache."""
 
 from __future__ import annotations
 
@@ -53,17 +53,18 @@ class TestFirstStep:
     def test_max_init_clips_nothing(self):
         w, part = normal(20, 10), weights()
         part.initialize(w, "max")
-        assert float(part.alpha) == pytest.approx(float(w.abs().max()) / 3, rel=1e-5)
+        assert part.alpha.item() == pytest.approx(float(w.abs().max()) / 3, rel=1e-5)
 
     def test_zeros_take_the_step_1(self):
         part = weights()
         assert not part.initialize(torch.zeros(4, 4))
-        assert float(part.alpha) == 1.0
+        assert part.alpha.item() == 1.0
         rows = weights(shape=(3, 1))
         w = normal(3, 6)
         w[1] = 0
         assert rows.initialize(w)
-        assert float(rows.alpha[1]) == 1.0 and not bool((rows.alpha[[0, 2]] == 1).any())
+        assert rows.alpha[1].item() == 1.0
+        assert not bool((rows.alpha[[0, 2]] == 1).any())
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_weights_that_are_no_numbers_are_refused(self, value):
@@ -90,7 +91,8 @@ class TestEveryEstimator:
             far = torch.cat([x, 100 * x])
             assert part.grid.is_signed == bool((x < 0).any())
             assert torch.allclose(part(far), part.codes(far) * part.alpha, atol=1e-5)
-            assert int(part.codes(far).max()) == part.grid.n_hi and int(part.codes(far).min()) == part.grid.n_lo
+            assert int(part.codes(far).max()) == part.grid.n_hi
+            assert int(part.codes(far).min()) == part.grid.n_lo
 
     def test_evaluation_draws_no_random_numbers(self, estimator):
         x = normal(500)
@@ -109,8 +111,10 @@ class TestEveryEstimator:
             x.grad = None
             out = part(x)
             out.sum().backward()
-            assert out.dtype == dtype and x.grad.dtype == dtype
-            assert bool(out.isfinite().all()) and bool(x.grad.isfinite().all())
+            assert out.dtype == dtype
+            assert x.grad.dtype == dtype
+            assert bool(out.isfinite().all())
+            assert bool(x.grad.isfinite().all())
             for parameter in part.parameters():
                 assert parameter.grad is None or bool(parameter.grad.isfinite().all())
 
@@ -183,17 +187,18 @@ class TestGradients:
         unit = 2 * np.rint(3 * (bent / (2 * np.abs(bent).max()) + 0.5)) - 3
         assert np.array_equal(part.codes(w).numpy(), unit)
         alpha = (w.numpy() * unit).sum() / (unit**2).sum()
-        assert float(part.alpha) == pytest.approx(alpha, rel=1e-4)
+        assert part.alpha.item() == pytest.approx(alpha, rel=1e-4)
 
     def test_lsq_plus_moves_its_grid_by_whole_steps(self):
         x = normal(400).abs()
         part = inputs(x, "lsq+").eval()
         with torch.no_grad():
-            part.shift.fill_(-2.3 * float(part.alpha))
+            part.shift.fill_(-2.3 * part.alpha.item())
         a = float(part.alpha.detach())
         wide = normal(400) * 3
         expected = a * np.clip(np.rint(wide.numpy() / a), -2, 5)
-        assert part.grid.n_lo == -2 and part.grid.n_hi == 5
+        assert part.grid.n_lo == -2
+        assert part.grid.n_hi == 5
         assert part(wide).detach().numpy() == pytest.approx(expected, abs=1e-5)
         part.train()(wide).sum().backward()
         assert float(part.shift.grad) != 0
@@ -210,7 +215,7 @@ class TestCalibration:
         part = InputQuantizer(Grid.unsigned(4), "mcste", name="fc")
         part.observe(torch.zeros(10))
         assert not part.conclude()
-        assert float(part.alpha) == 1.0
+        assert part.alpha.item() == 1.0
 
     def test_wide_grids_take_a_quantile(self):
         x = torch.linspace(0, 1, 10_001)
@@ -352,7 +357,9 @@ def test_a_state_dict_holds_all_of_it(shape):
     one.freeze(Grid.signed(3))
     other = weights(bits=4, shape=shape, learn_bits=LearnBits(max_bits=4))
     other.load_state_dict(copy.deepcopy(one.state_dict()))
-    assert other.grid == one.grid and other.frozen and not other.phi.requires_grad
+    assert other.grid == one.grid
+    assert other.frozen
+    assert not other.phi.requires_grad
     assert torch.equal(other.eval()(w), one.eval()(w))
 
 
@@ -362,4 +369,6 @@ def test_an_earlier_state_ends_a_freeze():
     earlier = copy.deepcopy(one.state_dict())
     one.freeze(Grid.signed(2))
     one.load_state_dict(earlier)
-    assert one.learns_bits and one.phi.requires_grad and one.grid == Grid.signed(4)
+    assert one.learns_bits
+    assert one.phi.requires_grad
+    assert one.grid == Grid.signed(4)

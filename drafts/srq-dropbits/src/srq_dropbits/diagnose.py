@@ -36,7 +36,7 @@ from srq_dropbits.functional import (
 )
 from srq_dropbits.grid import Grid
 from srq_dropbits.quantizers import WeightQuantizer, mse_step
-from srq_dropbits.structure import quantized_layers, quantizers, weight_quantizer
+from srq_dropbits.structure import float_weight, quantized_layers, quantizers, weight_quantizer
 
 __all__ = [
     "LAB",
@@ -221,7 +221,7 @@ class SmallLayer:
 
 
 def random_layer(weights: int = 4, rows: int = 32, noise: float | int = 0.3, seed: int = 0) -> SmallLayer:
-    """Make a layer with Gaussian inputs, near the weights that made its targets.
+    """Make a layer with correlated Gaussian inputs, near the weights that made its targets.
 
     Parameters
     ----------
@@ -524,7 +524,7 @@ def weight_diagnosis(
     total: list[LayerDiagnosis] = []
     for name in estimators:
         gradients = _gradients(model, weights, name, pairs, loss, inputs=inputs, seed=seed)
-        parts = [_facts(part, weights[part].detach(), gradients[part], identity[part]) for part in weights]
+        parts = [_facts(part, weights[part], gradients[part], identity[part]) for part in weights]
         rows += [_row(name, part.name, facts) for part, facts in zip(weights, parts, strict=True)]
         total.append(_row(name, "total", torch.stack(parts).sum(0)))
     return WeightDiagnosis(tuple(rows), tuple(total))
@@ -536,9 +536,9 @@ def _weights(model: nn.Module) -> dict[WeightQuantizer, Tensor]:
         part = weight_quantizer(module)
         if part is None or part in found or part.grid.size == 1:
             continue
-        weight: Tensor = cast("Any", module).parametrizations["weight"].original
+        weight = float_weight(module)
         if weight.requires_grad:
-            found[part] = weight
+            found[part] = weight.detach()
     if not found:
         raise SrqError("the model has no quantized weights that train: prepare it first")
     return found
@@ -582,11 +582,12 @@ def _gradients(
 ) -> dict[WeightQuantizer, Tensor]:
     """Average the gradients of the weights over batches, or those of the quantized weights."""
     sums = {part: torch.zeros_like(weight, dtype=torch.float64) for part, weight in weights.items()}
-    taken: dict[WeightQuantizer, list[Tensor]] = {part: [] for part in weights}
+    # By identity, as layers that share weights read the same tensor more than once.
+    taken: dict[WeightQuantizer, dict[int, Tensor]] = {part: {} for part in weights}
 
-    def keep(part: nn.Module, args: Any, output: Tensor) -> None:
-        del args
-        taken[cast("WeightQuantizer", part)].append(output)
+    def keep(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        tensor = output if of_quantized else args[0]
+        taken[cast("WeightQuantizer", part)][id(tensor)] = tensor
 
     device = next(iter(weights.values())).device
     hooks = [part.register_forward_hook(keep) for part in weights]
@@ -594,12 +595,11 @@ def _gradients(
         with _estimating(model, name, inputs), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for x, y, *_ in pairs:
-                for outputs in taken.values():
-                    outputs.clear()
+                for tensors in taken.values():
+                    tensors.clear()
                 value = loss(model(x.to(device)), y.to(device))
-                # Layers that share weights read them more than once.
-                targets = [tensor for part in weights for tensor in (taken[part] if of_quantized else [weights[part]])]
-                owners = [part for part in weights for _ in (taken[part] if of_quantized else [0])]
+                owners = [part for part in weights for _ in taken[part]]
+                targets = [tensor for part in weights for tensor in taken[part].values()]
                 gradients = torch.autograd.grad(value, targets, materialize_grads=True)
                 for part, gradient in zip(owners, gradients, strict=True):
                     sums[part] += gradient / len(pairs)

@@ -20,7 +20,7 @@ from shared_core.runs import Result, atomic_path, interval
 from srq_dropbits.bits import Report
 from srq_dropbits.diagnose import GainCurve
 from srq_dropbits.quantizers import WeightQuantizer
-from srq_dropbits.structure import quantized_layers, weight_quantizer
+from srq_dropbits.structure import float_weight, quantized_layers, weight_quantizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +152,7 @@ def _rungs(axis: Axes, rows: Sequence[Result]) -> None:
     axis.set_yticks(range(len(methods)), [row.method for row in reversed(methods)])
     axis.set_xlim(left=100 * left)
     axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.margins(y=0.05)
+    axis.margins(y=0.08)
     axis.grid(axis="x", alpha=0.3)
 
 
@@ -245,8 +245,8 @@ def plot_pareto(
             axis.errorbar(
                 x,
                 y,
-                xerr=_reach([bits for bits, _, _ in each]),
-                yerr=_reach([100 * accuracy for _, accuracy, _ in each]),
+                xerr=_reach([bits for bits, _, _ in each], 8.0),
+                yerr=_reach([100 * accuracy for _, accuracy, _ in each], 100.0),
                 fmt=marker,
                 color=colour,
                 markersize=6 if joined else 13,
@@ -275,9 +275,12 @@ def _middle(each: Sequence[tuple[float | int, float | int, Mapping[str, int]]]) 
     )
 
 
-def _reach(values: Sequence[float | int]) -> float | None:
-    mean, low, _ = interval([float(value) for value in values])
-    return None if low is None else mean - low
+def _reach(values: Sequence[float | int], most: float) -> list[list[float]] | None:
+    """Give how far the 95 % interval reaches down and up, within 0 .. `most`."""
+    mean, low, high = interval([float(value) for value in values])
+    if low is None or high is None:
+        return None
+    return [[mean - max(low, 0.0)], [max(min(high, most) - mean, 0.0)]]
 
 
 def plot_bits(path: str | Path, report: Report) -> None:
@@ -353,8 +356,7 @@ def plot_weights(path: str | Path, model: nn.Module) -> None:
     for name, module in quantized_layers(model):
         part = weight_quantizer(module)
         if part is not None and all(part is not other for _, other, _ in layers):
-            weight: torch.Tensor = cast("Any", module).parametrizations["weight"].original
-            layers.append((name or type(module).__name__, part, weight.detach().float().cpu()))
+            layers.append((name or type(module).__name__, part, float_weight(module).detach().float().cpu()))
     if not layers:
         raise InputError("the model has no quantized weights to draw; prepare it first")
     largest = sorted(layers, key=lambda layer: layer[2].numel(), reverse=True)[:_MOST_PANELS]

@@ -367,8 +367,9 @@ class WeightQuantizer(_Gated):
         self.meta[7] = getattr(self, "macs", 0)
 
     def _recall(self) -> None:
-        super()._recall()
+        # First: a freeze on the way writes it back.
         self.macs = int(self.meta[7])
+        super()._recall()
         self._cache = None
 
     @torch.no_grad()
@@ -469,8 +470,8 @@ class InputQuantizer(_Gated):
         self.meta[7] = int(getattr(self, "off", False)) + 2 * int(getattr(self, "plain", False))
 
     def _recall(self) -> None:
-        super()._recall()
         self.off, self.plain = bool(self.meta[7] & 1), bool(self.meta[7] & 2)
+        super()._recall()
         self.raw_rho.requires_grad_(self.raw_rho.requires_grad and not self.plain)
         self._fit_gates()
 

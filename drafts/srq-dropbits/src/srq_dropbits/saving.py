@@ -110,11 +110,13 @@ def load(path: str | Path, model: nn.Module, example_input: Tensor | tuple[Any, 
     path = Path(path)
     stored, about = _read(path)
     state = stored | {name: stored[origin] for name, origin in about["aliases"].items()}
-    config = QuantConfig(**about["config"])
+    config = _config(path, about)
     qmodel = _prepared(path, model, config, example_input)
     counted = {part: part.macs for part in quantizers(qmodel) if isinstance(part, WeightQuantizer)}
     _check_same(path, state, cast("Mapping[str, Any]", qmodel.state_dict()))
-    qmodel.load_state_dict(state)
+    # A quantizer that learns from its state that it is frozen writes into the state; the second time it knows.
+    for _ in range(2):
+        qmodel.load_state_dict(state)
     off = set(about["dropping_off"])
     for name, part in _named_quantizers(qmodel):
         part.dropping = name not in off
@@ -138,7 +140,14 @@ def read_config(path: str | Path) -> QuantConfig:
     PackedFormatError
         As :func:`load` does.
     """
-    return QuantConfig(**_read(Path(path))[1]["config"])
+    return _config(Path(path), _read(Path(path))[1])
+
+
+def _config(path: Path, about: Mapping[str, Any]) -> QuantConfig:
+    try:
+        return QuantConfig(**about["config"])
+    except SrqError as error:
+        raise type(error)(f"{path} was saved by another release: {error}") from error
 
 
 def _named_quantizers(model: nn.Module) -> list[tuple[str, WeightQuantizer | InputQuantizer]]:
