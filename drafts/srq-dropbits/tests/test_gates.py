@@ -266,7 +266,7 @@ class TestValuePath:
         def plain(x: Tensor, grid: Grid) -> Tensor:
             return ALPHA * (x / ALPHA).round().clamp(grid.n_lo, grid.n_hi)
 
-        out = residual_quantize(tensor(x), tensor(ALPHA), grid, masks, plain, base=base)
+        out = residual_quantize(tensor(x), grid, masks, plain, base=base)
         steps = [clipped(x, k) - clipped(x, k - 1) for k in range(base + 1, 4)]
         expected = clipped(x, base) + sum(float(m) * step for m, step in zip(masks.detach(), steps, strict=True))
         assert out.detach().numpy() == pytest.approx(expected)

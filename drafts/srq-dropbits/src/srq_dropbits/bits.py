@@ -453,10 +453,7 @@ def truncate(model: nn.Module, bits: int) -> dict[str, int]:
         if part.grid.bits > bits:
             codes = part.codes(float_weight(module)).float() * part.alpha
             grid = Grid.signed(bits, symmetric=part.grid.n_lo == -part.grid.n_hi)
-            shape = part.log_alpha.shape
-            axis = next((place for place, size in enumerate(shape) if size > 1), None)
-            rows = codes.reshape(1, -1) if axis is None else codes.movedim(axis, 0).flatten(1)
-            alpha = mse_step(rows, grid.n_lo, grid.n_hi)
+            alpha = mse_step(part.by_step(codes), grid.n_lo, grid.n_hi)
             part.freeze(grid)
             part.set_alpha(torch.where(alpha > 0, alpha, torch.ones_like(alpha)))
         found[part.name] = part.grid.bits

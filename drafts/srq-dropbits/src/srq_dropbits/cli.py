@@ -79,7 +79,16 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     return _comparison(found, session, lines)
 
 
-class CompareConfig(CommandConfig):
+class TaskOptions(CommandConfig):
+    """Changes to a task, or what a user's data need instead of one."""
+
+    float_epochs: int | None = Field(None, ge=1, description="epochs of the float network (default: the task's)")
+    arch: str | None = Field(None, description="network: lenet5:0.5, mlp:64,32, package.module:factory, ...")
+    rows: int | None = Field(None, ge=20, description="most training rows")
+    target: str | None = Field(None, description="label column of a table")
+
+
+class CompareConfig(TaskOptions):
     """Settings of ``compare``."""
 
     task: str = argument(
@@ -95,10 +104,6 @@ class CompareConfig(CommandConfig):
     tuning_seeds: int = Field(1, ge=1, description="other seeds, which the learning rates are chosen on")
     rates: tuple[float, ...] = Field((3e-4, 1e-3, 3e-3), description="learning rates each method may choose from")
     epochs: int | None = Field(None, ge=0, description="epochs after quantization (default: the task's)")
-    float_epochs: int | None = Field(None, ge=1, description="epochs of the float network (default: the task's)")
-    arch: str | None = Field(None, description="network: lenet5:0.5, mlp:64,32, package.module:factory, ...")
-    rows: int | None = Field(None, ge=20, description="most training rows")
-    target: str | None = Field(None, description="label column of a table")
 
 
 @line.command(CompareConfig)
@@ -106,7 +111,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     """Compare quantizers from the same float networks, each at its best learning rate, over bit-widths and seeds."""
     from srq_dropbits.experiments import compare as run_comparison
 
-    tasks = _tasks(config.task, config)
+    tasks = _tasks(config)
     methods, bits = config.methods.split(), _pairs(config.bits)
     seeds = [config.seed + seed for seed in range(config.seeds)]
     trials = len(config.rates) * config.tuning_seeds if len(config.rates) > 1 else 0
@@ -126,10 +131,11 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     return _comparison(found, session, found.notes)
 
 
-def _tasks(text: str, config: Any) -> list[Task]:
+def _tasks(config: CompareConfig | SweepConfig | LotteryConfig) -> list[Task]:
     from srq_dropbits.experiments import TASKS, Task, task_named
 
-    changes = {name: getattr(config, name, None) for name in ("epochs", "float_epochs", "arch", "rows", "target")}
+    text = config.task
+    changes = {name: getattr(config, name) for name in ("epochs", "float_epochs", "arch", "rows", "target")}
     if Path(text).suffix or "/" in text or Path(text).is_dir():
         given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
         name = Path(text).name.split(".")[0] or text
@@ -150,24 +156,25 @@ def _comparison(found: Comparison, session: Session, notes: list[str]) -> Outcom
     return Outcome(found.results, found.claims, notes)
 
 
-class SweepConfig(CommandConfig):
+class LearningOptions(TaskOptions):
+    """How bit-widths are learned."""
+
+    max_bits: int = Field(4, ge=3, le=8, description="width that learned layers start from")
+    act_bits: int = Field(4, ge=1, le=8, description="bits of activations")
+    method: str = Field("srq+dropbits", description="as in compare")
+
+
+class SweepConfig(LearningOptions):
     """Settings of ``sweep``."""
 
     task: str = argument("as in compare")
     uniform: tuple[int, ...] = Field((2, 3, 4), description="bit-widths that all layers share")
     targets: tuple[float, ...] = Field((2.5, 3.0, 3.5), description="average bits to steer learned widths to")
     penalties: tuple[float, ...] = Field((), description="fixed strengths of the penalty on bits, without a target")
-    max_bits: int = Field(4, ge=3, le=8, description="width that learned layers start from")
-    act_bits: int = Field(4, ge=1, le=8, description="bits of activations")
     weighting: Literal["size", "layer", "macs"] = Field("size", description="what bits are averaged over")
-    method: str = Field("srq+dropbits", description="as in compare")
     lr: float = Field(1e-3, gt=0, le=1, description="learning rate")
     seeds: int = Field(3, ge=1, description="trainings of each point")
     epochs: int | None = Field(None, ge=1, description="epochs after quantization (default: the task's)")
-    float_epochs: int | None = Field(None, ge=1, description="epochs of the float network (default: the task's)")
-    arch: str | None = Field(None, description="network, as in compare")
-    rows: int | None = Field(None, ge=20, description="most training rows")
-    target: str | None = Field(None, description="label column of a table")
 
 
 @line.command(SweepConfig)
@@ -181,7 +188,7 @@ def sweep(config: SweepConfig, session: Session) -> Outcome:
     with session.progress("sweep", points * config.seeds) as advance:
         found = run_sweep(
             session.run,
-            _tasks(config.task, config)[0],
+            _tasks(config)[0],
             [config.seed + seed for seed in range(config.seeds)],
             uniform=config.uniform,
             targets=config.targets,
@@ -214,23 +221,17 @@ def _swept(found: Sweep, session: Session) -> Outcome:
     return Outcome(found.results, found.claims, notes)
 
 
-class LotteryConfig(CommandConfig):
+class LotteryConfig(LearningOptions):
     """Settings of ``lottery``."""
 
     task: str = argument("as in compare")
     target_bits: float | None = Field(2.5, gt=0, le=8, description="average bits to steer to")
     penalty: float = Field(0.03, ge=0, description="strength of the penalty where there is no target")
-    max_bits: int = Field(4, ge=3, le=8, description="width that layers start from")
-    act_bits: int = Field(4, ge=1, le=8, description="bits of activations")
     weighting: Literal["size", "layer", "macs"] = Field("layer", description="what bits are averaged over")
-    method: str = Field("srq+dropbits", description="as in compare")
     lr: float = Field(1e-3, gt=0, le=1, description="learning rate from the float network")
     seeds: int = Field(5, ge=1, description="pairs of trainings")
     epochs: int | None = Field(None, ge=1, description="epochs from the float network (default: the task's)")
     float_epochs: int | None = Field(None, ge=1, description="epochs of the float network, and from random weights")
-    arch: str | None = Field(None, description="network, as in compare")
-    rows: int | None = Field(None, ge=20, description="most training rows")
-    target: str | None = Field(None, description="label column of a table")
 
 
 @line.command(LotteryConfig)
@@ -241,7 +242,7 @@ def lottery(config: LotteryConfig, session: Session) -> Outcome:
     with session.progress("lottery", 4 * config.seeds) as advance:
         found = run_lottery(
             session.run,
-            _tasks(config.task, config)[0],
+            _tasks(config)[0],
             [config.seed + seed for seed in range(config.seeds)],
             target=config.target_bits,
             penalty=config.penalty,
@@ -306,7 +307,7 @@ def train(config: TrainConfig, session: Session) -> Outcome:
 
     names = set(Recipe.__dataclass_fields__)
     fields: dict[str, Any] = {key: value for key, value in config.model_dump().items() if key in names}
-    fields |= {"weights": None if config.weights is None else str(config.weights), "arch": _arch(config)}
+    fields["weights"] = None if config.weights is None else str(config.weights)
     recipe = Recipe(**fields)
     quant = _quant_config(config)
     total = config.epochs + (0 if config.weights else config.float_epochs)
@@ -336,17 +337,6 @@ def train(config: TrainConfig, session: Session) -> Outcome:
             summarize([value], dataset=split.name, method=config.method, metric=metric, unit=unit, better="lower")
         )
     return Outcome(results, notes=str(found.report).splitlines())
-
-
-def _arch(config: TrainConfig) -> str:
-    if config.arch != "auto":
-        return config.arch
-    from srq_dropbits.userdata import load_images_or_table
-
-    shape = load_images_or_table(config.data, target=config.target, size=config.size, limit=config.limit).shape
-    if len(shape) != 3:
-        return "mlp:64,32"
-    return "digits-cnn" if min(shape[1:]) < 16 else "lenet5" if shape[0] == 1 else "vgg7:0.25"
 
 
 def _quant_config(config: TrainConfig) -> QuantConfig:

@@ -9,11 +9,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from srq_dropbits.errors import InvalidBitsError, OverrideError, SrqError
 from srq_dropbits.functional import Baseline
 
-__all__ = ["DEFAULT_METHOD", "ESTIMATORS", "METHODS", "DropBits", "Estimator", "LearnBits", "Override", "QuantConfig"]
+__all__ = [
+    "DEFAULT_METHOD",
+    "ESTIMATORS",
+    "METHODS",
+    "DropBits",
+    "Estimator",
+    "LearnBits",
+    "Override",
+    "QuantConfig",
+    "Weighting",
+]
 
 Estimator = Literal[
     "mcste", "mode_soft", "mode_gumbel", "rq", "rq_st", "rq_local", "lsq", "lsq+", "pact", "ste_minmax", "sr", "ptq"
 ]
+Weighting = Literal["size", "layer", "macs"]
 ESTIMATORS: tuple[Estimator, ...] = (
     "mcste",
     "mode_soft",
@@ -84,7 +95,7 @@ class LearnBits(_Strict):
     penalty: float = Field(default=0.03, ge=0, allow_inf_nan=False)
     target_bits: float | None = Field(default=None, gt=0, le=8)
     target_bytes: int | None = Field(default=None, gt=0)
-    weighting: Literal["size", "layer", "macs"] = "size"
+    weighting: Weighting = "size"
     speed: float = Field(default=0.05, gt=0, le=1)
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from torch import nn
 from shared_core.device import one_thread
 from shared_core.errors import InputError
 from shared_core.runs import Claim, Result, Run, interval, summarize
-from srq_dropbits.config import METHODS, DropBits, LearnBits, QuantConfig
+from srq_dropbits.config import DropBits, LearnBits, QuantConfig, Weighting
 from srq_dropbits.models import build
 from srq_dropbits.structure import float_weight, quantized_layers, weight_quantizer
 from srq_dropbits.training import Augment, evaluate, fit, quantize_and_train
@@ -577,7 +577,7 @@ def sweep(
     penalties: Sequence[float] = (),
     max_bits: int = 4,
     act_bits: int | None = 4,
-    weighting: str = "size",
+    weighting: Weighting = "size",
     method: str = "srq+dropbits",
     lr: float = 1e-3,
     epochs: int | None = None,
@@ -609,10 +609,10 @@ def sweep(
     for bits in uniform:
         configs[f"uniform {bits} bits"] = parse_method(method, bits, act_bits)
     for target in targets:
-        learn = LearnBits(max_bits=max_bits, target_bits=target, weighting=_weighting(weighting))
+        learn = LearnBits(max_bits=max_bits, target_bits=target, weighting=weighting)
         configs[f"learned, target {target:g}"] = _learning(method, max_bits, act_bits, learn)
     for penalty in penalties:
-        learn = LearnBits(max_bits=max_bits, penalty=penalty, weighting=_weighting(weighting))
+        learn = LearnBits(max_bits=max_bits, penalty=penalty, weighting=weighting)
         configs[f"learned, penalty {penalty:g}"] = _learning(method, max_bits, act_bits, learn)
     cells: dict[str, list[Cell]] = {name: [] for name in configs}
     floats: list[float] = []
@@ -647,10 +647,6 @@ def sweep(
         for name, each in cells.items()
     }
     return Sweep(results, _sweep_claims(task, cells, targets, penalties, key), points)
-
-
-def _weighting(name: str) -> Any:
-    return name
 
 
 def _learning(method: str, max_bits: int, act_bits: int | None, learn: LearnBits) -> QuantConfig:
@@ -693,7 +689,7 @@ def lottery(
     penalty: float = 0.03,
     max_bits: int = 4,
     act_bits: int | None = 4,
-    weighting: str = "layer",
+    weighting: Weighting = "layer",
     method: str = "srq+dropbits",
     lr: float = 1e-3,
     epochs: int | None = None,
@@ -721,7 +717,7 @@ def lottery(
     advance : called with a short note after each training
     """
     bench = _Bench(run, task, device)
-    learn = LearnBits(max_bits=max_bits, penalty=penalty, target_bits=target, weighting=_weighting(weighting))
+    learn = LearnBits(max_bits=max_bits, penalty=penalty, target_bits=target, weighting=weighting)
     joint = _learning(method, max_bits, act_bits, learn)
     key = "layer_bits" if weighting == "layer" else "avg_bits"
     cells: dict[str, list[Cell]] = {}
@@ -764,11 +760,6 @@ def lottery(
         for name, each in cells.items()
     }
     return Sweep(results, claims, points)
-
-
-def all_methods() -> tuple[str, ...]:
-    """List the methods with a row of their own in a comparison of everything."""
-    return tuple(name for name in METHODS if name not in {"srq", "rq_local", "srq+dropbits+bits"})
 
 
 def export_example(

@@ -306,7 +306,6 @@ def masked_quantize(
 
 def residual_quantize(
     x: Float[Tensor, "*shape"],
-    alpha: Float[Tensor, "..."],
     grid: Grid,
     masks: Float[Tensor, " gates"],
     quantize: Callable[[Tensor, Grid], Tensor],
@@ -320,7 +319,6 @@ def residual_quantize(
     Parameters
     ----------
     x : tensor of any shape, such as (n, m)
-    alpha : step > 0, (1,) or anything that broadcasts against `x`
     grid : with stride 1
     masks : in [0, 1], one a level above the base, already nested; shape (gates,)
     quantize : called with x and the smaller grid; its gradients are kept
@@ -331,7 +329,7 @@ def residual_quantize(
     >>> x = torch.tensor([0.4, 2.6])
     >>> alpha = torch.tensor(1.0)
     >>> plain = lambda x, grid: alpha * grid_round(x, alpha, grid.n_lo, grid.n_hi)
-    >>> residual_quantize(x, alpha, Grid.signed(3), torch.tensor([0.5]), plain)
+    >>> residual_quantize(x, Grid.signed(3), torch.tensor([0.5]), plain)
     tensor([0., 2.])
     """
     result = below = quantize(x, grid.upto(base))
@@ -339,5 +337,4 @@ def residual_quantize(
         whole = quantize(x, grid.upto(level))
         result = result + masks[place] * (whole - below)
         below = whole
-    del alpha
     return result

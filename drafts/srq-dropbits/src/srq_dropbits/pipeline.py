@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ class Recipe:
     Parameters
     ----------
     data : as :func:`srq_dropbits.userdata.load_images_or_table` takes it
-    arch : as :func:`srq_dropbits.models.build` takes it
+    arch : as :func:`srq_dropbits.models.build` takes it, or ``auto``: by the shape of a row
     weights : trained float weights; None trains the float network first
     target : label column of a table
     size : side that images are resized to
@@ -140,6 +141,8 @@ def train_run(
     What was trained, and the data.
     """
     split = recipe.split()
+    if recipe.arch == "auto":
+        recipe = replace(recipe, arch=_usual_arch(split.shape))
     network = build(recipe.arch, split.shape, split.classes, recipe.seed).to(device)
     # A wrong pattern or budget is known before the float network has been trained for it.
     prepare(network, config, split.x_train[:1].to(device))
@@ -190,6 +193,12 @@ def train_run(
     )
     _store(run, recipe, found, network, split)
     return found, split
+
+
+def _usual_arch(shape: Sequence[int]) -> str:
+    if len(shape) != 3:
+        return "mlp:64,32"
+    return "digits-cnn" if min(shape[1:]) < 16 else "lenet5" if shape[0] == 1 else "vgg7:0.25"
 
 
 def _note(phase: str, record: Mapping[str, Any]) -> str:
@@ -415,11 +424,11 @@ def export_run(
         return str(sizes).splitlines(), figures
     from safetensors.torch import save_file
 
-    with atomic_path(Path(path).with_suffix(".packed")) as scratch:
-        save_packed(imodel, scratch)
-        tensors = {name: value.contiguous().clone() for name, value in load_packed(scratch).items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
-    Path(path).with_suffix(".packed").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_packed(imodel, f"{scratch}/packed.safetensors")
+        packed = load_packed(f"{scratch}/packed.safetensors")
+    tensors = {name: value.contiguous().clone() for name, value in packed.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
     figures["file"] = float(Path(path).stat().st_size)
     return [f"{len(tensors)} float32 tensors whose values lie on the grids; batch norms are folded"], figures

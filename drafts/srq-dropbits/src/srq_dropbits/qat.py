@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, cast
@@ -25,7 +26,15 @@ from srq_dropbits.errors import CalibrationError, NothingToQuantizeError, Overri
 from srq_dropbits.grid import Grid
 from srq_dropbits.layers import ResidualAdd, SplitAttention
 from srq_dropbits.quantizers import InputQuantizer, WeightQuantizer
-from srq_dropbits.structure import LAYERS, float_weight, input_quantizer, quantized_layers, quantizers, weight_quantizer
+from srq_dropbits.structure import (
+    LAYERS,
+    device_of,
+    float_weight,
+    input_quantizer,
+    quantized_layers,
+    quantizers,
+    weight_quantizer,
+)
 
 __all__ = [
     "QuantizedModel",
@@ -307,7 +316,7 @@ def _quantize_layer(
     }
     act_bits = config.act_bits if settings.act_bits is None else settings.act_bits
     if not isinstance(module, nn.Embedding) and act_bits:
-        # Signed until calibration has seen the input: the sign decides the grid, the width is what counts.
+        # The width is what counts: calibration makes the grid a signed one where the input is.
         drops = config.dropbits if config.dropbits and config.dropbits.activations else None
         quantizer = InputQuantizer(
             Grid.unsigned(act_bits), estimator, dropbits=drops, seed=-1 - config.seed * 1000 - place, **options
@@ -457,9 +466,16 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Put the model into evaluation mode in the body; then every module back into its own."""
+    was_training = {id(module): module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.training = was_training[id(module)]
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -496,7 +512,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, max_batches: int = 8)
         raise SrqError("calibrate needs a model that prepare returned")
     parts = [(module, part) for _, module in quantized_layers(model) if (part := input_quantizer(module)) is not None]
     weights = [part for part in quantizers(model) if isinstance(part, WeightQuantizer)]
-    was_training = {id(module): module.training for module in model.modules()}
     for _, part in parts:
         part.forget()
         part.observing = True
@@ -505,23 +520,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, max_batches: int = 8)
     readers: set[int] = set()
     count = 0
     try:
-        model.eval()
-        for batch in batches:
-            if count == max_batches:
-                break
-            batch = _moved(batch, _device_of(model))
-            if count == 0:
-                readers = _observe_first(model, batch)
-            else:
-                _call(model, batch)
-            count += 1
+        with _evaluating(model):
+            for batch in batches:
+                if count == max_batches:
+                    break
+                batch = _moved(batch, device_of(model))
+                if count == 0:
+                    readers = _observe_first(model, batch)
+                else:
+                    _call(model, batch)
+                count += 1
     finally:
         for _, part in parts:
             part.observing = False
         for part in weights:
             part.enabled = True
-        for module in model.modules():
-            module.training = was_training[id(module)]
     if count == 0:
         raise CalibrationError("no batch to calibrate with: the loader is empty")
     config = model.quant_config
@@ -562,32 +575,28 @@ def _observe_first(model: nn.Module, batch: Any) -> set[int]:
     return readers | {id(module) for _, module in layers if module is model}
 
 
-class _counting:  # noqa: N801
-    """Context in which every layer notes its multiplications for one instance."""
+@contextmanager
+def _counting(model: nn.Module) -> Generator[None]:
+    """Let every layer note its multiplications for one instance in the body."""
+    seen: set[int] = set()
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.handles: list[Any] = []
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del args
+        part = weight_quantizer(module)
+        if part is None or not isinstance(output, Tensor):
+            return
+        fan_in = _fan_in(module)
+        macs = output[:1].numel() * fan_in if output.dim() > 1 else output.numel() * fan_in
+        # A quantizer shared by tied layers adds up.
+        part.macs = macs + (part.macs if id(part) in seen else 0)
+        seen.add(id(part))
+        part.meta[7] = part.macs
 
-    def __enter__(self) -> None:
-        seen: set[int] = set()
-
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            del args
-            part = weight_quantizer(module)
-            if part is None or not isinstance(output, Tensor):
-                return
-            fan_in = _fan_in(module)
-            macs = output[:1].numel() * fan_in if output.dim() > 1 else output.numel() * fan_in
-            # A quantizer shared by tied layers adds up.
-            part.macs = macs + (part.macs if id(part) in seen else 0)
-            seen.add(id(part))
-            part.meta[7] = part.macs
-
-        self.handles = [module.register_forward_hook(note) for _, module in quantized_layers(self.model)]
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
+    handles = [module.register_forward_hook(note) for _, module in quantized_layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 
@@ -611,19 +620,15 @@ def _fan_in(module: nn.Module) -> int:
 @torch.no_grad()
 def _count_macs(model: nn.Module, example: tuple[Any, ...]) -> None:
     parts = [part for part in quantizers(model) if isinstance(part, InputQuantizer)]
-    was_training = {id(module): module.training for module in model.modules()}
     before = [part.enabled for part in parts]
     for part in parts:
         part.enabled = False
     try:
-        model.eval()
-        with _counting(model):
-            model(*_moved(list(example), _device_of(model)))
+        with _evaluating(model), _counting(model):
+            model(*_moved(list(example), device_of(model)))
     finally:
         for part, value in zip(parts, before, strict=True):
             part.enabled = value
-        for module in model.modules():
-            module.training = was_training[id(module)]
 
 
 @torch.no_grad()
@@ -645,28 +650,25 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], *, max_batches: int 
     norms = [module for module in norms if module.track_running_stats and module.running_mean is not None]
     if not norms:
         return 0
-    was_training = {id(module): module.training for module in model.modules()}
     momenta = [module.momentum for module in norms]
-    model.eval()
     count = 0
     try:
-        for module in norms:
-            # None is a plain average over all batches.
-            module.momentum = None
-            module.train()
-        for batch in batches:
-            if count == max_batches:
-                break
-            if count == 0:
-                for module in norms:
-                    module.reset_running_stats()
-            _call(model, _moved(batch, _device_of(model)))
-            count += 1
+        with _evaluating(model):
+            for module in norms:
+                # None is a plain average over all batches.
+                module.momentum = None
+                module.train()
+            for batch in batches:
+                if count == max_batches:
+                    break
+                if count == 0:
+                    for module in norms:
+                        module.reset_running_stats()
+                _call(model, _moved(batch, device_of(model)))
+                count += 1
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
-        for module in model.modules():
-            module.training = was_training[id(module)]
     if count == 0:
         raise CalibrationError("no batch to estimate batch norm statistics with: the loader is empty")
     return len(norms)

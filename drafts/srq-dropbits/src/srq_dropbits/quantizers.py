@@ -80,6 +80,10 @@ def mse_step(x: Float[Tensor, "rows n"], n_lo: int, n_hi: int) -> Float[Tensor, 
     return best
 
 
+def _rho(raw: Tensor) -> Tensor:
+    return RHO_MIN * torch.exp(_SPAN * torch.sigmoid(raw))
+
+
 def _scaled_gradient(value: Tensor, factor: float) -> Tensor:
     return value.detach() + (value - value.detach()) * factor
 
@@ -165,7 +169,7 @@ class Quantizer(nn.Module):
     @property
     def rho(self) -> Tensor:
         """The noise scale's ratio to the step."""
-        return RHO_MIN * torch.exp(_SPAN * torch.sigmoid(self.raw_rho))
+        return _rho(self.raw_rho)
 
     @torch.no_grad()
     def set_alpha(self, alpha: Tensor) -> None:
@@ -179,6 +183,11 @@ class Quantizer(nn.Module):
         self.ready = True
         self._remember()
 
+    def by_step(self, x: Tensor) -> Tensor:
+        """Arrange a tensor such as (out, in, ..) in one row for each step, (steps, n)."""
+        axis = next((place for place, size in enumerate(self.log_alpha.shape) if size > 1), None)
+        return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+
     def codes(self, x: Tensor) -> Tensor:
         """Give the integers of test-time quantization, int32, of the shape of `x` such as (n, m)."""
         with torch.no_grad():
@@ -190,7 +199,7 @@ class Quantizer(nn.Module):
         log_alpha = _scaled_gradient(self.log_alpha, factor) if self.log_alpha.requires_grad else self.log_alpha
         raw = _scaled_gradient(self.raw_rho, factor) if self.raw_rho.requires_grad else self.raw_rho
         alpha = log_alpha.exp()
-        return alpha, alpha * (RHO_MIN * torch.exp(_SPAN * torch.sigmoid(raw)))
+        return alpha, alpha * _rho(raw)
 
     def _relaxed(self, x: Tensor, grid: Grid, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Quantize with the estimator's gradients; sampling estimators sample in training only."""
@@ -270,12 +279,12 @@ class _Gated(Quantizer):
 
     def _recall(self) -> None:
         super()._recall()
-        if bool(self.meta[5]) and not self.frozen:
-            self.freeze(self.base_grid)
-        elif self.frozen and not bool(self.meta[5]):
-            self.frozen = False
+        frozen = bool(self.meta[5])
+        if frozen != self.frozen:
+            self.frozen = frozen
             if isinstance(getattr(self, "phi", None), nn.Parameter):
-                self.phi.requires_grad_(True)
+                self.phi.requires_grad_(not frozen)
+        self._cache = None
         self._fit_gates()
 
     def resample(self) -> None:
@@ -327,7 +336,7 @@ class _Gated(Quantizer):
                         return torch.zeros_like(x)
                     return self._relaxed(x, grid, alpha, sigma)
 
-                return residual_quantize(x, alpha, self.base_grid, masks, plain, base=self.base_level)
+                return residual_quantize(x, self.base_grid, masks, plain, base=self.base_level)
             return masked_quantize(
                 x,
                 alpha,
@@ -367,10 +376,8 @@ class WeightQuantizer(_Gated):
         self.meta[7] = getattr(self, "macs", 0)
 
     def _recall(self) -> None:
-        # First: a freeze on the way writes it back.
-        self.macs = int(self.meta[7])
         super()._recall()
-        self._cache = None
+        self.macs = int(self.meta[7])
 
     @torch.no_grad()
     def initialize(self, weight: Tensor, how: str = "auto") -> bool:
@@ -387,10 +394,8 @@ class WeightQuantizer(_Gated):
         """
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(f"layer '{self.name}': weights hold NaN or infinity; train or load the model anew")
-        grid, shape = self.base_grid, self.log_alpha.shape
-        axis = next((place for place, size in enumerate(shape) if size > 1), None)
-        rows = weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1)
-        rows = rows.float()
+        grid = self.base_grid
+        rows = self.by_step(weight).float()
         if self.estimator in {"ste_minmax", "pact"}:
             unit = _dorefa_codes(rows, self._levels(), rows.abs().amax()).double()
             # The unit scale of DoReFa would undo a trained network; this one keeps the least squared error.
@@ -473,12 +478,16 @@ class InputQuantizer(_Gated):
         self.off, self.plain = bool(self.meta[7] & 1), bool(self.meta[7] & 2)
         super()._recall()
         self.raw_rho.requires_grad_(self.raw_rho.requires_grad and not self.plain)
-        self._fit_gates()
+        if self.off:
+            self._stop_learning()
 
     def switch_off(self) -> None:
         """Leave the layer's input as it is, for good."""
         self.off = True
         self._remember()
+        self._stop_learning()
+
+    def _stop_learning(self) -> None:
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 
@@ -520,18 +529,17 @@ class InputQuantizer(_Gated):
         """
         if not self._seen:
             raise CalibrationError(f"layer '{self.name}' has seen no data: the batches given never reach it")
-        x = torch.cat(self._seen)
-        self._seen = []
+        x, lowest = torch.cat(self._seen), self._lowest
+        self.forget()
         width = self.base_grid.bits if bits is None else bits
-        signed = self._lowest < 0
+        signed = lowest < 0
         # One bit on a signed range would leave zero alone.
         self.base_grid = Grid.signed(max(width, 2), symmetric=False) if signed else Grid.unsigned(width)
-        self._fit_gates()
         if bits is not None and self.estimator in _RELAXED:
             # Sampling among 256 points would cost more than the network; all methods see the same input.
             self.plain = True
             self.raw_rho.requires_grad_(False)
-            self._fit_gates()
+        self._fit_gates()
         grid = self.base_grid
         magnitude = x.abs() if signed else x
         if self.estimator == "pact" or grid.bits > 4:
@@ -541,7 +549,6 @@ class InputQuantizer(_Gated):
             alpha = mse_step(x.unsqueeze(0), grid.n_lo, grid.n_hi)[0]
         alive = bool(alpha > torch.finfo(torch.float32).tiny)
         self.set_alpha(alpha if alive else torch.ones_like(alpha))
-        self._lowest = math.inf
         return alive
 
     # ---- use

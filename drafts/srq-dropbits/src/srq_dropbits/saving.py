@@ -114,14 +114,10 @@ def load(path: str | Path, model: nn.Module, example_input: Tensor | tuple[Any, 
     qmodel = _prepared(path, model, config, example_input)
     counted = {part: part.macs for part in quantizers(qmodel) if isinstance(part, WeightQuantizer)}
     _check_same(path, state, cast("Mapping[str, Any]", qmodel.state_dict()))
-    # A quantizer that learns from its state that it is frozen writes into the state; the second time it knows.
-    for _ in range(2):
-        qmodel.load_state_dict(state)
+    qmodel.load_state_dict(state)
     off = set(about["dropping_off"])
     for name, part in _named_quantizers(qmodel):
         part.dropping = name not in off
-        if isinstance(part, InputQuantizer) and part.off:
-            part.switch_off()
         if isinstance(part, WeightQuantizer) and not part.macs:
             part.macs = counted[part]
             part.meta[7] = part.macs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from srq_dropbits.layers import ResidualAdd
@@ -12,6 +13,7 @@ from srq_dropbits.quantizers import InputQuantizer, WeightQuantizer
 
 __all__ = [
     "LAYERS",
+    "device_of",
     "float_weight",
     "input_quantizer",
     "quantized_layers",
@@ -89,6 +91,17 @@ def input_quantizer(module: nn.Module) -> InputQuantizer | None:
     """
     part = module._modules.get("input_quantizer")  # pyright: ignore[reportPrivateUsage]
     return part if isinstance(part, InputQuantizer) and not part.off else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are; the CPU for one without any.
+
+    Parameters
+    ----------
+    model : any module
+    """
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

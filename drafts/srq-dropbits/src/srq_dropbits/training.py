@@ -27,7 +27,7 @@ from srq_dropbits.bits import Report, bit_penalty, freeze_bits, report, update_c
 from srq_dropbits.config import QuantConfig
 from srq_dropbits.errors import NonFiniteError
 from srq_dropbits.qat import calibrate, param_groups, prepare, reestimate_bn, set_dropbits
-from srq_dropbits.structure import input_quantizer, quantized_layers, weight_quantizer
+from srq_dropbits.structure import device_of, input_quantizer, quantized_layers, weight_quantizer
 from srq_dropbits.userdata import DataSplit
 
 __all__ = [
@@ -180,7 +180,7 @@ def fit(
     """
     _check_options(epochs=epochs, lr=lr, batch_size=batch_size, distill=distill, temperature=temperature, warmup=warmup)
     world = world or World()
-    device = _device_of(model)
+    device = device_of(model)
     data = data.to(device)
     prepared = any(True for _ in quantized_layers(model))
     _check_fit(model, data)
@@ -257,10 +257,6 @@ def _check_options(**values: float | int) -> None:
             raise InputError(f"{name} is {values[name]}; it is a share, 0..1")
     if values["epochs"] < 0:
         raise InputError(f"epochs is {values['epochs']}; it must be 0 or more")
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _check_fit(model: nn.Module, data: DataSplit) -> None:
@@ -540,7 +536,7 @@ def predict_proba(model: nn.Module, x: Float32[Tensor, "n ..."], batch_size: int
     >>> predict_proba(nn.Flatten(), torch.zeros(1, 2))
     tensor([[0.5000, 0.5000]])
     """
-    return _logits(model, x.to(_device_of(model)), batch_size).float().softmax(1)
+    return _logits(model, x.to(device_of(model)), batch_size).float().softmax(1)
 
 
 def evaluate(
@@ -562,7 +558,7 @@ def evaluate(
     """
     if not len(y):
         raise InputError("there are no rows to evaluate on")
-    logits = _logits(model, x.to(_device_of(model)), batch_size).double()
+    logits = _logits(model, x.to(device_of(model)), batch_size).double()
     y = y.to(logits.device)
     return {
         "accuracy": float((logits.argmax(1) == y).double().mean()),
@@ -623,7 +619,7 @@ def quantize_and_train(
     The quantized model with what was measured.
     """
     float_model.eval()
-    example = data.x_train[:1].to(_device_of(float_model))
+    example = data.x_train[:1].to(device_of(float_model))
     model = prepare(float_model, config, example)
     rows = data.x_train.to(example.device)
     calibrate(model, batches_of(rows, batch_size, seed), max_batches=calibration_batches)
