@@ -150,7 +150,7 @@ def counter_uniform(counter: Tensor, seed: int, count: int) -> Tensor:
     Examples
     --------
     >>> counter_uniform(torch.tensor(3), 0, 2)
-    tensor([0.0989, 0.4193])
+    tensor([0.6007, 0.9091])
     """
     offset = seed * 0x2545F491 % 2**62
     z = (counter * 65_536 + torch.arange(count, device=counter.device) + 1 + offset) * _MIX[0]
