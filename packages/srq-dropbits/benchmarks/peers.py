@@ -66,7 +66,9 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]
     widths = [max(len(row[place]) for row in cells) for place in range(len(header))]
     print(f"\n{title}")
     for row in cells:
-        texts = [f"{cell:<{w}}" if not i else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        texts = [
+            f"{cell:<{w}}" if not i else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(texts).rstrip(), flush=True)
 
 
