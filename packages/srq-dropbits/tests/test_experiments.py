@@ -71,12 +71,15 @@ def test_a_comparison_reports_every_method_and_resumes_without_training_again(ru
         # Validation decides the learning rate; what was found is told.
         grid = found.grids[dataset]
         scores = {float(rate): value for rate, value in grid["lsq"].items() if rate != "chosen"}
-        assert set(scores) == {1e-3, 3e-3}
+        assert {1e-3, 3e-3} <= set(scores)
         assert scores[grid["lsq"]["chosen"]] == max(scores.values())
+        # A best rate at the edge of the grid sends the search on, three rates at most.
+        assert len(scores) == 5 or grid["lsq"]["chosen"] not in {min(scores), max(scores)}
         assert len(grid["ptq"]) == 2
     assert rows["tiny 2/2", "lsq", "bytes"].mean < 0.2 * rows["tiny 2/2", "float32", "bytes"].mean
-    # 2 bit-widths x (tuning: 1 + 2 + 2; results: 3 methods x 2 seeds), and 2 float networks.
-    assert len(notes) == 2 * (5 + 6) + 2
+    tuned = sum(len(grid[method]) - 1 for grid in found.grids.values() for method in methods)
+    # 2 bit-widths x 3 methods x 2 seeds, and 2 float networks.
+    assert len(notes) == tuned + 2 * 3 * 2 + 2
 
     folder = tmp_path / "r"
     again = Run(

@@ -505,6 +505,58 @@ def inspect(config: InspectConfig, session: Session) -> Outcome:
     return Outcome(results, notes=str(found).splitlines())
 
 
+class DiagnoseConfig(CommandConfig):
+    """Settings of ``diagnose``."""
+
+    run: Path | None = argument("run folder of a train, whose weights are looked at too", default=None)
+    bits: int | None = Field(None, ge=2, le=8, description="of the symmetric grid (default: the run's weights', or 3)")
+    estimators: str = Field(
+        "lsq sr rq rq_st mcste_zero mcste_input mcste_clipped mode_soft mode_gumbel",
+        description="estimators, spaces between them",
+    )
+    layers: int = Field(30, ge=1, description="random layers that are enumerated")
+    rho: float = Field(1 / 3, gt=0, le=10, description="noise scale / step")
+    temperature: float = Field(1.0, gt=0, description="of concrete samples")
+    batches: int = Field(8, ge=1, description="batches of a run's training rows")
+
+
+@line.command(DiagnoseConfig)
+def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
+    """Show what each gradient estimator passes on, how biased it is, and what it does to a network's weights."""
+    from srq_dropbits.diagnose import bias_study, gain_curve
+    from srq_dropbits.experiments import diagnosis_rows
+    from srq_dropbits.grid import Grid
+    from srq_dropbits.pipeline import diagnose_run, load_run
+    from srq_dropbits.plots import plot_estimators
+
+    trained = None if config.run is None else load_run(config.run)
+    bits = config.bits or (3 if trained is None else trained.config.weight_bits)
+    names = config.estimators.split()
+    if not names:
+        raise InputError("--estimators: name one at least")
+    grid = Grid.signed(bits)
+    with session.progress("diagnose", len(names) + 1) as advance:
+        curves = []
+        for name in names:
+            curves.append(
+                gain_curve(name, grid, rho=config.rho, temperature=config.temperature, draws=500, seed=config.seed)
+            )
+            advance(note=name)
+        # As many weights as can be enumerated.
+        weights = next(count for count in (4, 3, 2) if grid.size**count <= 100_000)
+        options: dict[str, Any] = {"temperature": config.temperature, "seed": config.seed, "estimators": names}
+        study = bias_study(config.layers, weights, bits, config.rho, draws=200, **options)
+        advance(note="enumerated layers")
+    plot_estimators(session.run.artifact("estimators.png"), curves)
+    found = None if trained is None else diagnose_run(trained, names, batches=config.batches, seed=config.seed)
+    write_json(
+        session.run.artifact("diagnosis.json"),
+        {"bias": [row.to_dict() for row in study], "network": None if found is None else found.to_dict()},
+    )
+    dataset = None if trained is None else trained.recipe.data
+    return Outcome(diagnosis_rows(bits, curves, study, dataset, found))
+
+
 class PlotConfig(CommandConfig):
     """Settings of ``plot``."""
 

@@ -1,8 +1,9 @@
 """The comparisons that ``demo``, ``compare``, ``sweep`` and ``lottery`` run.
 
 All methods start from the same float network and see the same batches for the same number of epochs. Each gets the same
-grid of learning rates, chosen by accuracy on validation rows of a tuning seed; what is reported comes from other seeds
-and from test rows. Every training goes through ``run.once``: an interrupted comparison repeats only the one it was in.
+grid of learning rates, chosen by accuracy on validation rows of tuning seeds (one whose best lies at the grid's edge
+tries further rates there); what is reported comes from other seeds and from test rows. Every training goes through
+``run.once``: an interrupted comparison repeats only the one it was in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -28,6 +29,9 @@ from srq_dropbits.structure import float_weight, quantized_layers, weight_quanti
 from srq_dropbits.training import Augment, evaluate, fit, quantize_and_train
 from srq_dropbits.userdata import DataSplit, LabelledData, load_images_or_table
 
+if TYPE_CHECKING:
+    from srq_dropbits.diagnose import EstimatorBias, GainCurve, WeightDiagnosis
+
 __all__ = [
     "SRQ_VARIANTS",
     "TASKS",
@@ -35,6 +39,7 @@ __all__ = [
     "Comparison",
     "Task",
     "compare",
+    "diagnosis_rows",
     "export_example",
     "lottery",
     "parse_method",
@@ -46,6 +51,10 @@ __all__ = [
 PAPER = "arXiv:1911.12990 and arXiv:2109.02100, abstracts (in words)"
 SPEC = "this project's acceptance section"
 RATES = (3e-4, 1e-3, 3e-3)
+_FURTHER = 3
+"""Most rates that a method may try beyond the grid."""
+_HELD = 4
+"""Splits kept in memory."""
 SRQ_VARIANTS = (
     "mcste_input",
     "mcste_clipped",
@@ -230,7 +239,9 @@ class _Bench:
 
     def data(self, seed: int) -> DataSplit:
         if seed not in self._splits:
-            self._splits = {seed: self.task.load(seed).split(seed).to(self.device)}
+            while len(self._splits) >= _HELD:
+                self._splits.pop(next(iter(self._splits)))
+            self._splits[seed] = self.task.load(seed).split(seed).to(self.device)
         return self._splits[seed]
 
     def network(self, seed: int, *, fresh: bool = False) -> nn.Module:
@@ -346,7 +357,8 @@ def compare(
     bits : pairs of weight and activation bits
     seeds : one training each
     tuning_seeds : seeds that the learning rates are chosen on; none of them may be in `seeds`
-    rates : learning rates to choose from; with one there is no tuning
+    rates : learning rates to choose from, with up to three more where the best is at an edge; with one there is no
+        tuning
     device : where to train
     advance : called with a short note after each training
 
@@ -420,30 +432,39 @@ def _tune(
     found: Comparison,
     advance: Callable[[str], None],
 ) -> dict[tuple[str, tuple[int, int | None]], float]:
-    """Choose each method's learning rate at each bit-width by validation accuracy, ties by validation loss."""
-    chosen: dict[tuple[str, tuple[int, int | None]], float] = {}
-    scores: dict[tuple[str, tuple[int, int | None]], dict[float, list[tuple[float, float]]]] = {}
+    """Choose each method's learning rate at each bit-width by validation accuracy, ties by validation loss.
+
+    A method whose best rate is the grid's lowest or highest may try further ones on that side.
+    """
     if len(rates) == 1:
         return {(method, pair): rates[0] for method in methods for pair in bits}
-    for seed in seeds:
-        for pair in bits:
-            for method in methods:
-                config = parse_method(method, *pair, seed)
-                for lr in rates[:1] if config.estimator == "ptq" else rates:
-                    cell = bench.cell(method, config, lr, seed)
-                    scores.setdefault((method, pair), {}).setdefault(lr, []).append(
-                        (cell["validation_accuracy"], -cell["validation_loss"])
-                    )
-                    note = f"{cell['validation_accuracy']:.3f}"
-                    advance(f"{bench.task.name} {_label(pair)}, {method}, lr {lr:g}: {note}")
-    for key, each in scores.items():
-        means = {
-            lr: tuple(math.fsum(side) / len(side) for side in zip(*pairs, strict=True)) for lr, pairs in each.items()
-        }
-        chosen[key] = max(means, key=lambda lr: means[lr])
-        grid = found.grids.setdefault(f"{bench.task.name} {_label(key[1])}", {})
-        grid[key[0]] = {f"{lr:g}": value[0] for lr, value in means.items()} | {"chosen": chosen[key]}
+    chosen: dict[tuple[str, tuple[int, int | None]], float] = {}
+    for pair in bits:
+        grid = found.grids.setdefault(f"{bench.task.name} {_label(pair)}", {})
+        for method in methods:
+            tried: dict[float, tuple[float, float]] = {}
+            # Rounding trains nothing: there is no rate to choose.
+            waiting = sorted(rates)[: 1 if parse_method(method, *pair).estimator == "ptq" else None]
+            best, most = waiting[0], len(waiting) + _FURTHER
+            while waiting:
+                for lr in waiting:
+                    each = [bench.cell(method, parse_method(method, *pair, seed), lr, seed) for seed in seeds]
+                    tried[lr] = _mean(each, "validation_accuracy"), -_mean(each, "validation_loss")
+                    advance(f"{bench.task.name} {_label(pair)}, {method}, lr {lr:g}: {tried[lr][0]:.3f}")
+                best = max(tried, key=lambda lr: tried[lr])
+                waiting = _beyond(best, sorted(tried)) if len(tried) < most else []
+            chosen[method, pair] = best
+            grid[method] = {f"{lr:g}": tried[lr][0] for lr in sorted(tried)} | {"chosen": best}
     return chosen
+
+
+def _beyond(best: float, tried: Sequence[float]) -> list[float]:
+    """Return the next rate on the side where the best one is the last."""
+    if len(tried) == 1 or best not in {tried[0], tried[-1]}:
+        return []
+    near = tried[1] if best == tried[0] else tried[-2]
+    lr = float(f"{best * best / near:.1g}")
+    return [] if lr in tried or lr > 1 else [lr]
 
 
 _METRICS: tuple[tuple[str, str, str], ...] = (
@@ -760,6 +781,47 @@ def lottery(
         for name, each in cells.items()
     }
     return Sweep(results, claims, points)
+
+
+def diagnosis_rows(
+    bits: int,
+    curves: Sequence[GainCurve],
+    study: Sequence[EstimatorBias],
+    dataset: str | None = None,
+    found: WeightDiagnosis | None = None,
+) -> list[Result]:
+    """Put a diagnosis of estimators into rows of a table.
+
+    Parameters
+    ----------
+    bits : of the grid
+    curves : what estimators pass on across the grid
+    study : their bias on layers that can be enumerated
+    dataset : what a network was trained on
+    found : what they do to its weights
+    """
+    rows: list[Result] = []
+
+    def add(dataset: str, method: str, metric: str, value: float, better: Literal["higher", "lower"]) -> None:
+        rows.append(_summary([value], dataset=dataset, method=method, metric=metric, better=better))
+
+    name = f"cells of {bits} bits"
+    for curve in curves:
+        add(name, curve.estimator, "share without gradient", curve.dead, "lower")
+        add(name, curve.estimator, "share against descent", curve.opposed, "lower")
+        add(name, curve.estimator, "mean gain", curve.mean_gain, "higher")
+    name = f"enumerated layers, {bits} bits"
+    for row in study:
+        add(name, row.estimator, "cosine to the true gradient", row.expected.cosine, "higher")
+        add(name, row.estimator, "relative bias", row.expected.error, "lower")
+        add(name, row.estimator, "spread of a draw", row.spread, "lower")
+    if found is not None:
+        for total in found.total:
+            name = f"weights of {dataset}"
+            add(name, total.estimator, "share without gradient", total.zero, "lower")
+            add(name, total.estimator, "share against the identity's", total.opposed, "lower")
+            add(name, total.estimator, "cosine to the identity's gradient", total.cosine, "higher")
+    return rows
 
 
 def export_example(

@@ -17,6 +17,7 @@ from shared_core.device import World
 from shared_core.errors import InputError
 from shared_core.runs import Run, atomic_path, write_json
 from srq_dropbits.config import QuantConfig
+from srq_dropbits.diagnose import WeightDiagnosis, weight_diagnosis
 from srq_dropbits.models import build, load_weights
 from srq_dropbits.qat import prepare, reestimate_bn
 from srq_dropbits.saving import load, save
@@ -32,7 +33,16 @@ from srq_dropbits.training import (
 )
 from srq_dropbits.userdata import DataSplit, InputFormat, load_images_or_table, read_rows
 
-__all__ = ["Recipe", "TrainedRun", "evaluate_run", "export_run", "load_run", "train_run", "write_predictions"]
+__all__ = [
+    "Recipe",
+    "TrainedRun",
+    "diagnose_run",
+    "evaluate_run",
+    "export_run",
+    "load_run",
+    "train_run",
+    "write_predictions",
+]
 
 _MODEL, _FLOAT, _ABOUT, _HISTORY = "model.safetensors", "float.safetensors", "model.json", "history.json"
 _VERSION = 1
@@ -369,6 +379,22 @@ def truncated(trained: TrainedRun, bits: int) -> nn.Module:
     split = trained.recipe.split()
     reestimate_bn(trained.model, batches_of(split.x_train, trained.recipe.batch_size, trained.recipe.seed))
     return trained.model.eval()
+
+
+def diagnose_run(trained: TrainedRun, estimators: Sequence[str], *, batches: int = 8, seed: int = 0) -> WeightDiagnosis:
+    """Look at what estimators would do to a run's weights, on the rows it was trained on.
+
+    Parameters
+    ----------
+    trained : the run
+    estimators : names from ``srq_dropbits.diagnose.LAB``
+    batches : how many of the recipe's size
+    seed : of the rows and of estimators that sample
+    """
+    split = trained.recipe.split()
+    order = torch.randperm(len(split.y_train), generator=torch.Generator().manual_seed(seed))
+    pairs = ((split.x_train[rows], split.y_train[rows]) for rows in order.split(trained.recipe.batch_size))
+    return weight_diagnosis(trained.model, pairs, estimators=estimators, max_batches=batches, seed=seed)
 
 
 def export_run(
