@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.special import expit
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from srq_dropbits.bits import BitController, bit_penalty, freeze_bits, report, truncate, update_controller
@@ -58,7 +61,50 @@ def bits_of(model: nn.Module) -> list[int]:
 PHIS = [[0.4, -0.2], [2.0, 1.0], [-0.5, 0.3]]
 
 
+@pytest.fixture(scope="module")
+def digits_network() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network trained on scikit-learn's digits, and digits that it has not seen."""
+    x, y = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+    x = x.float() / 16
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[::2]), y[::2]).backward()
+        optimizer.step()
+    return model, x[1::2], y[1::2]
+
+
 class TestPenalty:
+    @pytest.mark.parametrize("target", [{"target_bits": 3.0}, {"target_bytes": 60}])
+    def test_a_step_walks_the_model_twice(self, target, monkeypatch):
+        """Once for the penalty, once for the controller."""
+        model = learning(PHIS, **target)
+        walks = []
+        plain = nn.Module.named_modules
+
+        def counted(self: nn.Module, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+            yield from plain(self, *args, **options)
+            # Who looks for the first of something stops before this.
+            if self is model:
+                walks.append(self)
+
+        monkeypatch.setattr(nn.Module, "named_modules", counted)
+        bit_penalty(model)
+        assert len(walks) == 1
+        update_controller(model)
+        assert len(walks) == 2
+
+    def test_a_copy_has_its_own(self):
+        model = learning(PHIS)
+        other = copy.deepcopy(model)
+        set_gates(other, [[9.0, 9.0]] * 3)
+        (other.bit_penalty() - model.bit_penalty()).backward()
+        assert other.bit_penalty().item() > model.bit_penalty().item()
+        assert all(float(part.phi.grad.abs().min()) > 0 for part in [*parts(model), *parts(other)])
+
     @pytest.mark.parametrize("weighting", ["size", "layer"])
     def test_it_is_the_expected_number_of_levels(self, weighting):
         model = learning(PHIS, weighting=weighting, penalty=0.7)
@@ -146,6 +192,48 @@ class TestFreeze:
         assert all(group["name"] != "gates" for group in param_groups(model))
         model[0](normal(2, 10)).sum().backward()
 
+    @pytest.mark.parametrize("per_channel", [False, True])
+    def test_layers_that_lose_levels_they_were_tested_with_get_the_best_step(self, per_channel):
+        settings = LearnBits(max_bits=6, target_bits=3.0, weighting="layer")
+        model = prepare(network(), QuantConfig(act_bits=None, per_channel=per_channel, learn_bits=settings)).eval()
+        # The gates of the first are closed already; the others are cut.
+        set_gates(model, [[9.0, -9.0, -9.0, -9.0], [3.0, 2.0, 2.0, 2.0], [3.0, 1.0, 1.0, 1.0]])
+        before = [part.alpha.detach().clone() for part in parts(model)]
+        assert list(freeze_bits(model).values()) == [3, 3, 3]
+        assert torch.equal(parts(model)[0].alpha, before[0])
+        for layer, old in zip(list(model)[1:], before[1:], strict=True):
+            weight = layer.parametrizations.weight.original.detach()
+            alpha = weight_quantizer(layer).alpha.detach()
+            earlier = found = 0.0
+            for row in range(alpha.numel()):
+                own = weight[row] if per_channel else weight
+
+                def error(step: Tensor, own: Tensor = own) -> float:
+                    return ((own / step).round().clamp(-3, 3) * step - own).square().sum().item()
+
+                best = min(error(own.abs().max() / 3 * place / 80) for place in range(1, 81))
+                assert error(alpha.flatten()[row]) == pytest.approx(best, rel=1e-3, abs=1e-9)
+                earlier, found = earlier + error(old.flatten()[row]), found + best
+            assert found < 0.5 * earlier
+
+    @pytest.mark.parametrize("per_channel", [False, True])
+    def test_real_digits_are_still_told_apart(self, digits_network, per_channel):
+        model, x, y = digits_network
+        settings = LearnBits(max_bits=8, min_bits=3, target_bits=3.0)
+        qmodel = prepare(model, QuantConfig(act_bits=None, per_channel=per_channel, learn_bits=settings)).eval()
+
+        def accuracy() -> float:
+            return float((qmodel(x).argmax(1) == y).double().mean())
+
+        with torch.no_grad():
+            before = accuracy()
+            freeze_bits(qmodel)
+            assert before > 0.93
+            assert accuracy() > before - 0.03
+            for layer in (qmodel[0], qmodel[2]):
+                weight = layer.parametrizations.weight.original
+                assert float((layer.weight - weight).square().sum() / weight.square().sum()) < 0.1
+
     @pytest.mark.parametrize("seed", range(6))
     @pytest.mark.parametrize("min_bits", [1, 2])
     def test_bytes_never_exceed_the_target(self, seed, min_bits):
@@ -229,14 +317,14 @@ class TestController:
         assert self.strength(other) == self.strength(moved) != pytest.approx(0.2)
 
 
-def train(penalty: float, steps: int = 150, **settings: object) -> nn.Module:
+def train(penalty: float, steps: int = 60, gate_lr: float = 0.15, **settings: object) -> nn.Module:
     """Fit one linear layer to targets of its own float weights."""
     layer = network()[2]
     config = QuantConfig(
         act_bits=None, dropbits=DropBits(p_keep=0.9), learn_bits=LearnBits(penalty=penalty, **settings)
     )
     qmodel = prepare(layer, config)
-    optimizer = torch.optim.Adam(param_groups(qmodel, 2e-3, gate_lr=0.05))
+    optimizer = torch.optim.Adam(param_groups(qmodel, 5e-3, gate_lr=gate_lr))
     x = normal(64, 10)
     y = layer(x).detach()
     for _ in range(steps):
@@ -253,7 +341,7 @@ class TestTraining:
         assert averages == [4.0, 2.0]
 
     def test_gates_open_and_close_with_the_controller(self):
-        qmodel = train(0.01, target_bits=3.0, speed=0.3, steps=300)
+        qmodel = train(0.01, target_bits=3.0, speed=0.2, steps=150, gate_lr=0.05)
         controller = next(module for module in qmodel.modules() if isinstance(module, BitController))
         assert abs(controller.distance(qmodel)) < 0.5
 

@@ -196,6 +196,24 @@ class TestModeQuantize:
         mode_quantize(x, ONE, THIRD, -3, 3, baseline="clipped").sum().backward()
         assert float(x.grad.min()) >= 0
 
+    @pytest.mark.parametrize(("n_lo", "n_hi"), [(-1, 1), (0, 1), (-2, 1), (0, 3), (-3, 3), (0, 7), (-7, 7)])
+    @pytest.mark.parametrize(
+        ("ratio", "worst", "sliver", "share"),
+        [(1 / 5, 5e-7, 8e-4, 5e-4), (1 / 3, 7e-5, 0.013, 0.007), (1 / 2, 8e-4, 0.07, 0.031)],
+    )
+    def test_where_the_clipped_control_opposes_descent(self, n_lo, n_hi, ratio, worst, sliver, share):
+        """Beside the middle of inner cells, where the grid's ends have moved the top of the mode's probability to."""
+        x = leaf(np.linspace(n_lo - 0.4999, n_hi + 0.4999, 40_001))
+        mode_quantize(x, ONE, ratio * ONE, n_lo, n_hi, baseline="clipped").sum().backward()
+        n = x.detach().round().clamp(n_lo, n_hi)
+        against = x.grad < -1e-14
+        # With three points in a row the ends are even, with two there is no inner cell.
+        assert bool(against.any()) == (n_hi - n_lo > 2)
+        assert not bool((against & ((n == n_lo) | (n == n_hi))).any())
+        assert float(x.grad.min()) > -worst
+        assert float((x.detach() - n).abs()[against].max() if against.any() else 0) < sliver
+        assert float(against.double().mean()) < share
+
     @pytest.mark.parametrize(("ratio", "expected"), [(1 / 3, 0.1177), (1 / 2, 0.0530)])
     def test_the_mean_gain_of_a_cell(self, ratio, expected):
         count = 200_000

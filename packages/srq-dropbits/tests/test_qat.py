@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from srq_dropbits.bits import freeze_bits
-from srq_dropbits.config import METHODS, DropBits, QuantConfig
-from srq_dropbits.deploy import convert
+from srq_dropbits.config import METHODS, DropBits, LearnBits, QuantConfig
+from srq_dropbits.deploy import convert, size_table
 from srq_dropbits.errors import (
     CalibrationError,
     InvalidBitsError,
@@ -40,6 +40,7 @@ from srq_dropbits.qat import (
     set_dropbits,
     weight_quantizer,
 )
+from srq_dropbits.quantizers import WeightQuantizer
 from srq_dropbits.structure import quantizers
 
 
@@ -108,6 +109,13 @@ class TestPrepare:
         model = Residual().train(training)
         qmodel = prepare(model, QuantConfig(quantize_adds=True, dropbits=DropBits(p_keep=0.1, activations=True)))
         assert {part.training for part in quantizers(qmodel)} == {training}
+
+    def test_quantizers_are_where_the_model_is(self, monkeypatch):
+        monkeypatch.setattr(WeightQuantizer, "initialize", lambda *_: True)
+        model = Residual().to("meta")
+        for config in (QuantConfig(quantize_adds=True, learn_bits=LearnBits()), QuantConfig.method("lsq+", 4, 4)):
+            qmodel = prepare(model, config)
+            assert {value.device.type for value in [*qmodel.parameters(), *qmodel.buffers()]} == {"meta"}
 
     def test_only_the_global_random_state_is_safe_from_it(self):
         state = torch.get_rng_state()
@@ -486,9 +494,40 @@ class TestResidualAdds:
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x if x.sum() > 0 else -x)
 
-        for kind, message in ((Functional, "dropout"), (Branching, "cannot trace")):
+        class Moody(Residual):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * (10 if self.training else 1)
+
+        class Writing(Residual):
+            def forward(self, x: Tensor) -> Tensor:
+                a = self.first(x)
+                a.add_(self.second(x))
+                return self.last(a)
+
+        refused = ((Functional, "dropout"), (Branching, "cannot trace"), (Moody, "evaluation"), (Writing, "in place"))
+        for kind, message in refused:
             with pytest.raises(SrqError, match=message):
                 prepare(kind(), QuantConfig(quantize_adds=True))
+
+    def test_sums_of_sizes_stay_and_names_that_are_taken_do_too(self):
+        class Own(nn.Linear):
+            pass
+
+        class Counting(Residual):
+            def __init__(self) -> None:
+                super().__init__()
+                self.second, self.residual_add_0 = Own(6, 6), nn.Linear(3, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                cells = x.shape[0] * x.shape[1] + x.size(1)
+                return self.residual_add_0(super().forward(x)) + cells / (x.shape[0] + 1)
+
+        model = seeded(Counting)
+        qmodel = ready(QuantConfig(weight_bits=8, act_bits=8, quantize_adds=True), model).eval()
+        adds = [name for name, module in qmodel.named_modules() if isinstance(module, ResidualAdd)]
+        assert adds == ["residual_add_1"]
+        with torch.no_grad():
+            assert torch.allclose(qmodel(normal(7, 6)), model(normal(7, 6)), atol=0.2)
 
 
 METHOD_CONFIGS = [
@@ -529,16 +568,26 @@ class TestState:
         assert all(torch.equal(value, before[key]) for key, value in qmodel.state_dict().items())
         assert not torch.equal(other.eval()(normal(3, 6)), qmodel.eval()(normal(3, 6)))
 
+    def test_pickles_keep_switches_and_types(self):
+        qmodel = ready(QuantConfig(dropbits=DropBits(p_keep=0.3))).train()
+        set_dropbits(qmodel, False)
+        weight_quantizer(qmodel[0]).log_alpha.requires_grad_(False)
+        qmodel.double()
+        weight_quantizer(qmodel[2]).set_alpha(torch.tensor(1 / 3, dtype=torch.float64))
+        other = pickle.loads(pickle.dumps(qmodel))
+        for (name, value), again in zip(qmodel.named_parameters(), other.parameters(), strict=True):
+            assert (again.dtype, again.requires_grad) == (value.dtype, value.requires_grad), name
+        x = normal(5, 6).double()
+        for mode in (True, False):
+            assert torch.equal(other.train(mode)(x), qmodel.train(mode)(x))
+
     @torch.no_grad()
     def test_evaluation_follows_every_change_of_the_weights(self):
         qmodel = ready(QuantConfig(quantize_input=False, act_bits=None)).eval()
         x = normal(5, 6)
 
         def fresh() -> Tensor:
-            other = copy.deepcopy(qmodel)
-            for part in quantizers(other):
-                part._cache = None
-            return other(x)
+            return copy.deepcopy(qmodel)(x)
 
         first = qmodel(x)
         assert torch.equal(first, qmodel(x))
@@ -643,9 +692,9 @@ COMPILED = """
     plain_config = QuantConfig.method("srq", 3, 3, per_channel=True)
     drops = DropBits(p_keep=0.6, activations=True)
     gated_config = QuantConfig(dropbits=drops, learn_bits=LearnBits(), quantize_input=None)
-    for config in (plain_config, gated_config):
+    for config, layers in ((plain_config, 1), (gated_config, 2)):
         torch.manual_seed(0)
-        plain = prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), config)
+        plain = prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))[: 2 * layers - 1], config)
         calibrate(plain, [torch.randn(32, 6)])
         inner = copy.deepcopy(plain)
         compiled = torch.compile(inner, backend="eager", fullgraph=True)
@@ -775,7 +824,6 @@ def test_grids_of_inputs_follow_their_sign():
     assert input_quantizer(qmodel[2]).grid == Grid.unsigned(3)
 
 
-@pytest.mark.xfail(strict=True, reason="convert reads the weight before other parametrizations: it needs float_weight")
 @pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm"])
 def test_conversion_keeps_other_parametrizations(kind):
     layer = seeded(lambda: nn.Linear(8, 8))
@@ -784,10 +832,14 @@ def test_conversion_keeps_other_parametrizations(kind):
     x = normal(9, 8)
     qmodel = ready(QuantConfig(), nn.Sequential(getattr(parametrizations, kind)(layer)).eval(), x).eval()
     with torch.no_grad():
-        assert torch.allclose(convert(qmodel)(x), qmodel(x), atol=1e-4)
+        imodel = convert(qmodel)
+        assert torch.allclose(imodel(x), qmodel(x), atol=1e-4)
+    row = size_table(qmodel, imodel).rows[0]
+    # A weight norm's own numbers, one a row, belong to the layer as well.
+    assert row.bytes_before == 4 * (64 + 8 + (8 if kind == "weight_norm" else 0))
+    assert row.dtype_before == "float32"
 
 
-@pytest.mark.xfail(strict=True, reason="a write through .data changes no version counter, so evaluation uses its cache")
 @torch.no_grad()
 def test_evaluation_follows_weights_written_through_data():
     qmodel = ready(QuantConfig()).eval()
@@ -796,9 +848,19 @@ def test_evaluation_follows_weights_written_through_data():
     assert torch.equal(qmodel[0].weight, -before)
 
 
-@pytest.mark.xfail(strict=True, reason="learned gates that set_dropbits turned off get no gradient, which stops DDP")
-def test_gates_that_are_off_ask_for_no_gradient():
-    qmodel = ready(QuantConfig(dropbits=DropBits(learn=True)))
-    set_dropbits(qmodel, False)
+@pytest.mark.parametrize("estimator", ["mcste", "lsq+"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_every_learned_gate_gets_a_gradient_in_use_or_not(estimator, signed, dropping):
+    """Distributed training waits for one; calibration or ``set_dropbits`` may have put gates out of use."""
+    path = "prob" if estimator == "mcste" else "value"
+    drops = DropBits(learn=True, activations=True, mask_path=path)
+    x = normal(32, 6)
+    qmodel = ready(QuantConfig(dropbits=drops, estimator=estimator), x=x if signed else x.abs())
+    set_dropbits(qmodel, dropping)
     qmodel(normal(8, 6)).square().sum().backward()
-    assert all(value.grad is not None for value in qmodel.parameters() if value.requires_grad)
+    trained = {name: value for name, value in qmodel.named_parameters() if value.requires_grad}
+    assert sum("phi" in name for name in trained) == 6
+    assert [name for name, value in trained.items() if value.grad is None] == []
+    if not dropping:
+        assert not any(value.grad.any() for name, value in trained.items() if "phi" in name)

@@ -1,4 +1,4 @@
-"""Quantizer modules: first steps by brute force, gradients by their papers' rules, types, saturation, the cache."""
+"""Quantizer modules: first steps by brute force, gradients by their papers' rules, types, saturation, evaluation."""
 
 from __future__ import annotations
 
@@ -235,25 +235,29 @@ class TestCalibration:
         assert part.grid == Grid.unsigned(4)
 
 
-class TestCache:
+class TestEvaluation:
     def make(self) -> tuple[WeightQuantizer, Tensor]:
         w, part = normal(6, 10), weights()
         part.initialize(w)
         return part.eval(), w.clone().requires_grad_()
 
     @torch.no_grad()
-    def test_it_is_used_and_dropped_when_weight_or_step_change(self):
+    def test_it_follows_weight_and_step(self):
         part, w = self.make()
-        first = part(w)
-        assert part(w) is first
+        first = part(w).clone()
+        # Who writes into what was read must not change what is read next.
+        part(w).zero_()
+        assert torch.equal(part(w), first)
         w.mul_(-1)
         assert torch.equal(part(w), -first)
+        w.data.mul_(-1)
+        assert torch.equal(part(w), first)
         part.set_alpha(part.alpha * 2)
         assert torch.equal(part(w), part.codes(w) * part.alpha)
         part.load_state_dict({key: value.clone() for key, value in part.state_dict().items()})
         assert torch.equal(part(w), part.codes(w) * part.alpha)
 
-    def test_an_optimizer_step_drops_it(self):
+    def test_it_follows_an_optimizer(self):
         part, w = self.make()
         for kind in (torch.optim.SGD, torch.optim.Adam):
             optimizer = kind([w, *part.parameters()], lr=0.5)
@@ -267,7 +271,7 @@ class TestCache:
                 assert not torch.equal(part(w), before)
                 assert torch.equal(part(w), part.codes(w) * part.alpha)
 
-    def test_gradients_flow_after_it_was_used(self):
+    def test_gradients_flow_after_it(self):
         part, w = self.make()
         with torch.inference_mode():
             part(w)
@@ -276,12 +280,14 @@ class TestCache:
         part(w).sum().backward()
         assert float(w.grad.abs().sum()) > 0
 
-    def test_freezing_drops_it(self):
+    def test_it_follows_gates_and_freezing(self):
         w = normal(6, 10)
         part = weights(bits=4, learn_bits=LearnBits(max_bits=4)).eval()
         part.initialize(w)
         with torch.no_grad():
             part(w)
+            part.phi[1] = -50
+            assert torch.equal(part(w), part.alpha * (w / part.alpha).round().clamp(-3, 3))
             part.freeze(Grid.signed(2))
             assert torch.equal(part(w), part.alpha * (w / part.alpha).round().clamp(-1, 1))
 

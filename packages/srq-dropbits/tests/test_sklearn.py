@@ -22,7 +22,7 @@ from srq_dropbits.training import predict_proba, quantize_and_train
 
 def quick(**options):
     return QuantizedMLPClassifier(
-        **{"hidden": (16,), "pretrain_epochs": 6, "epochs": 3, "learning_rate": 0.02, "random_state": 0, **options}
+        **{"hidden": (16,), "pretrain_epochs": 4, "epochs": 2, "learning_rate": 0.03, "random_state": 0, **options}
     )
 
 

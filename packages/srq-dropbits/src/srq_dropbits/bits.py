@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from srq_dropbits.structure import (
     input_quantizer,
     quantized_layers,
     quantizers,
-    weight_count,
     weight_quantizer,
 )
 
@@ -35,18 +35,17 @@ __all__ = [
 ]
 
 
-def _learners(model: nn.Module) -> dict[WeightQuantizer, int]:
-    """Map the weight quantizers that learn bits to the number of weights they hold."""
-    return {part: count for part, count in _weights(model).items() if part.gates and part.learn_bits is not None}
+def _learners(model: nn.Module) -> list[WeightQuantizer]:
+    """List the weight quantizers whose bits are learned, or were until they were frozen."""
+    return _learning(_weights(model))
 
 
-def _weights(model: nn.Module) -> dict[WeightQuantizer, int]:
-    found: dict[WeightQuantizer, int] = {}
-    for _, module in quantized_layers(model):
-        part = weight_quantizer(module)
-        if part is not None and part not in found:
-            found[part] = weight_count(module)
-    return found
+def _learning(parts: Iterable[WeightQuantizer]) -> list[WeightQuantizer]:
+    return [part for part in parts if part.gates and part.learn_bits is not None]
+
+
+def _weights(model: nn.Module) -> list[WeightQuantizer]:
+    return [module for module in model.modules() if isinstance(module, WeightQuantizer)]
 
 
 def _bytes(count: int, bits: int) -> int:
@@ -70,16 +69,18 @@ class BitController(nn.Module):
 
     def shares(self, model: nn.Module) -> dict[WeightQuantizer, float]:
         """Give each learning layer's weight w_l in the penalty; they sum to 1."""
-        counts = _learners(model)
+        return self._shares(_learners(model))
+
+    def _shares(self, learners: list[WeightQuantizer]) -> dict[WeightQuantizer, float]:
         match self.settings.weighting:
             case "size":
-                raw = {part: float(count) for part, count in counts.items()}
+                raw = {part: float(part.count) for part in learners}
             case "macs":
-                raw = {part: float(part.macs) for part in counts}
+                raw = {part: float(part.macs) for part in learners}
                 if not any(raw.values()):
                     raise SrqError("weighting='macs' needs the multiplications: give prepare an example_input")
             case _:
-                raw = dict.fromkeys(counts, 1.0)
+                raw = dict.fromkeys(learners, 1.0)
         total = math.fsum(raw.values())
         return {part: value / total for part, value in raw.items()}
 
@@ -88,27 +89,42 @@ class BitController(nn.Module):
         target = self.settings.target_bytes
         if target is None:
             return
-        learners = _learners(model)
+        parts = _weights(model)
+        learners = set(_learning(parts))
         least = 0
-        for part, count in _weights(model).items():
+        for part in parts:
             bits = self.settings.min_bits if part in learners else part.grid.bits
-            least += _bytes(count, 0 if bits == 1 else bits)
+            least += _bytes(part.count, 0 if bits == 1 else bits)
         if target < least:
             raise BudgetError(f"target_bytes {target:,} is below what the lowest bit-widths need: {least:,} bytes")
 
     def distance(self, model: nn.Module) -> float:
         """Give how far the mean gates are above the target, in average bits; 0 without a target."""
-        learners = _learners(model)
-        expected = {part: _mean_bits(part) for part in learners}
+        if (self.settings.target_bits, self.settings.target_bytes) == (None, None):
+            return 0.0
+        parts = _weights(model)
+        learners = _learning(parts)
+        expected = _mean_bits(learners)
         if self.settings.target_bits is not None:
-            return math.fsum(share * expected[part] for part, share in self.shares(model).items()) - (
-                self.settings.target_bits
-            )
-        if self.settings.target_bytes is not None:
-            counts = _weights(model)
-            used = math.fsum(count * expected.get(part, part.grid.bits) / 8 for part, count in counts.items())
-            return 8 * (used - self.settings.target_bytes) / sum(counts[part] for part in learners)
-        return 0.0
+            shares = self._shares(learners)
+            return math.fsum(share * expected[part] for part, share in shares.items()) - self.settings.target_bits
+        fixed = sum(part.count * part.grid.bits for part in parts if part not in expected)
+        used = fixed + math.fsum(part.count * bits for part, bits in expected.items())
+        return (used - 8 * cast("int", self.settings.target_bytes)) / sum(part.count for part in learners)
+
+    def penalty(self, parts: Iterable[WeightQuantizer]) -> Tensor | None:
+        """Give the expected number of levels, weighted, times the strength: a () tensor; None where none are learned.
+
+        Parameters
+        ----------
+        parts : the model's weight quantizers
+        """
+        shares = {part: share for part, share in self._shares(_learning(parts)).items() if not part.frozen}
+        if not shares:
+            return None
+        # All start with the same bits and so have equally many gates: one operation serves all layers.
+        expected = nested_masks(probability_nonzero(torch.stack([part.phi for part in shares]))).sum(1)
+        return self.strength * (expected * expected.new_tensor(list(shares.values()))).sum()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -118,14 +134,18 @@ class BitController(nn.Module):
             self.strength.mul_(factor).clamp_(1e-6, 1e4)
 
 
-def _mean_bits(part: WeightQuantizer) -> float:
-    if part.frozen:
-        return float(part.grid.bits)
-    lowest = part.base_grid.upto(part.base_level).bits
-    masks = nested_masks(hard_concrete_mean(part.phi.detach()))
-    # The first level of a layer that can vanish brings a sign along.
-    extra = float(masks[0]) if lowest == 0 else 0.0
-    return lowest + float(masks.sum()) + extra
+def _mean_bits(learners: list[WeightQuantizer]) -> dict[WeightQuantizer, float]:
+    found = {part: float(part.grid.bits) for part in learners if part.frozen}
+    learning = [part for part in learners if not part.frozen]
+    if not learning:
+        return found
+    # One transfer from the device for all layers.
+    rows = nested_masks(hard_concrete_mean(torch.stack([part.phi.detach() for part in learning]))).tolist()
+    for part, masks in zip(learning, rows, strict=True):
+        lowest = part.base_grid.upto(part.base_level).bits
+        # The first level of a layer that can vanish brings a sign along.
+        found[part] = lowest + math.fsum(masks) + (masks[0] if lowest == 0 else 0.0)
+    return found
 
 
 def _controller(model: nn.Module) -> BitController | None:
@@ -159,27 +179,34 @@ def bit_penalty(model: nn.Module) -> Tensor:
     """
     first = next(model.parameters(), None)
     total = torch.zeros((), device=None if first is None else first.device)
-    controller = _controller(model)
-    if controller is not None:
-        expected = [
-            share * nested_masks(probability_nonzero(part.phi)).sum()
-            for part, share in controller.shares(model).items()
-            if not part.frozen
-        ]
-        if expected:
-            total = total + controller.strength * torch.stack(expected).sum()
-    for part in quantizers(model):
-        decay = part.pact_decay if isinstance(part, InputQuantizer) and part.estimator == "pact" else 0.0
+    # One walk for everything: this is called in every training step.
+    controller: BitController | None = None
+    of_weights: list[WeightQuantizer] = []
+    of_inputs: list[InputQuantizer] = []
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer):
+            of_weights.append(module)
+        elif isinstance(module, InputQuantizer):
+            of_inputs.append(module)
+        elif isinstance(module, BitController):
+            controller = module
+    levels = None if controller is None else controller.penalty(of_weights)
+    if levels is not None:
+        total = total + levels
+    for part in of_inputs:
+        decay = part.pact_decay if part.estimator == "pact" else 0.0
         if decay and part.ready and part.log_alpha.requires_grad:
             total = total + decay * (part.alpha * part.base_grid.n_hi).square().sum()
     return total
 
 
+@torch.no_grad()
 def freeze_bits(model: nn.Module) -> dict[str, int]:
     """End the learning of bits: every layer keeps the levels whose gates are open; go on training as usual.
 
     With a target, levels are dropped, the least open first, until the bytes fit, or until the average is as near to the
-    target as whole bits allow.
+    target as whole bits allow. A layer that loses levels so, with which the network was tested until now, gets the step
+    with the least squared error on what is left. Where gates closed in training, the step was trained along and stays.
 
     Parameters
     ----------
@@ -191,7 +218,8 @@ def freeze_bits(model: nn.Module) -> dict[str, int]:
     """
     learners = _learners(model)
     controller = _controller(model)
-    levels = {part: part.grid.levels if part.grid.size > 1 else 0 for part in learners}
+    tested = {part: part.grid for part in learners}
+    levels = {part: grid.levels if grid.size > 1 else 0 for part, grid in tested.items()}
     if controller is not None:
         if controller.settings.target_bytes is not None:
             _fit_bytes(model, levels, controller.settings.target_bytes)
@@ -200,6 +228,12 @@ def freeze_bits(model: nn.Module) -> dict[str, int]:
     for part, level in levels.items():
         if not part.frozen:
             part.freeze(part.base_grid.upto(level))
+    narrowed = {part for part in learners if 1 < part.grid.size < tested[part].size}
+    for _, module in quantized_layers(model):
+        part = weight_quantizer(module)
+        if part in narrowed:
+            narrowed.remove(part)
+            part.initialize(float_weight(module), "mse")
     return {part.name: part.grid.bits for part in learners}
 
 
@@ -209,12 +243,12 @@ def _openness(part: WeightQuantizer, level: int) -> float:
 
 
 def _fit_bytes(model: nn.Module, levels: dict[WeightQuantizer, int], target: int) -> None:
-    counts = _weights(model)
+    parts = _weights(model)
 
     def used() -> int:
         return sum(
-            _bytes(count, part.base_grid.upto(levels[part]).bits if part in levels else part.grid.bits)
-            for part, count in counts.items()
+            _bytes(part.count, part.base_grid.upto(levels[part]).bits if part in levels else part.grid.bits)
+            for part in parts
         )
 
     while used() > target:
@@ -394,13 +428,12 @@ def report(model: nn.Module) -> Report:
     """
     rows: list[LayerBits] = []
     counted: set[WeightQuantizer] = set()
-    counts = _weights(model)
     for name, module in quantized_layers(model):
         part, of_input = weight_quantizer(module), input_quantizer(module)
         first = part is not None and part not in counted
         if part is not None:
             counted.add(part)
-        count = counts[part] if first and part is not None else 0
+        count = part.count if first and part is not None else 0
         bits = None if part is None else part.grid.bits
         kind = type(module).__name__.removeprefix("Quantized").removeprefix("Parametrized")
         rows.append(

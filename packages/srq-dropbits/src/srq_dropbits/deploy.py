@@ -29,7 +29,7 @@ from srq_dropbits.grid import Grid
 from srq_dropbits.layers import ResidualAdd, SplitAttention
 from srq_dropbits.packing import pack_bits, packed_bytes, unpack_at, unpack_bits
 from srq_dropbits.qat import QuantizedModel, with_add_modules  # pyright: ignore[reportPrivateUsage]
-from srq_dropbits.structure import input_quantizer, quantized_layers, weight_quantizer
+from srq_dropbits.structure import float_weight, input_quantizer, quantized_layers, weight_quantizer
 
 __all__ = [
     "FoldedNorm",
@@ -669,8 +669,6 @@ def _plain_class(model: nn.Module) -> nn.Module:
         for key in [key for key, hook in hooks.items() if hook.__module__ == QuantizedModel.__module__]:
             del hooks[key]
         model.__dict__.pop("quant_config", None)
-        if hasattr(model, "bit_controller"):
-            del model.bit_controller
         model.__class__ = next(base for base in type(model).__bases__ if base is not QuantizedModel)
     return model
 
@@ -691,7 +689,8 @@ def _convert_layer(name: str, module: nn.Module, low_memory: bool) -> IntegerLay
     weights = weight_quantizer(module)
     if weights is None:
         raise ExportError(f"layer '{name}': its inputs are quantized, but its weights are not; exclude the layer")
-    original = cast("Tensor", cast("Any", module).parametrizations.weight.original)
+    # Behind a weight norm or the like: what is stored is what the quantizer gets.
+    original = float_weight(module)
     grid = weights.grid
     state |= {"weight_grid": grid, "weight_shape": tuple(original.shape)}
     bias = getattr(module, "bias", None)
@@ -1015,9 +1014,11 @@ def size_table(before: nn.Module, after: nn.Module) -> SizeTable:
     rows: list[SizeTableRow] = []
     for name, layer in integer_layers(after):
         prefix = f"{name}." if name else ""
-        old = {key: sizes_before.pop(key) for key in (f"{prefix}weight", f"{prefix}bias") if key in sizes_before}
+        # weight0 and weight1 are the two parts of a weight norm.
+        owned = [f"{prefix}{part}" for part in ("weight", "weight0", "weight1", "bias")]
+        old = {key: sizes_before.pop(key) for key in owned if key in sizes_before}
         new = {key: sizes_after.pop(key) for key in list(sizes_after) if key.rpartition(".")[0] == name}
-        weight = old.get(f"{prefix}weight")
+        weight = next((tensor for key, tensor in old.items() if key != owned[-1]), None)
         bits = layer.weight_grid.bits if layer.weight_grid else None
         rows.append(
             SizeTableRow(

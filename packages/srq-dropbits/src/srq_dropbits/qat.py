@@ -8,11 +8,13 @@ forward code of the model stays the user's own.
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import count as count_up
 from typing import Any, TypeVar, cast
 
 import torch
@@ -76,8 +78,12 @@ class QuantizedModel(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as float model, configuration and state: parametrized modules have no pickle of their own."""
         del protocol
-        modes = [module.training for module in self.modules()]
-        return _rebuild, (_without_quantizers(self), self.quant_config, dict(self.state_dict()), modes)
+        switches = {
+            "training": [module.training for module in self.modules()],
+            "dropping": [part.dropping for part in quantizers(self)],
+            "requires_grad": [parameter.requires_grad for parameter in self.parameters()],
+        }
+        return _rebuild, (_without_quantizers(self), self.quant_config, dict(self.state_dict()), switches)
 
 
 def _without_quantizers(model: QuantizedModel) -> nn.Module:
@@ -113,13 +119,23 @@ def _bare(module: nn.Module) -> None:
     module.register_parameter("weight", weight)
 
 
-def _rebuild(plain: nn.Module, config: QuantConfig, state: dict[str, Tensor], modes: list[bool]) -> nn.Module:
+def _rebuild(
+    plain: nn.Module, config: QuantConfig, state: dict[str, Tensor], switches: dict[str, list[bool]]
+) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: nn.Module = prepare(plain, config, inplace=True)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        # Quantizers start in float32, whatever the model has been cast to since.
+        if name in state and value.dtype != state[name].dtype:
+            value.data = value.data.to(state[name].dtype)
     model.load_state_dict(state)
-    for module, mode in zip(model.modules(), modes, strict=True):
+    for module, mode in zip(model.modules(), switches["training"], strict=True):
         module.training = mode
+    for part, dropping in zip(quantizers(model), switches["dropping"], strict=True):
+        part.dropping = dropping
+    for parameter, trained in zip(model.parameters(), switches["requires_grad"], strict=True):
+        parameter.requires_grad_(trained)
     return model
 
 
@@ -176,9 +192,11 @@ def prepare(
     chosen = _choose(layers, config, root)
     shared: dict[int, WeightQuantizer] = {}
     owners = {id(module): name for name, module in root.named_modules()}
+    home = device_of(root)
     for place, (name, (module, settings)) in enumerate(chosen.items()):
         if owners[id(module)] == name:
-            _quantize_layer(module, name or type(module).__name__, config, settings, shared, place)
+            device = next((parameter.device for parameter in module.parameters()), home)
+            _quantize_layer(module, name or type(module).__name__, config, settings, shared, place, device)
     _adopt(root, config)
     if example_input is not None:
         _count_macs(root, example_input if isinstance(example_input, tuple) else (example_input,))
@@ -202,9 +220,10 @@ def _adopt(root: nn.Module, config: QuantConfig) -> None:
     root.__class__ = type(f"Quantized{cls.__name__}", (QuantizedModel, cls), {"__module__": cls.__module__})
     root.quant_config = config  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     if config.learn_bits is not None and any(part.learns_bits for part in quantizers(root)):
-        controller = BitController(config.learn_bits)
         # Below a quantizer: a further child of the root would be run by a Sequential.
-        next(part for part in quantizers(root) if part.learns_bits).add_module("bit_controller", controller)
+        first = next(part for part in quantizers(root) if part.learns_bits)
+        controller = BitController(config.learn_bits).to(first.phi.device)
+        first.add_module("bit_controller", controller)
         controller.check_budget(root)
     if any(part.gates for part in quantizers(root)):
         root.register_forward_pre_hook(_advance)
@@ -304,6 +323,7 @@ def _quantize_layer(
     settings: Override,
     shared: dict[int, WeightQuantizer],
     place: int,
+    device: torch.device,
 ) -> None:
     estimator = settings.estimator or config.estimator
     options: dict[str, Any] = {
@@ -322,7 +342,7 @@ def _quantize_layer(
             Grid.unsigned(act_bits), estimator, dropbits=drops, seed=-1 - config.seed * 1000 - place, **options
         )
         quantizer.pact_decay = config.pact_decay
-        module.add_module("input_quantizer", quantizer.train(module.training))
+        module.add_module("input_quantizer", quantizer.train(module.training).to(device))
         if not isinstance(module, ResidualAdd):
             module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     if isinstance(module, ResidualAdd):
@@ -346,7 +366,7 @@ def _quantize_layer(
         seed=config.seed * 1000 + place,
         **options,
     )
-    quantizer.to(weight.device)
+    quantizer.to(device)
     with torch.no_grad():
         known = quantizer.initialize(float_weight(module), config.init)
     if not known:
@@ -410,31 +430,40 @@ def with_add_modules(root: nn.Module) -> nn.Module:
     Parameters
     ----------
     root : a model that can be traced
-    """
-    import operator
 
-    tracer = _AddTracer()
-    try:
-        graph = tracer.trace(root)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SrqError(
-            f"quantize_adds: torch.fx cannot trace {type(root).__name__} ({reason});"
-            " use srq_dropbits.ResidualAdd in the model instead"
-        ) from error
-    sums = {operator.add, operator.iadd, torch.add}
-    found: list[str] = []
-    for node in list(graph.nodes):
+    Raises
+    ------
+    SrqError
+        When ``torch.fx`` cannot trace the model, or would lose something: what the model does in one mode only, or a
+        sum written into a tensor that is used again.
+    """
+    graph, other = _traced(root, root.training), _traced(root, not root.training)
+    nodes = list(graph.nodes)
+    for node in nodes:
         if "training" in node.kwargs:
             raise SrqError(
                 f"quantize_adds: torch.fx would freeze the mode of '{node.name}', which has a 'training' argument;"
                 " use its module, such as nn.Dropout, or srq_dropbits.ResidualAdd"
             )
-        is_sum = (node.op == "call_function" and node.target in sums) or (
-            node.op == "call_method" and node.target in {"add", "add_"}
+    if graph.python_code("self").src != other.python_code("self").src:
+        raise SrqError(
+            f"quantize_adds: {type(root).__name__} computes something else in training than in evaluation, of which"
+            " torch.fx would freeze one; use srq_dropbits.ResidualAdd in the model instead"
         )
-        if is_sum and len(node.args) == 2 and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args):
-            name = f"residual_add_{len(found)}"
+    positions = {node: place for place, node in enumerate(nodes)}
+    numbers: set[fx.Node] = set()
+    found: list[str] = []
+    for node in nodes:
+        if _gives_number(node, numbers):
+            numbers.add(node)
+        elif _is_sum(node) and not numbers.intersection(node.args):
+            written = node.args[0]
+            if node.target in _WRITING and any(positions.get(user, -1) > positions[node] for user in written.users):
+                raise SrqError(
+                    f"quantize_adds: '{node.name}' adds to '{written.name}' in place, and that is used again later;"
+                    " write a = a + b, or use srq_dropbits.ResidualAdd"
+                )
+            name = next(name for place in count_up() if not hasattr(root, name := f"residual_add_{place}"))
             found.append(name)
             root.add_module(name, ResidualAdd().train(root.training))
             with graph.inserting_after(node):
@@ -449,9 +478,48 @@ def with_add_modules(root: nn.Module) -> nn.Module:
     return root
 
 
+_WRITING = {operator.iadd, "add_"}
+_SUMS = {operator.add, torch.add, "add"} | _WRITING
+_SIZES = {"size", "dim", "ndimension", "numel", "nelement", "item"}
+
+
+def _is_sum(node: fx.Node) -> bool:
+    called = node.op in {"call_function", "call_method"} and node.target in _SUMS
+    return called and len(node.args) == 2 and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
+
+
+def _gives_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
+    """Say whether a node gives sizes, or what is computed from them, and no tensor."""
+    if node.op == "call_method":
+        return node.target in _SIZES
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in {"shape", "ndim"}
+    plain = getattr(node.target, "__module__", "") in {"_operator", "math"}
+    return plain and bool(node.all_input_nodes) and numbers.issuperset(node.all_input_nodes)
+
+
+def _traced(root: nn.Module, training: bool) -> fx.Graph:
+    modes = [(module, module.training) for module in root.modules()]
+    try:
+        root.train(training)
+        return _AddTracer().trace(root)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SrqError(
+            f"quantize_adds: torch.fx cannot trace {type(root).__name__} ({reason});"
+            " use srq_dropbits.ResidualAdd in the model instead"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class _AddTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, ResidualAdd) or super().is_leaf_module(m, module_qualified_name)
+        # A layer of a class of the user's own, too: its hooks, and with them its quantizers, run when it is called.
+        return isinstance(m, LAYERS) or super().is_leaf_module(m, module_qualified_name)
 
 
 # ---- calibration and statistics

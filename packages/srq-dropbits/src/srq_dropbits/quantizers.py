@@ -249,7 +249,6 @@ class _Gated(Quantizer):
         self.dropbits, self.learn_bits, self.seed = dropbits, learn_bits, seed
         self.dropping = True
         self.frozen = False
-        self._cache: tuple[tuple[int, ...], Tensor] | None = None
         self.gates = 0
         if dropbits is not None or learn_bits is not None:
             settings = dropbits or DropBits()
@@ -284,7 +283,6 @@ class _Gated(Quantizer):
             self.frozen = frozen
             if isinstance(getattr(self, "phi", None), nn.Parameter):
                 self.phi.requires_grad_(not frozen)
-        self._cache = None
         self._fit_gates()
 
     def resample(self) -> None:
@@ -314,7 +312,6 @@ class _Gated(Quantizer):
         """
         self.base_grid = grid
         self.frozen = True
-        self._cache = None
         if hasattr(self, "phi"):
             self.phi.requires_grad_(False)
         self._remember()
@@ -348,7 +345,13 @@ class _Gated(Quantizer):
                 baseline=self.baseline,
             )
         grid = self.grid
-        return torch.zeros_like(x) if grid.size == 1 else self._relaxed(x, grid, alpha, sigma)
+        found = torch.zeros_like(x) if grid.size == 1 else self._relaxed(x, grid, alpha, sigma)
+        return self._with_idle_gates(found)
+
+    def _with_idle_gates(self, x: Tensor) -> Tensor:
+        # Gates that could be learned and are not in use get a gradient of zeros: distributed training waits for one.
+        phi = self._parameters.get("phi")
+        return x + 0.0 * phi.sum() if self.training and phi is not None and phi.requires_grad else x
 
 
 def _in_float32(quantize: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
@@ -364,12 +367,15 @@ def _in_float32(quantize: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Ten
 class WeightQuantizer(_Gated):
     """Quantizer of a layer's weights, registered as a parametrization of ``weight``.
 
-    Parameters are those of :class:`Quantizer`, and ``dropbits``, ``learn_bits`` and ``seed``.
+    Parameters are those of :class:`Quantizer`, and ``dropbits``, ``learn_bits`` and ``seed``. Every reading of the
+    weight quantizes it, in evaluation too: to find out whether a kept result still holds would cost as much. Code that
+    knows that its weights stay may keep them itself, within ``torch.nn.utils.parametrize.cached()``.
     """
 
     def __init__(self, grid: Grid, estimator: Estimator, **options: Any) -> None:
         super().__init__(grid, estimator, **options)
         self.macs = 0
+        self.count = 0
 
     def _remember(self) -> None:
         super()._remember()
@@ -394,6 +400,7 @@ class WeightQuantizer(_Gated):
         """
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(f"layer '{self.name}': weights hold NaN or infinity; train or load the model anew")
+        self.count = weight.numel()
         grid = self.base_grid
         rows = self.by_step(weight).float()
         if self.estimator in {"ste_minmax", "pact"}:
@@ -420,18 +427,6 @@ class WeightQuantizer(_Gated):
         """Quantize the weights, of shape (out, in, ..)."""
         if not self.enabled:
             return weight
-        keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if keep and not (weight.is_inference() or self.log_alpha.is_inference()):
-            key = (weight.data_ptr(), weight._version, self.log_alpha.data_ptr(), self.log_alpha._version)
-            if self._cache is not None and self._cache[0] == key:
-                return self._cache[1]
-            found = self._value(weight)
-            self._cache = (key, found)
-            return found
-        self._cache = None
-        return self._value(weight)
-
-    def _value(self, weight: Tensor) -> Tensor:
         if self.estimator in {"ste_minmax", "pact"}:
             codes = _dorefa_codes(weight, self._levels(), None)
             return self.alpha * codes
@@ -574,7 +569,7 @@ class InputQuantizer(_Gated):
         if not self.ready:
             raise CalibrationError(f"layer '{self.name}' has not seen data: call calibrate(model, batches) first")
         if self.estimator == "lsq+":
-            return self._shifted(x)
+            return self._with_idle_gates(self._shifted(x))
         if self.estimator in {"pact", "ste_minmax"}:
             return _clip_quantize(x, self._steps(x.numel())[0], self.base_grid)
         return self._quantize(x)

@@ -18,7 +18,6 @@ __all__ = [
     "input_quantizer",
     "quantized_layers",
     "quantizers",
-    "weight_count",
     "weight_quantizer",
 ]
 
@@ -68,18 +67,6 @@ def float_weight(module: nn.Module) -> Tensor:
     for part in before:
         value = part(value)
     return value
-
-
-def weight_count(module: nn.Module) -> int:
-    """Count the weights of a prepared layer.
-
-    Parameters
-    ----------
-    module : a layer of a prepared model
-    """
-    chain = cast("Any", module).parametrizations.weight
-    # Other parametrizations may have state that evaluating them moves, as spectral norm does.
-    return chain.original.numel() if chain.is_tensor else float_weight(module).numel()
 
 
 def input_quantizer(module: nn.Module) -> InputQuantizer | None:
