@@ -31,7 +31,7 @@ def run(tmp_path):
 
 
 def test_methods_are_parsed_with_their_settings():
-    config = parse_method("srq+dropbits:p_keep=0.7,sharing=endpoint,per_channel=true,temperature=2", 3, None, 5)
+    config = parse_method("mcste_input:p_keep=0.7,sharing=endpoint,per_channel=true,temperature=2", 3, None, 5)
     assert config.dropbits is not None
     assert (config.dropbits.p_keep, config.dropbits.sharing) == (0.7, "endpoint")
     assert (config.per_channel, config.temperature, config.act_bits, config.seed) == (True, 2.0, None, 5)

@@ -226,7 +226,7 @@ class TestChoice:
         with pytest.raises(InvalidBitsError, match=r"overrides\.fc.*weight_bits"):
             QuantConfig(overrides={"fc": {"weight_bits": bits}})
 
-    @pytest.mark.parametrize("estimator", ["pact", "lsq", "ptq"])
+    @pytest.mark.parametrize("estimator", ["pact", "ste_minmax", "ptq"])
     def test_an_estimator_without_levels_is_refused_where_levels_drop(self, estimator):
         config = QuantConfig(dropbits=DropBits(), overrides={"2": {"estimator": estimator}})
         with pytest.raises(OverrideError, match="'2'"):

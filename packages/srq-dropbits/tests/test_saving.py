@@ -117,7 +117,7 @@ CASES = {
     "input left alone": {"quantize_input": 0},
     "dropbits": {"dropbits": DropBits(p_keep=0.6)},
     "learned dropbits of activations": {"dropbits": DropBits(learn=True, activations=True)},
-    "end points": {"dropbits": DropBits(sharing="endpoint")},
+    "end points": {"dropbits": DropBits(sharing="endpoint"), "estimator": "mcste"},
     "learned bits": {"dropbits": DropBits(), "learn_bits": LearnBits(target_bits=2.5)},
     "learned bits within bytes": {"learn_bits": LearnBits(target_bytes=220, min_bits=1)},
     "sums": {"quantize_adds": True},

@@ -55,17 +55,22 @@ def _bytes(count: int, bits: int) -> int:
 class BitController(nn.Module):
     """Strength of the penalty on bits, moved towards a target; a part of the model, so that it is saved with it.
 
+    While the mean gates are at the target or below, the penalty rests: Adam would otherwise carry closed gates on to
+    where no draw opens them again.
+
     Parameters
     ----------
     settings : target, weighting and speed
     """
 
     strength: Tensor
+    active: Tensor
 
     def __init__(self, settings: LearnBits) -> None:
         super().__init__()
         self.settings = settings
         self.register_buffer("strength", torch.tensor(float(settings.penalty)))
+        self.register_buffer("active", torch.tensor(1.0))
 
     def shares(self, model: nn.Module) -> dict[WeightQuantizer, float]:
         """Give each learning layer's weight w_l in the penalty; they sum to 1."""
@@ -124,14 +129,15 @@ class BitController(nn.Module):
             return None
         # All start with the same bits and so have equally many gates: one operation serves all layers.
         expected = nested_masks(probability_nonzero(torch.stack([part.phi for part in shares]))).sum(1)
-        return self.strength * (expected * expected.new_tensor(list(shares.values()))).sum()
+        return self.strength * self.active * (expected * expected.new_tensor(list(shares.values()))).sum()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the strength: up where there are more bits than wanted, down where there are fewer."""
         if (self.settings.target_bits, self.settings.target_bytes) != (None, None):
-            factor = math.exp(self.settings.speed * self.distance(model))
-            self.strength.mul_(factor).clamp_(1e-6, 1e4)
+            distance = self.distance(model)
+            self.strength.mul_(math.exp(self.settings.speed * distance)).clamp_(1e-6, 1e4)
+            self.active.fill_(float(distance > 0))
 
 
 def _mean_bits(learners: list[WeightQuantizer]) -> dict[WeightQuantizer, float]:

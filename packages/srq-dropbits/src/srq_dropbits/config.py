@@ -57,7 +57,8 @@ class DropBits(_Strict):
     learn : learn the probability instead of keeping it fixed
     sharing : ``bit``: one gate for a whole level; ``endpoint``: one for every pair of points -n and n
     min_bits : levels of this bit-width are never dropped; with 1 a layer can be pruned away
-    mask_path : ``prob``: masks act on the categorical distribution; ``value``: on the value, level by level
+    mask_path : ``prob``: masks act on the categorical distribution, as in the papers, which needs estimator ``mcste``;
+        ``value``: on the value, level by level; ``auto``: ``prob`` where it can be
     activations : also drop levels of activations, which the papers' experiments do not do
     """
 
@@ -65,7 +66,7 @@ class DropBits(_Strict):
     learn: bool = False
     sharing: Literal["bit", "endpoint"] = "bit"
     min_bits: int = Field(default=2, ge=1, le=8)
-    mask_path: Literal["prob", "value"] = "prob"
+    mask_path: Literal["auto", "prob", "value"] = "auto"
     activations: bool = False
 
     @model_validator(mode="after")
@@ -73,6 +74,22 @@ class DropBits(_Strict):
         if self.sharing == "endpoint" and self.mask_path == "value":
             raise ValueError("sharing='endpoint' has no levels to add up; use mask_path='prob'")
         return self
+
+    def path(self, estimator: Estimator) -> Literal["prob", "value"]:
+        """Say what masks act on with an estimator.
+
+        Parameters
+        ----------
+        estimator : of the weights, or of the activations
+
+        Examples
+        --------
+        >>> DropBits().path("mcste"), DropBits().path("mode_soft")
+        ('prob', 'value')
+        """
+        if self.mask_path == "auto":
+            return "prob" if estimator == "mcste" or self.sharing == "endpoint" else "value"
+        return self.mask_path
 
 
 class LearnBits(_Strict):
@@ -172,12 +189,12 @@ class QuantConfig(_Strict):
     Examples
     --------
     >>> QuantConfig(weight_bits=3, act_bits=3, dropbits=DropBits(p_keep=0.8)).estimator
-    'mcste'
+    'mode_soft'
     """
 
     weight_bits: int = 4
     act_bits: int | None = 4
-    estimator: Estimator = "mcste"
+    estimator: Estimator = "mode_soft"
     baseline: Baseline = "input"
     per_channel: bool = False
     symmetric: bool = True
@@ -215,11 +232,12 @@ class QuantConfig(_Strict):
         if self.learn_bits is not None and not self.symmetric:
             raise ValueError("learned bits need the symmetric grid: drop symmetric=False")
         gated = self.dropbits is not None or self.learn_bits is not None
-        path = self.dropbits.mask_path if self.dropbits else "prob"
+        path = (self.dropbits or DropBits()).path(self.estimator)
         if gated and path == "prob" and self.estimator != "mcste":
+            pairs = self.dropbits is not None and self.dropbits.sharing == "endpoint"
             raise ValueError(
-                f"masks on probabilities need estimator 'mcste', not '{self.estimator}';"
-                " use DropBits(mask_path='value')"
+                f"masks on {'end points' if pairs else 'probabilities'} need estimator 'mcste', not '{self.estimator}';"
+                f" or use DropBits({'sharing=' + repr('bit') if pairs else 'mask_path=' + repr('value')})"
             )
         if gated and self.estimator in {"pact", "ste_minmax", "ptq"}:
             raise ValueError(f"estimator '{self.estimator}' has no bit levels to drop")
@@ -264,7 +282,7 @@ def _plain(error: ValidationError) -> SrqError:
     message = first["msg"].removeprefix("Value error, ")
     if place in {"weight_bits", "act_bits", "quantize_input"}:
         return InvalidBitsError(message)
-    if first["loc"][0] == "overrides" and first["loc"][-1] in {"weight_bits", "act_bits"}:
+    if first["loc"][:1] == ("overrides",) and first["loc"][-1] in {"weight_bits", "act_bits"}:
         return InvalidBitsError(f"{place.rpartition('.')[0]}: {message}")
     if first["type"] == "extra_forbidden":
         return OverrideError(f"unknown setting '{place}'; see QuantConfig")
@@ -273,7 +291,7 @@ def _plain(error: ValidationError) -> SrqError:
 
 DEFAULT_METHOD = "srq"
 
-_SRQ: dict[str, Any] = {"estimator": "mcste", "baseline": "input"}
+_SRQ: dict[str, Any] = {"estimator": "mode_soft"}
 METHODS: dict[str, dict[str, Any]] = {
     "ptq": {"estimator": "ptq"},
     "ste_minmax": {"estimator": "ste_minmax"},

@@ -559,7 +559,7 @@ def _claims(
             value = _mean(ours, "test_accuracy") - _mean(floats, "test_accuracy")
             text = f"{name}: {best} is within 1.5 points of float32 (E1)"
             claims.append(Claim(text=text, source=SPEC, holds=value >= -0.015, value=value, threshold=-0.015))
-        plain = next((method for method in ("srq", "mcste_input") if method in methods), None)
+        plain = next((method for method in ("srq", "mode_soft") if method in methods), None)
         if plain is not None and "srq+dropbits" in methods:
             value, low = _paired(cells["srq+dropbits", *pair], cells[plain, *pair], "test_accuracy")
             holds = value >= 0 if low is None else low > 0

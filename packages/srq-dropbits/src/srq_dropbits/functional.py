@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
+
+from srq_dropbits.pieces import PIECE, Baseline, applies, plan_of, quantize
 
 __all__ = [
     "Baseline",
@@ -30,8 +32,6 @@ __all__ = [
     "mode_quantize",
     "stochastic_round",
 ]
-
-Baseline = Literal["input", "zero", "clipped"]
 
 
 def grid_round(x: Tensor, alpha: Tensor, n_lo: int, n_hi: int) -> Tensor:
@@ -201,7 +201,12 @@ def mode_quantize(
     """
     if soft:
         return _Soft.apply(x, alpha, alpha / sigma, n_lo, n_hi)
-    return _Mode.apply(x, alpha, alpha / sigma, n_lo, n_hi, baseline)
+    u = alpha / sigma
+    if applies(x, alpha, u):
+        plan = plan_of(u.item(), (n_lo, n_hi), [(n_lo, n_hi)], [1.0])
+        if plan is not None:
+            return quantize(x, alpha, u, None, plan, baseline)
+    return _Mode.apply(x, alpha, u, n_lo, n_hi, baseline)
 
 
 class _Soft(torch.autograd.Function):
@@ -229,8 +234,8 @@ class _Soft(torch.autograd.Function):
             d_x, d_alpha, d_u = _soft_backward(x, gradient, alpha, u, n_lo, n_hi, wanted)
             d_alpha = None if d_alpha is None else _sum_to(d_alpha, alpha)
             return d_x, d_alpha, None if d_u is None else _sum_to(d_u, u), None, None
-        # Pieces that stay in the cache; see _mode_backward_in_pieces.
-        parts = zip(x.reshape(-1).split(_PIECE), gradient.reshape(-1).split(_PIECE), strict=True)
+        # Pieces that stay in the cache.
+        parts = zip(x.reshape(-1).split(PIECE), gradient.reshape(-1).split(PIECE), strict=True)
         steps = alpha.reshape(1), u.reshape(1)
         found = [_soft_backward(*part, *steps, n_lo, n_hi, wanted) for part in parts]
         d_x = torch.cat([each[0] for each in found]).view_as(x)
@@ -304,7 +309,10 @@ def _sum_to(value: Tensor, like: Tensor) -> Tensor:
 
 
 class _Mode(torch.autograd.Function):
-    """Rounding whose backward is the gradient of the mode's probability in x, alpha and u = alpha / sigma."""
+    """Rounding whose backward is the gradient of the mode's probability in x, alpha and u = alpha / sigma.
+
+    For steps a channel, other devices and compiled graphs; else see :mod:`srq_dropbits.pieces`.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, u: Tensor, n_lo: int, n_hi: int, baseline: Baseline) -> Tensor:
@@ -316,48 +324,11 @@ class _Mode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, alpha, u = ctx.saved_tensors
-        n_lo, n_hi = ctx.grid
         wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        if alpha.numel() > 1 or u.numel() > 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
-            d_x, d_alpha, d_u = _mode_backward(x, gradient, alpha, u, n_lo, n_hi, ctx.baseline, wanted, None)
-        else:
-            d_x, d_alpha, d_u = _mode_backward_in_pieces(x, gradient, alpha, u, n_lo, n_hi, ctx.baseline, wanted)
+        n_lo, n_hi = ctx.grid
+        d_x, d_alpha, d_u = _mode_backward(x, gradient, alpha, u, n_lo, n_hi, ctx.baseline, wanted)
         d_alpha = None if d_alpha is None else _sum_to(d_alpha, alpha)
         return d_x, d_alpha, None if d_u is None else _sum_to(d_u, u), None, None, None
-
-
-_PIECE = 2**17
-
-
-def _mode_backward_in_pieces(
-    x: Tensor,
-    gradient: Tensor,
-    alpha: Tensor,
-    u: Tensor,
-    n_lo: int,
-    n_hi: int,
-    baseline: Baseline,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    # Fresh pages for a dozen intermediate results cost more than the arithmetic; pieces share a few megabytes.
-    flat_x, flat_gradient = x.reshape(-1), gradient.reshape(-1)
-    d_x = torch.empty_like(flat_x)
-    size = min(_PIECE, max(len(flat_x), 1))
-    scratch = x.new_empty((12, size))
-    sums: tuple[list[Tensor], list[Tensor]] = ([], [])
-    alpha, u = alpha.reshape(1), u.reshape(1)
-    for start in range(0, len(flat_x), size):
-        part = slice(start, start + size)
-        piece = scratch[:, : len(flat_x[part])]
-        found, *scales = _mode_backward(
-            flat_x[part], flat_gradient[part], alpha, u, n_lo, n_hi, baseline, wanted, list(piece.unbind(0))
-        )
-        d_x[part] = found
-        for place, value in zip(sums, scales, strict=True):
-            if value is not None:
-                place.append(value.sum())
-    d_alpha, d_u = (torch.stack(place).sum() if place else None for place in sums)
-    return d_x.view_as(x), d_alpha, d_u
 
 
 def _mode_backward(
@@ -369,12 +340,9 @@ def _mode_backward(
     n_hi: int,
     baseline: Baseline,
     wanted: tuple[bool, bool],
-    scratch: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Give the gradient of x, and, entry by entry, those of alpha and u where they are wanted."""
-    if scratch is None:
-        scratch = list(gradient.new_empty((12, *gradient.shape)).unbind(0))
-    v, n, weight, *others = scratch
+    v, n, weight, *others = gradient.new_empty((12, *gradient.shape)).unbind(0)
     torch.div(x, alpha, out=v)
     # Saturated entries need their side alone; what overflows in x / alpha would make NaN below.
     torch.round(v.clamp_(n_lo - 1, n_hi + 1), out=n).clamp_(n_lo, n_hi)

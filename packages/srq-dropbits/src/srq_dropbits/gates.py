@@ -20,6 +20,7 @@ from torch import Tensor
 
 from srq_dropbits.functional import Baseline, grid_round, interval_log_mass, near_grid
 from srq_dropbits.grid import Grid, levels_of
+from srq_dropbits.pieces import Plan, applies, plan_of, quantize
 
 __all__ = [
     "GAMMA",
@@ -33,6 +34,7 @@ __all__ = [
     "masked_log_probs",
     "masked_quantize",
     "nested_masks",
+    "plan_levels",
     "probability_nonzero",
     "residual_quantize",
 ]
@@ -293,6 +295,11 @@ def masked_quantize(
     >>> masked_quantize(x, torch.tensor(1.0), torch.tensor(1 / 3), Grid.signed(3), torch.tensor([0.0]))
     tensor([ 0.,  1., -1.])
     """
+    u = alpha / sigma
+    if sharing == "bit" and applies(x, alpha, u):
+        plan = plan_levels(u.item(), grid, base, masks)
+        if plan is not None:
+            return quantize(x, alpha, u, masks, plan, baseline)
     mode, log_probability = masked_log_probs(x, alpha, sigma, grid, masks, base=base, sharing=sharing)
     probability = log_probability.exp()
     with torch.no_grad():
@@ -302,6 +309,21 @@ def masked_quantize(
         # Saturated entries of the whole grid take no gradient; those whose own level is dropped do.
         lever = lever * alpha * ((v >= grid.n_lo - 0.5) & (v <= grid.n_hi + 0.5))
     return alpha * mode + lever * (probability - probability.detach())
+
+
+def plan_levels(u: float, grid: Grid, base: int, masks: Tensor) -> Plan | None:
+    """Plan the computation in pieces of a grid whose levels have masks; None where it does not serve.
+
+    Parameters
+    ----------
+    u : step / noise scale
+    grid : with stride 1
+    base : lowest levels that have no gate
+    masks : nested, one a level above the base, shape (gates,)
+    """
+    left = [grid.upto(level) for level in range(base, grid.levels + 1)]
+    bounds = [(each.n_lo, each.n_hi) for each in left]
+    return plan_of(u, (grid.n_lo, grid.n_hi), bounds, [1.0, *masks.tolist()])
 
 
 def residual_quantize(

@@ -23,7 +23,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from srq_dropbits.bits import BitController, Report, bit_penalty, report
-from srq_dropbits.config import Override, QuantConfig
+from srq_dropbits.config import DropBits, Override, QuantConfig
 from srq_dropbits.errors import CalibrationError, NothingToQuantizeError, OverrideError, SrqError
 from srq_dropbits.grid import Grid
 from srq_dropbits.layers import ResidualAdd, SplitAttention
@@ -378,8 +378,8 @@ def _quantize_layer(
 def _check_gates(name: str, config: QuantConfig, settings: Override) -> None:
     if settings.estimator is None or (config.dropbits is None and config.learn_bits is None):
         return
-    value_path = config.dropbits is not None and config.dropbits.mask_path == "value"
-    if settings.estimator == "mcste" or (value_path and settings.estimator not in {"pact", "ste_minmax", "ptq"}):
+    path = (config.dropbits or DropBits()).path(settings.estimator)
+    if settings.estimator == "mcste" or (path == "value" and settings.estimator not in {"pact", "ste_minmax", "ptq"}):
         return
     raise OverrideError(f"layer '{name}': estimator '{settings.estimator}' cannot drop or learn bits as the model does")
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from srq_dropbits import pieces
 from srq_dropbits.config import DropBits, Estimator, LearnBits
 from srq_dropbits.errors import CalibrationError, NonFiniteError
 from srq_dropbits.functional import (
@@ -33,9 +34,11 @@ from srq_dropbits.gates import (
     keep_logit,
     masked_quantize,
     nested_masks,
+    plan_levels,
     residual_quantize,
 )
 from srq_dropbits.grid import Grid
+from srq_dropbits.pieces import Plan, applies, plan_of
 
 __all__ = ["RHO_MAX", "RHO_MIN", "InputQuantizer", "Quantizer", "WeightQuantizer", "mse_step"]
 
@@ -82,6 +85,48 @@ def mse_step(x: Float[Tensor, "rows n"], n_lo: int, n_hi: int) -> Float[Tensor, 
 
 def _rho(raw: Tensor) -> Tensor:
     return RHO_MIN * torch.exp(_SPAN * torch.sigmoid(raw))
+
+
+def _rho_of(raw: float) -> tuple[float, float]:
+    """Give the ratio and the derivative of its logarithm."""
+    share = 1 / (1 + math.exp(-raw)) if raw > -700 else 0.0
+    return RHO_MIN * math.exp(_SPAN * share), _SPAN * share * (1 - share)
+
+
+class _FromParameters(torch.autograd.Function):
+    """Quantize to the mode as ``mode_quantize`` and ``masked_quantize`` do, with what :meth:`Quantizer._steps` does.
+
+    On small tensors a graph of a dozen scalars takes longer than the quantization.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        log_alpha: Tensor,
+        raw_rho: Tensor,
+        _: Tensor | None,
+        plan: Plan,
+        baseline: Baseline,
+        factor: float,
+    ) -> Tensor:
+        alpha = log_alpha.exp()
+        ctx.save_for_backward(x, alpha, raw_rho)
+        ctx.rest = plan, baseline, factor
+        return pieces.forward(x, alpha, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, raw_rho = ctx.saved_tensors
+        plan, baseline, factor = ctx.rest
+        _, by_alpha, by_rho, by_masks, *_ = ctx.needs_input_grad
+        step = alpha.item()
+        d_x, sums = pieces.backward(x, gradients[0], step, plan, baseline, u=by_rho, masks=by_masks)
+        d_alpha = torch.full_like(alpha, factor * step * sums.step) if by_alpha else None
+        d_rho = None
+        if by_rho:
+            d_rho = torch.full_like(raw_rho, -factor * plan.u * _rho_of(raw_rho.item())[1] * sums.u)
+        return d_x, d_alpha, d_rho, sums.of_masks(x, by_masks), None, None, None
 
 
 def _scaled_gradient(value: Tensor, factor: float) -> Tensor:
@@ -193,9 +238,12 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             return grid_round(x.float(), self.alpha.detach(), self.grid.n_lo, self.grid.n_hi).to(torch.int32)
 
-    def _steps(self, count: int) -> tuple[Tensor, Tensor]:
+    def _factor(self, count: int) -> float:
         # LSQ's balance between a step, which sums over all entries, and the entries themselves.
-        factor = 1 / math.sqrt(max(count // max(self.log_alpha.numel(), 1), 1) * max(self.base_grid.n_hi, 1))
+        return 1 / math.sqrt(max(count // max(self.log_alpha.numel(), 1), 1) * max(self.base_grid.n_hi, 1))
+
+    def _steps(self, count: int) -> tuple[Tensor, Tensor]:
+        factor = self._factor(count)
         log_alpha = _scaled_gradient(self.log_alpha, factor) if self.log_alpha.requires_grad else self.log_alpha
         raw = _scaled_gradient(self.raw_rho, factor) if self.raw_rho.requires_grad else self.raw_rho
         alpha = log_alpha.exp()
@@ -253,7 +301,7 @@ class _Gated(Quantizer):
         if dropbits is not None or learn_bits is not None:
             settings = dropbits or DropBits()
             self._lowest_bits = learn_bits.min_bits if learn_bits else settings.min_bits
-            self.sharing, self.mask_path = settings.sharing, settings.mask_path
+            self.sharing, self.mask_path = settings.sharing, settings.path(estimator)
             keep = settings.p_keep if learn_bits is None else max(settings.p_keep, 0.9)
             count = gate_count(grid, self._base_level(grid), self.sharing)
             phi = torch.full((count,), keep_logit(keep))
@@ -323,9 +371,12 @@ class _Gated(Quantizer):
         return gates if self.sharing == "endpoint" else nested_masks(gates)
 
     def _quantize(self, x: Tensor) -> Tensor:
+        masks = self.masks() if self.training and self.gates and self.dropping and not self.frozen else None
+        found = self._quantize_at_once(x, masks)
+        if found is not None:
+            return found if masks is not None else self._with_idle_gates(found)
         alpha, sigma = self._steps(x.numel())
-        if self.training and self.gates and self.dropping and not self.frozen:
-            masks = self.masks()
+        if masks is not None:
             if self.mask_path == "value":
 
                 def plain(x: Tensor, grid: Grid) -> Tensor:
@@ -347,6 +398,24 @@ class _Gated(Quantizer):
         grid = self.grid
         found = torch.zeros_like(x) if grid.size == 1 else self._relaxed(x, grid, alpha, sigma)
         return self._with_idle_gates(found)
+
+    def _quantize_at_once(self, x: Tensor, masks: Tensor | None) -> Tensor | None:
+        """Quantize straight from the parameters; None where that is not possible."""
+        grid = self.grid if masks is None else self.base_grid
+        if self.estimator != "mcste" or self.plain or grid.size == 1:
+            return None
+        if masks is not None and (self.mask_path == "value" or self.sharing != "bit"):
+            return None
+        if not applies(x, self.log_alpha, self.raw_rho):
+            return None
+        u = 1 / _rho_of(self.raw_rho.item())[0]
+        bounds = (grid.n_lo, grid.n_hi)
+        plan = plan_of(u, bounds, [bounds], [1.0]) if masks is None else plan_levels(u, grid, self.base_level, masks)
+        if plan is None:
+            return None
+        return _FromParameters.apply(
+            x, self.log_alpha, self.raw_rho, masks, plan, self.baseline, self._factor(x.numel())
+        )
 
     def _with_idle_gates(self, x: Tensor) -> Tensor:
         # Gates that could be learned and are not in use get a gradient of zeros: distributed training waits for one.
