@@ -232,6 +232,28 @@ def test_wrong_input_gets_one_line(wrong, wine, tmp_path):
     assert "other.safetensors" in wrong("inspect", "other.safetensors", "--out", "r")
 
 
+def test_estimators_are_diagnosed_alone_and_on_a_users_network(done, wrong, wine, tmp_path):
+    options = ("--estimators", "lsq mcste_zero mode_soft", "--layers", 4)
+    alone = done("diagnose", *options, "--bits", 2, "--out", "d1")
+    assert alone.artifacts == ["estimators.png", "diagnosis.json"]
+    # The zero cell is a third of a ternary grid.
+    assert value(alone, "share without gradient", "mcste_zero") == pytest.approx(1 / 3, abs=0.01)
+    assert value(alone, "cosine to the true gradient", "mode_soft") > value(
+        alone, "cosine to the true gradient", "mcste_zero"
+    )
+    done("train", "wine.csv", "--arch", "mlp:8", "--weight-bits", 3, "--float-epochs", 5, "--epochs", 1, "--out", "run")
+    found = done("diagnose", "run", *options, "--out", "d2")
+    assert {row.dataset for row in found.results} == {
+        "cells of 3 bits",
+        "enumerated layers, 3 bits",
+        "weights of wine.csv",
+    }
+    assert value(found, "cosine to the identity's gradient", "lsq") > value(
+        found, "cosine to the identity's gradient", "mcste_zero"
+    )
+    assert "mode_sofd" in wrong("diagnose", "--estimators", "mode_sofd", "--out", "d3")
+
+
 def test_damaged_runs_say_so(done, wrong, wine, tmp_path):
     done("train", "wine.csv", "--arch", "mlp:4", "--float-epochs", 1, "--epochs", 1, "--out", "run")
     path = tmp_path / "run" / "model.safetensors"

@@ -156,7 +156,7 @@ class TestDistribution:
 class TestModeQuantize:
     @pytest.mark.parametrize("baseline", BASELINES)
     @pytest.mark.parametrize(("n_lo", "n_hi"), GRIDS)
-    @pytest.mark.parametrize("ratio", [1 / 8, 1 / 3, 1 / 2, 5.0])
+    @pytest.mark.parametrize("ratio", [1 / 8, 1 / 3, 1 / 2, 5.0, 20.0])
     def test_forward_and_backward_are_the_formulas(self, baseline, n_lo, n_hi, ratio):
         a, s = 0.7, 0.7 * ratio
         x = a * np.random.default_rng(0).uniform(n_lo - 2, n_hi + 2, 300)
@@ -257,6 +257,21 @@ class TestModeQuantize:
         assert float(parts[1].grad) == pytest.approx(by_alpha.sum(), abs=1e-5)
         assert float(parts[2].grad) == pytest.approx(by_sigma.sum(), abs=1e-5)
 
+    @pytest.mark.parametrize("rho", [1 / 8, 1 / 3, 1 / 2])
+    @pytest.mark.parametrize(("n_lo", "n_hi"), [(-1, 1), (-8, 7), (0, 15), (-127, 127), (0, 255)])
+    def test_soft_gradients_are_those_of_the_whole_distribution(self, n_lo, n_hi, rho):
+        """On wide grids only the edges that the noise reaches are looked at."""
+        x = 0.7 * np.random.default_rng(0).uniform(n_lo - 0.5, n_hi + 0.5, 800)
+        parts, whole = (tuple(leaf(value) for value in (x, 0.7, 0.7 * rho)) for _ in range(2))
+        upstream = torch.randn(800, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        mode_quantize(*parts, n_lo, n_hi, soft=True).backward(upstream)
+        points = torch.arange(n_lo, n_hi + 1, dtype=torch.float64)
+        mode = torch.from_numpy(nearest(x, 0.7, n_lo, n_hi))
+        mean = (log_probs(*whole, n_lo, n_hi).exp() * points * 0.7).sum(-1) + mode * whole[1]
+        mean.backward(upstream)
+        for one, other in zip(parts, whole, strict=True):
+            assert torch.allclose(one.grad, other.grad, atol=1e-8, rtol=1e-8)
+
     @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
     def test_large_tensors_are_the_sum_of_their_pieces(self, shape):
         """Longer than the pieces the backward pass works in, and no multiple of them; every shape of a single step."""
@@ -278,6 +293,46 @@ class TestModeQuantize:
         assert torch.allclose(found[1], alpha.grad, rtol=1e-10)
         assert torch.allclose(found[2], sigma.grad, rtol=1e-10)
         assert found[1].shape == shape
+
+    @pytest.mark.parametrize("bits", range(2, 9))
+    @pytest.mark.parametrize("kind", ["symmetric", "full", "unsigned"])
+    @pytest.mark.parametrize("baseline", BASELINES)
+    @pytest.mark.parametrize("ratio", [1 / 8, 1 / 3, 1 / 2])
+    def test_one_step_gives_what_steps_a_channel_give(self, bits, kind, baseline, ratio):
+        """The fast form of one step on the CPU, hyperbolic functions in pieces, and the general one in sigmoids."""
+        top = 2 ** (bits - 1) - 1
+        n_lo, n_hi = {"symmetric": (-top, top), "full": (-top - 1, top), "unsigned": (0, 2 * top + 1)}[kind]
+        x = 0.7 * np.random.default_rng(bits).uniform(n_lo - 2, n_hi + 2, (2, 150))
+        x[0, :2] = 1e9, -1e30
+        upstream = torch.tensor(values(300, 1.0, seed=1).reshape(2, 150))
+        found = []
+        for shape in ((), (2, 1)):
+            parts = leaf(x), *(leaf(np.full(shape, value)) for value in (0.7, 0.7 * ratio))
+            out = mode_quantize(*parts, n_lo, n_hi, baseline=baseline)
+            out.backward(upstream)
+            found.append([out.detach(), parts[0].grad, *(part.grad.sum() for part in parts[1:])])
+        for one, other in zip(*found, strict=True):
+            assert torch.allclose(one, other, atol=1e-10, rtol=1e-10)
+        assert torch.equal(found[0][0], found[1][0])
+        # In float32 the gradient of x is exact to a few units of the value's own rounding, n_hi eps, times the lever.
+        part = torch.tensor(x, dtype=torch.float32, requires_grad=True)
+        steps = torch.tensor(0.7), torch.tensor(0.7 * ratio)
+        mode_quantize(part, *steps, n_lo, n_hi, baseline=baseline).backward(upstream.float())
+        # Entries beside a cell edge may go to either side.
+        v = x / 0.7
+        sure = torch.tensor(np.abs(v - np.floor(v) - 0.5) > 1e-3)
+        lever = n_hi if baseline == "zero" else 1
+        assert torch.allclose(part.grad.double()[sure], found[1][1][sure], atol=5e-6 * max(n_hi, 8) * lever, rtol=1e-4)
+
+    def test_an_expanded_gradient_counts_every_entry(self):
+        x = values(200, 3.0)
+        found = []
+        for upstream in (torch.ones(()).double().expand(200), torch.ones(200).double()):
+            parts = leaf(x), leaf(0.7), leaf(0.2)
+            mode_quantize(*parts, -3, 3).backward(upstream)
+            found.append([part.grad for part in parts])
+        for one, other in zip(*found, strict=True):
+            assert torch.allclose(one, other, atol=1e-12)
 
     def test_a_step_a_channel_is_every_channel_by_itself(self):
         x = values(24, 2.0).reshape(4, 3, 2)

@@ -201,6 +201,54 @@ class TestMaskedMode:
             slope = own[place] * mode / total - weight[place] * mode * (own * pi).sum(1) / total**2
             assert float(parts[3].grad[gate]) == pytest.approx((lever * slope).sum(), rel=1e-6, abs=1e-6)
 
+    @pytest.mark.parametrize(
+        ("grid", "base"),
+        [
+            (grid, base)
+            for grid in [*GRIDS, Grid.signed(8), Grid.signed(6, symmetric=False), Grid.unsigned(8)]
+            for base in (0, 1, 2, 4)
+            if base < grid.levels
+        ],
+    )
+    @pytest.mark.parametrize("ratio", [1 / 8, 1 / 3, 1 / 2])
+    @pytest.mark.parametrize("baseline", ["input", "zero", "clipped"])
+    def test_one_step_gives_what_steps_a_channel_give(self, grid, base, ratio, baseline):
+        """The fast form of one step on the CPU, and the general one, with all that gates may be."""
+        count, random = gate_count(grid, base), np.random.default_rng(7)
+        x = ALPHA * random.uniform(grid.n_lo - 2, grid.n_hi + 2, (2, 150))
+        x[0, :2] = 1e9, -1e30
+        upstream = tensor(random.normal(size=(2, 150)))
+        some = np.sort(random.uniform(0, 1, count))[::-1]
+        half = np.arange(count) < (count + 1) // 2
+        kinds = [some, some**6, some.round(1).clip(0.3, 0.6), some * half, 1.0 * half, np.ones(count), np.zeros(count)]
+        for masks, learn in itertools.product(kinds, (False, True)):
+            found = []
+            for shape in ((), (2, 1)):
+                parts = tensor(x, grad=True), *(tensor(np.full(shape, v), grad=True) for v in (ALPHA, ALPHA * ratio))
+                gates = tensor(masks.copy(), grad=learn)
+                out = masked_quantize(*parts, grid, gates, base=base, baseline=baseline)
+                out.backward(upstream)
+                found.append([out.detach(), parts[0].grad, *(part.grad.sum() for part in parts[1:])])
+                if learn:
+                    # Far inside a level that is gone, a mask of 0 has a gradient without bound: both forms limit it.
+                    tame = (masks > 0) | ((grid.n_hi - grid.n_lo) / ratio < 40)
+                    found[-1].append(gates.grad[torch.tensor(tame)])
+                    assert bool(gates.grad.isfinite().all())
+            for one, other in zip(*found, strict=True):
+                # The general form's logarithms of masses reach 2000 on the widest grids.
+                assert torch.allclose(one, other, atol=1e-8 if grid.n_hi > 15 else 1e-10, rtol=1e-9)
+
+    @pytest.mark.parametrize("masks", [[0.2, 0.9], [float("nan"), 0.5], [1e-20, 1e-30]])
+    def test_masks_that_do_not_fall_outwards_or_are_tiny_take_the_general_form(self, masks):
+        x, found = np.random.default_rng(0).uniform(-8, 8, (2, 50)), []
+        for shape in ((), (2, 1)):
+            parts = tensor(x, grad=True), tensor(np.ones(shape), grad=True), tensor(np.full(shape, 0.3))
+            out = masked_quantize(*parts, Grid.signed(4), tensor(masks))
+            out.sum().backward()
+            found.append([out.detach(), parts[0].grad, parts[1].grad.sum()])
+        for one, other in zip(*found, strict=True):
+            assert torch.allclose(one, other, atol=1e-12, equal_nan=True)
+
     def test_torch_agrees_with_the_log_probabilitys_gradients(self):
         x = tensor([-1.9, -0.1, 0.35, 1.4, 2.2], grad=True)
         parts = x, tensor(ALPHA, grad=True), tensor(SIGMA, grad=True), tensor([0.7, 0.3], grad=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from srq_dropbits.config import ESTIMATORS, DropBits, LearnBits
 from srq_dropbits.errors import CalibrationError, NonFiniteError
+from srq_dropbits.functional import mode_quantize
+from srq_dropbits.gates import masked_quantize
 from srq_dropbits.grid import Grid
 from srq_dropbits.quantizers import InputQuantizer, WeightQuantizer, mse_step
 
@@ -302,6 +304,30 @@ class TestGates:
             seen.append(tuple(part.masks().tolist()))
         assert len(set(seen)) > 10
         assert all(later <= earlier for earlier, later in seen)
+
+    @pytest.mark.parametrize("learn", [None, False, True])
+    @pytest.mark.parametrize("factors", [(-40.0, 0.7), (-1.0, 1.0), (0.3, 2.0), (800.0, 0.7), (-800.0, 0.7)])
+    def test_parameters_get_the_gradients_of_the_functions(self, learn, factors):
+        """Without gates and with; the noise scale at its bounds, and far beyond them, too."""
+        raw, scale = factors
+        part = weights(bits=4, dropbits=None if learn is None else DropBits(p_keep=0.6, learn=learn))
+        w, upstream = normal(40, 20).requires_grad_(), normal(40, 20, seed=1)
+        part.initialize(scale * w.detach())
+        with torch.no_grad():
+            part.raw_rho.fill_(raw)
+        leaves = [w, *part.parameters()]
+        for _ in range(1 if learn is None else 6):
+            part.resample()
+            found = part(w)
+            alpha, sigma = part._steps(w.numel())
+            if learn is None:
+                expected = mode_quantize(w, alpha, sigma, -7, 7)
+            else:
+                expected = masked_quantize(w, alpha, sigma, part.base_grid, part.masks(), base=1)
+            assert torch.allclose(found, expected, atol=1e-6)
+            both = [torch.autograd.grad(out, leaves, upstream, allow_unused=True) for out in (found, expected)]
+            for one, other in zip(*both, strict=True):
+                assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
 
     def test_p_keep_is_how_often_the_lowest_gate_stays(self):
         part = weights(bits=3, dropbits=DropBits(p_keep=0.7))

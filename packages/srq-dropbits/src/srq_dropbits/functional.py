@@ -4,8 +4,8 @@ Louizos et al., "Relaxed Quantization for Discretized Neural Networks", arXiv:18
 logistic noise, and the mass that falls into each cell of the grid makes a categorical distribution ``pi``. Lee et al.,
 "Semi-Relaxed Quantization with DropBits", arXiv:1911.12990, and "Cluster-Promoting Quantization", arXiv:2109.02100
 (SRQ): the forward pass takes the mode of ``pi``, which is plain rounding, and the backward pass differentiates ``pi``
-at the mode. The closed forms are in ``v = x / alpha`` and ``u = alpha / sigma``, on which alone ``pi`` depends; one
-quantized value costs four sigmoids whatever the number of grid points.
+at the mode. The closed forms are in ``v = x / alpha`` and ``u = alpha / sigma``, on which alone ``pi`` depends; a
+quantized value costs the same whatever the number of grid points.
 """
 
 from __future__ import annotations

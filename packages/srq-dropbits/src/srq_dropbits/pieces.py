@@ -33,6 +33,8 @@ Interval = tuple[int, int]
 
 PIECE = 2**16
 """Entries of a piece: fresh pages for a dozen intermediate results cost more than the arithmetic."""
+# Enough for the caches of several cores to take part in.
+_THREADS = 8
 # Smaller masks, which hardly ever occur, would bring products near the ends of float32.
 _LEAST_MASK = 1e-12
 # Noise scales beyond the grid after which no mode changes; also those of functional.near_grid.
@@ -118,7 +120,7 @@ def plan_of(u: float, bounds: Interval, levels: Sequence[Interval], masks: Seque
     masks : of each level, the first one 1
     """
     # Bounds of the noise scale leave 2 .. 8.
-    if not 0.1 < u < 30 or any(outer > inner or 0 < outer < _LEAST_MASK for inner, outer in pairwise(masks)):
+    if not 0.1 < u < 30 or not all(inner >= outer >= _LEAST_MASK or outer == 0 for inner, outer in pairwise(masks)):
         return None
     kept: list[tuple[Interval, float]] = []
     for interval, mask in zip(levels, masks, strict=True):
@@ -185,6 +187,10 @@ class Sums:
         return like.new_tensor(self.masks) if wanted else None
 
 
+def _piece(count: int) -> int:
+    return min(PIECE * min(torch.get_num_threads(), _THREADS), max(count, 1))
+
+
 def forward(x: Tensor, alpha: Tensor, plan: Plan) -> Tensor:
     """Quantize to the mode.
 
@@ -198,7 +204,7 @@ def forward(x: Tensor, alpha: Tensor, plan: Plan) -> Tensor:
         return torch.div(x, alpha).round_().clamp_(*plan.kept[0][0]).mul_(alpha)
     flat = x.reshape(-1)
     found = torch.empty_like(flat)
-    size = min(PIECE, max(len(flat), 1))
+    size = _piece(len(flat))
     scratch = x.new_empty((4, size))
     for start in range(0, len(flat), size):
         out = found[start : start + size]
@@ -225,7 +231,7 @@ def backward(
     """
     flat_x, flat_gradient = x.reshape(-1), gradient.reshape(-1)
     d_x = torch.empty_like(flat_x)
-    size = min(PIECE, max(len(flat_x), 1))
+    size = _piece(len(flat_x))
     piece = _Piece(plan, step, baseline, u=u, masks=masks, dtype=x.dtype)
     scratch = x.new_empty((piece.rows, size))
     for start in range(0, len(flat_x), size):
@@ -352,16 +358,16 @@ class _Piece:
             torch.add(cosh, 2 * window.c, out=c).reciprocal_()
             torch.mul(sinh, c, out=b)
             c.mul_(2 * window.s)
-            if not share:
-                continue
-            total.add_(c, alpha=share)
-            by_v.addcmul_(c, b, value=share)
-            if self.want_u:
+            if share:
+                total.add_(c, alpha=share)
+                by_v.addcmul_(c, b, value=share)
+            if share and self.want_u:
                 b.mul_(found).add_(c, alpha=window.half).sub_(window.tilt)
                 by_u.addcmul_(c, b, value=share)
         weight.div_(total)
         slope.addcdiv_(by_v, total)
-        tilt.addcdiv_(by_u, total, value=-1.0)
+        if self.want_u:
+            tilt.addcdiv_(by_u, total, value=-1.0)
         if self.want_masks:
             self._add_masks(n, weight, torch.div(weight, total, out=h), rows, b, w)
         return 2 * self.s

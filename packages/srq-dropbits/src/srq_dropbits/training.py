@@ -590,7 +590,7 @@ def quantize_and_train(
     lr: float | int = 1e-3,
     batch_size: int = 64,
     distill: float | int = 0.0,
-    freeze_at: float | int = 0.6,
+    freeze_at: float | int = 1 / 3,
     calibration_batches: int = 8,
     bn_batches: int = 100,
     seed: int = 0,
