@@ -49,7 +49,7 @@ def _pairs(texts: tuple[str, ...]) -> list[tuple[int, int | None]]:
 class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
-    seeds: int = Field(2, ge=1, description="networks, each quantized by every method")
+    seeds: int = Field(3, ge=1, description="networks, each quantized by every method")
     epochs: int | None = Field(None, ge=1, description="epochs after quantization (default: 4)")
 
 
@@ -60,7 +60,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     from srq_dropbits.experiments import export_example, task_named
 
     task = task_named("digits", epochs=config.epochs or 4, float_epochs=8)
-    methods = ("ptq", "lsq", "mcste_zero", "srq", "srq+dropbits")
+    methods = ("ptq", "lsq", "srq", "srq+dropbits")
     bits = [(2, 2), (3, 3)]
     seeds = [config.seed + seed for seed in range(config.seeds)]
     with session.progress("demo", len(seeds) * (len(methods) * len(bits) + 1) + 1) as advance:
@@ -96,7 +96,7 @@ class CompareConfig(TaskOptions):
         " file or folder, with --arch"
     )
     methods: str = Field(
-        "ptq lsq rq_st mcste_zero mcste_input mode_soft srq+dropbits",
+        "ptq lsq rq_st mcste_zero mcste_input srq srq+dropbits",
         description=f"methods, spaces between them: {_METHODS_HELP}",
     )
     bits: tuple[str, ...] = Field(("2/2", "3/3", "4/4"), description="weights/activations; 3/32: activations float")
@@ -161,7 +161,7 @@ class LearningOptions(TaskOptions):
 
     max_bits: int = Field(4, ge=3, le=8, description="width that learned layers start from")
     act_bits: int = Field(4, ge=1, le=8, description="bits of activations")
-    method: str = Field("srq+dropbits", description="as in compare")
+    method: str = Field("srq", description="as in compare")
 
 
 class SweepConfig(LearningOptions):
@@ -273,7 +273,7 @@ class TrainConfig(CommandConfig):
         " package.module:factory; auto: by the shape of a row",
     )
     weights: Path | None = Field(None, description="trained float weights, .safetensors or .pt; else trained here")
-    method: str = Field("srq+dropbits", description=_METHODS_HELP)
+    method: str = Field("srq", description=_METHODS_HELP)
     weight_bits: int = Field(4, description="bits of weights, 2..8; what layers start from where bits are learned")
     act_bits: int = Field(4, description="bits of activations, 1..8; 32 leaves them float")
     layer_bits: tuple[str, ...] = Field((), description="pattern=bits of single layers, as in '0=8,*.fc=4,head=skip'")

@@ -389,6 +389,8 @@ def compare(
         "bits are weights/activations; first and last layers are quantized too, the network's own input has 8 bits;"
         " biases and batch norms stay float32"
     )
+    if any(width == 2 and parse_method(method, 2, None).dropbits for width, _ in bits for method in methods):
+        found.notes.append("at 2 bits DropBits has no level to drop, so that it changes nothing")
     return found
 
 
@@ -600,7 +602,7 @@ def sweep(
     max_bits: int = 4,
     act_bits: int | None = 4,
     weighting: Weighting = "size",
-    method: str = "srq+dropbits",
+    method: str = "srq",
     lr: float = 1e-3,
     epochs: int | None = None,
     device: str = "cpu",
@@ -712,7 +714,7 @@ def lottery(
     max_bits: int = 4,
     act_bits: int | None = 4,
     weighting: Weighting = "layer",
-    method: str = "srq+dropbits",
+    method: str = "srq",
     lr: float = 1e-3,
     epochs: int | None = None,
     scratch_epochs: int | None = None,
@@ -825,9 +827,7 @@ def diagnosis_rows(
     return rows
 
 
-def export_example(
-    run: Run, task: Task, seed: int, path: Path, method: str = "srq+dropbits", bits: int = 3
-) -> list[str]:
+def export_example(run: Run, task: Task, seed: int, path: Path, method: str = "srq", bits: int = 3) -> list[str]:
     """Quantize a task's network, write it as packed weights, read it back and say what it weighs.
 
     Parameters

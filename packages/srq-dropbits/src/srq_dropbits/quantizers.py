@@ -49,6 +49,7 @@ _RELAXED: frozenset[Estimator] = frozenset({"mcste", "mode_soft", "mode_gumbel",
 _FIXED_STEP: frozenset[Estimator] = frozenset({"ptq", "ste_minmax"})
 _SAMPLE = 50_000
 _CANDIDATES = 80
+_OPEN = 0.9
 
 
 def mse_step(x: Float[Tensor, "rows n"], n_lo: int, n_hi: int) -> Float[Tensor, " rows"]:
@@ -302,7 +303,7 @@ class _Gated(Quantizer):
             settings = dropbits or DropBits()
             self._lowest_bits = learn_bits.min_bits if learn_bits else settings.min_bits
             self.sharing, self.mask_path = settings.sharing, settings.path(estimator)
-            keep = settings.p_keep if learn_bits is None else max(settings.p_keep, 0.9)
+            keep = settings.p_keep if learn_bits is None else _OPEN
             count = gate_count(grid, self._base_level(grid), self.sharing)
             phi = torch.full((count,), keep_logit(keep))
             self._register("phi", phi, trained=bool(count) and (learn_bits is not None or settings.learn))

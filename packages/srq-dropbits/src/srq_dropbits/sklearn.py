@@ -43,7 +43,7 @@ class QuantizedMLPClassifier(ClassifierMixin, BaseEstimator):
         Width of a weight, 2..8; the most a weight may have where ``method`` learns widths.
     act_bits : int, default 4
         Width of an activation, 1..8; None keeps activations float.
-    method : str, default "srq+dropbits"
+    method : str, default "srq"
         As :meth:`srq_dropbits.config.QuantConfig.method` takes it.
     pretrain_epochs : int, default 30
         Passes through the rows before quantization.
@@ -94,7 +94,7 @@ class QuantizedMLPClassifier(ClassifierMixin, BaseEstimator):
         *,
         weight_bits: int = 3,
         act_bits: int | None = 4,
-        method: str = "srq+dropbits",
+        method: str = "srq",
         pretrain_epochs: int = 30,
         epochs: int = 20,
         learning_rate: float | int = 5e-3,
