@@ -272,6 +272,29 @@ class TestModeQuantize:
         for one, other in zip(parts, whole, strict=True):
             assert torch.allclose(one.grad, other.grad, atol=1e-8, rtol=1e-8)
 
+    @pytest.mark.parametrize("rho", [1 / 8, 1 / 3, 1 / 2])
+    @pytest.mark.parametrize(("n_lo", "n_hi"), [(-1, 1), (-7, 7), (0, 15)])
+    def test_soft_gradients_of_large_tensors_are_interpolated_closely(self, n_lo, n_hi, rho):
+        random = np.random.default_rng(0)
+        x, upstream = random.uniform(n_lo - 1, n_hi + 1, 70_001), random.normal(size=70_001)
+        # What float32 rounds to another cell is another function.
+        x = x[np.abs(x - 0.5 - np.round(x - 0.5)) > 1e-5]
+        found = []
+        for kind in (torch.float64, torch.float32):
+            parts = [torch.tensor(value, dtype=kind, requires_grad=True) for value in (x, 1.0, rho)]
+            out = mode_quantize(*parts, n_lo, n_hi, soft=True)
+            found.append(torch.autograd.grad(out, parts, torch.tensor(upstream[: len(x)], dtype=kind)))
+        exact, interpolated = found
+        assert torch.allclose(interpolated[0].double(), exact[0], atol=4e-5)
+        for one, other in zip(interpolated[1:], exact[1:], strict=True):
+            assert float(one) == pytest.approx(float(other), abs=0.02)
+
+    @pytest.mark.parametrize("n", [-1.5, -0.5, 0.5, 1.5])
+    def test_soft_gradients_on_an_edge_are_those_beside_it(self, n):
+        x = torch.tensor([n - 1e-9, n, n + 1e-9], dtype=torch.float64, requires_grad=True)
+        mode_quantize(x, ONE, THIRD, -3, 3, soft=True).sum().backward()
+        assert x.grad.numpy() == pytest.approx(float(x.grad[0]), abs=1e-7)
+
     @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
     def test_large_tensors_are_the_sum_of_their_pieces(self, shape):
         """Longer than the pieces the backward pass works in, and no multiple of them; every shape of a single step."""

@@ -10,8 +10,6 @@ quantized value costs the same whatever the number of grid points.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
 from srq_dropbits.pieces import PIECE, Baseline, applies, plan_of, quantize
+from srq_dropbits.soft import SlopeTable, mean_slopes
 
 __all__ = [
     "Baseline",
@@ -210,13 +209,7 @@ def mode_quantize(
 
 
 class _Soft(torch.autograd.Function):
-    """Rounding whose backward is the gradient of the mean of ``pi``, with the grid's own derivative through the mode.
-
-    ``sum_i n_i pi_i`` telescopes into the noise's tails beyond the cell edges. With ``r`` an edge less ``v``, and ``n``
-    the mode, the inner edges add ``sign(r) sigmoid(-u |r|)``, the tails beyond the grid enter with ``n`` less the
-    outermost point, and all is divided by the grid's mass: the mean less ``n``. Nothing cancels, and edges farther away
-    than the noise reaches add nothing.
-    """
+    """Rounding whose backward is the gradient of the mean of ``pi``; the grid itself is differentiated at the mode."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, u: Tensor, n_lo: int, n_hi: int) -> Tensor:
@@ -231,77 +224,47 @@ class _Soft(torch.autograd.Function):
         n_lo, n_hi = ctx.grid
         wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         if alpha.numel() > 1 or u.numel() > 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
-            d_x, d_alpha, d_u = _soft_backward(x, gradient, alpha, u, n_lo, n_hi, wanted)
-            d_alpha = None if d_alpha is None else _sum_to(d_alpha, alpha)
-            return d_x, d_alpha, None if d_u is None else _sum_to(d_u, u), None, None
+            v, n, weight, inside = _soft_places(x, gradient, alpha, n_lo, n_hi)
+            by_v, by_u = mean_slopes(inside, u, n_lo, n_hi, by_u=wanted[1])
+            d_x = by_v.mul_(weight)
+            d_alpha = _sum_to(n.mul_(gradient).sub_(v * d_x), alpha) if wanted[0] else None
+            return d_x, d_alpha, None if by_u is None else _sum_to(by_u.mul_(weight).mul_(alpha), u), None, None
+        table = None
+        if x.dtype == torch.float32 and x.numel() > 4 * SlopeTable.size(n_lo, n_hi) and 1 <= float(u) <= 10:
+            table = SlopeTable(u, n_lo, n_hi, by_u=wanted[1])
+        step, ratio = alpha.reshape(1), u.reshape(1)
+        flat_x, flat_gradient = x.reshape(-1), gradient.reshape(-1)
+        d_x = torch.empty_like(flat_x)
+        sums = x.new_zeros(2)
         # Pieces that stay in the cache.
-        parts = zip(x.reshape(-1).split(PIECE), gradient.reshape(-1).split(PIECE), strict=True)
-        steps = alpha.reshape(1), u.reshape(1)
-        found = [_soft_backward(*part, *steps, n_lo, n_hi, wanted) for part in parts]
-        d_x = torch.cat([each[0] for each in found]).view_as(x)
-        sums = [
-            torch.stack([each[place].sum() for each in found]).sum().reshape(like.shape) if asked else None  # pyright: ignore[reportOptionalMemberAccess]
-            for place, asked, like in ((1, wanted[0], alpha), (2, wanted[1], u))
-        ]
-        return d_x, *sums, None, None
+        for start in range(0, len(flat_x), PIECE):
+            piece = slice(start, start + PIECE)
+            upstream = flat_gradient[piece]
+            v, n, weight, inside = _soft_places(flat_x[piece], upstream, step, n_lo, n_hi)
+            slopes = table(inside) if table else mean_slopes(inside, ratio, n_lo, n_hi, by_u=wanted[1])
+            found = torch.mul(slopes[0], weight, out=d_x[piece])
+            if wanted[0]:
+                sums[0] += n.dot(upstream) - v.dot(found)
+            if slopes[1] is not None:
+                sums[1] += slopes[1].dot(weight)
+        d_alpha = sums[0].reshape(alpha.shape) if wanted[0] else None
+        return (
+            d_x.view_as(x),
+            d_alpha,
+            (sums[1] * alpha.reshape(())).reshape(u.shape) if wanted[1] else None,
+            None,
+            None,
+        )
 
 
-def _soft_backward(
-    x: Tensor, gradient: Tensor, alpha: Tensor, u: Tensor, n_lo: int, n_hi: int, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Give the gradient of x, and, entry by entry, those of alpha and u where they are wanted."""
+def _soft_places(
+    x: Tensor, gradient: Tensor, alpha: Tensor, n_lo: int, n_hi: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give x / alpha, the mode, the gradient where x is not saturated, and x / alpha within the grid's cells."""
     v = (x / alpha).clamp_(n_lo - 1, n_hi + 1)
     n = v.round().clamp_(n_lo, n_hi)
     weight = (v - n).abs_().le_(0.5).mul_(gradient)
-    inside = v.clamp(n_lo - 0.5, n_hi + 0.5)
-    # Of the mean less n, times the grid's mass: the value, and its derivatives by u v and by u.
-    value, slope, tilt = (torch.zeros_like(v) for _ in range(3))
-
-    def add(r: Tensor, share: Tensor | None = None) -> None:
-        tail = (r.abs() * u).neg_().sigmoid_()
-        density = torch.addcmul(tail, tail, tail, value=-1.0)
-        tail.copysign_(r)
-        if share is not None:
-            tail.mul_(share)
-            density.mul_(share)
-        value.add_(tail)
-        slope.add_(density)
-        if wanted[1]:
-            tilt.addcmul_(density, r, value=-1.0)
-
-    for r, share in _inner_edges(inside, n, u, n_lo, n_hi):
-        add(r, share)
-    low, high = (n_lo - 0.5) - inside, (n_hi + 0.5) - inside
-    add(low, n_lo - n)
-    add(high, n - n_hi)
-    below, above = (low * u).sigmoid_(), (high * u).neg_().sigmoid_()
-    mass = (below + above).neg_().add_(1.0)
-    mean = value.div_(mass)
-    below, above = below * (1 - below), above * (1 - above)
-    d_x = slope.addcmul_(mean, above - below).mul_(u).div_(mass).mul_(weight)
-    d_alpha = n.mul_(gradient).sub_(v * d_x) if wanted[0] else None
-    if not wanted[1]:
-        return d_x, d_alpha, None
-    of_mass = high.mul_(above).sub_(low.mul_(below))
-    return d_x, d_alpha, tilt.addcmul_(mean, of_mass, value=-1.0).div_(mass).mul_(weight).mul_(alpha)
-
-
-def _inner_edges(
-    v: Tensor, n: Tensor, u: Tensor, n_lo: int, n_hi: int
-) -> Generator[tuple[Tensor, Tensor | None], None, None]:
-    """Yield inner cell edges less ``v``, and whether each is one: all of them, or on wide grids those that matter."""
-    reach = n_hi - n_lo
-    if not torch.compiler.is_compiling() and reach > 8:
-        # Beyond this many cells a tail is below the rounding of numbers near 1.
-        reach = math.ceil(-math.log(torch.finfo(v.dtype).eps) / float(u.min()) + 0.5)
-    if 2 * reach >= n_hi - n_lo:
-        for edge in range(n_lo, n_hi):
-            yield (edge + 0.5) - v, None
-        return
-    middle = n - v
-    for place in range(reach):
-        yield middle + (place + 0.5), (n + place).lt_(n_hi)
-        yield middle - (place + 0.5), (n - place).gt_(n_lo)
+    return v, n, weight, v.clamp(n_lo - 0.5, n_hi + 0.5)
 
 
 def _sum_to(value: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""The mean of the distribution over the grid, differentiated: what the soft estimator passes on.
+
+``sum_i n_i pi_i`` (Louizos et al., arXiv:1810.01875, Eq 2-4) telescopes into the noise's tails beyond the cell edges.
+It is a function of ``v = x / alpha`` that depends on nothing but ``u = alpha / sigma`` and the grid: for a large tensor
+with one step its derivatives are computed on a fine lattice of ``v`` and interpolated, at a price that does not depend
+on the number of grid points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+__all__ = ["SlopeTable", "mean_slopes"]
+
+_PER_CELL = 128
+
+
+def mean_slopes(v: Tensor, u: Tensor, n_lo: int, n_hi: int, *, by_u: bool) -> tuple[Tensor, Tensor | None]:
+    """Differentiate ``S = sum_i n_i pi_i`` by ``v`` and by ``u``.
+
+    With ``r`` an edge less ``v``, and ``n`` the nearest grid point, the inner edges add ``sign(r) sigmoid(-u |r|)``,
+    the tails beyond the grid enter with ``n`` less the outermost point, and all is divided by the grid's mass: that is
+    ``S - n``. Nothing cancels, and edges farther away than the noise reaches add nothing.
+
+    Parameters
+    ----------
+    v : values in steps, of any shape such as (n, m), within the grid's outer edges
+    u : step / noise scale, broadcast against `v`
+    n_lo : lowest integer of the grid
+    n_hi : highest integer of the grid
+    by_u : whether the derivative by `u` is wanted
+
+    Returns
+    -------
+    dS/dv, and dS/du or None, of the shape of `v`.
+
+    Examples
+    --------
+    >>> v = torch.tensor([0.0, 0.5])
+    >>> mean_slopes(v, torch.tensor(3.0), -1, 1, by_u=False)[0]
+    tensor([0.8483, 0.8395])
+    """
+    # On an edge the point below, so that no edge above it has r < 0.
+    n = (v - 0.5).ceil_().clamp_(n_lo, n_hi)
+    # Of S - n times the grid's mass: the value, and its derivatives by u v and by u.
+    value, slope, tilt = (torch.zeros_like(v) for _ in range(3))
+
+    def add(r: Tensor, share: Tensor | None = None) -> None:
+        tail = (r.abs() * u).neg_().sigmoid_()
+        density = torch.addcmul(tail, tail, tail, value=-1.0)
+        tail.copysign_(r)
+        if share is not None:
+            tail.mul_(share)
+            density.mul_(share)
+        value.add_(tail)
+        slope.add_(density)
+        if by_u:
+            tilt.addcmul_(density, r, value=-1.0)
+
+    for r, share in _inner_edges(v, n, u, n_lo, n_hi):
+        add(r, share)
+    low, high = (n_lo - 0.5) - v, (n_hi + 0.5) - v
+    add(low, n_lo - n)
+    add(high, n - n_hi)
+    below, above = (low * u).sigmoid_(), (high * u).neg_().sigmoid_()
+    mass = (below + above).neg_().add_(1.0)
+    mean = value.div_(mass)
+    below, above = below * (1 - below), above * (1 - above)
+    by_v = slope.addcmul_(mean, above - below).mul_(u).div_(mass)
+    if not by_u:
+        return by_v, None
+    of_mass = high.mul_(above).sub_(low.mul_(below))
+    return by_v, tilt.addcmul_(mean, of_mass, value=-1.0).div_(mass)
+
+
+def _inner_edges(
+    v: Tensor, n: Tensor, u: Tensor, n_lo: int, n_hi: int
+) -> Generator[tuple[Tensor, Tensor | None], None, None]:
+    """Yield inner cell edges less ``v``, and whether each is one: all of them, or on wide grids those that matter."""
+    reach = n_hi - n_lo
+    if not torch.compiler.is_compiling() and reach > 8:
+        # Beyond this many cells a tail is below the rounding of numbers near 1.
+        reach = math.ceil(-math.log(torch.finfo(v.dtype).eps) / float(u.min()) + 0.5)
+    if 2 * reach >= n_hi - n_lo:
+        for edge in range(n_lo, n_hi):
+            yield (edge + 0.5) - v, None
+        return
+    middle = n - v
+    for place in range(reach):
+        yield middle + (place + 0.5), (n + place).lt_(n_hi)
+        yield middle - (place + 0.5), (n - place).gt_(n_lo)
+
+
+def _cubics(values: Tensor) -> Tensor:
+    """Give the coefficients of cubics through the four lattice points nearest to each interval, (4, intervals)."""
+
+    def from_points(*places: float) -> Tensor:
+        # Row k: how the k-th coefficient comes from the values at these places.
+        return torch.linalg.inv(torch.tensor([[x**k for k in range(4)] for x in places], dtype=torch.float64))
+
+    around = values.unfold(0, 4, 1).T
+    found = [
+        from_points(0, 1, 2, 3) @ around[:, :1],
+        from_points(-1, 0, 1, 2) @ around,
+        from_points(-2, -1, 0, 1) @ around[:, -1:],
+    ]
+    return torch.cat(found, dim=1).float().contiguous()
+
+
+class SlopeTable:
+    """The derivatives of :func:`mean_slopes` for one ``u``, by cubic interpolation, for float32.
+
+    128 lattice points a cell leave errors below 1e-6 where ``u`` is between 2 and 8.
+
+    Parameters
+    ----------
+    u : step / noise scale, one number
+    n_lo : lowest integer of the grid
+    n_hi : highest integer of the grid
+    by_u : whether the derivative by `u` is wanted
+    """
+
+    def __init__(self, u: Tensor, n_lo: int, n_hi: int, *, by_u: bool) -> None:
+        self.low = n_lo - 0.5
+        self.intervals = self.size(n_lo, n_hi)
+        lattice = torch.arange(self.intervals + 1, dtype=torch.float64) / _PER_CELL + self.low
+        slopes = mean_slopes(lattice, u.detach().double().reshape(()), n_lo, n_hi, by_u=by_u)
+        self.by_v, self.by_u = _cubics(slopes[0]), None if slopes[1] is None else _cubics(slopes[1])
+
+    @staticmethod
+    def size(n_lo: int, n_hi: int) -> int:
+        """Return how many intervals a table has; it pays for tensors of several times that many numbers."""
+        return (n_hi - n_lo + 1) * _PER_CELL
+
+    def __call__(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Interpolate at `v`, (n,) within the grid's outer edges: dS/dv, and dS/du or None."""
+        place = (v - self.low).mul_(_PER_CELL)
+        interval = place.long().clamp_(max=self.intervals - 1)
+        place.sub_(interval)
+
+        def at(cubic: Tensor) -> Tensor:
+            result = cubic[3].index_select(0, interval)
+            for coefficients in (cubic[2], cubic[1], cubic[0]):
+                result.mul_(place).add_(coefficients.index_select(0, interval))
+            return result
+
+        return at(self.by_v), None if self.by_u is None else at(self.by_u)
