@@ -38,6 +38,7 @@ def test_methods_are_parsed_with_their_settings():
     learned = parse_method("srq+dropbits+bits:target_bits=2.5", 4, 4)
     assert learned.learn_bits is not None
     assert (learned.learn_bits.max_bits, learned.learn_bits.target_bits) == (4, 2.5)
+    assert parse_method("cpq+dropbits", 3, 3) == parse_method("srq+dropbits", 3, 3)
     with pytest.raises(InputError, match="unknown setting 'tempreature'"):
         parse_method("rq:tempreature=2", 3, 3)
     with pytest.raises(InputError, match="did you mean mode_soft"):

@@ -252,7 +252,7 @@ class QuantConfig(_Strict):
 
         Parameters
         ----------
-        name : one of ``METHODS``
+        name : one of ``METHODS``; ``cpq`` may stand for ``srq``
         weight_bits : 2..8; the bit-width to start from, and never to exceed, where bits are learned
         act_bits : 1..8 or None
         **changes : further settings
@@ -262,6 +262,8 @@ class QuantConfig(_Strict):
         >>> QuantConfig.method("rq_st", 2, 2).estimator
         'rq_st'
         """
+        if name.startswith("cpq"):
+            name = "srq" + name.removeprefix("cpq")
         if name not in METHODS:
             from difflib import get_close_matches
 

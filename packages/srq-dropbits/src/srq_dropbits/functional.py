@@ -230,7 +230,7 @@ class _Soft(torch.autograd.Function):
             d_alpha = _sum_to(n.mul_(gradient).sub_(v * d_x), alpha) if wanted[0] else None
             return d_x, d_alpha, None if by_u is None else _sum_to(by_u.mul_(weight).mul_(alpha), u), None, None
         table = None
-        if x.dtype == torch.float32 and x.numel() > 4 * SlopeTable.size(n_lo, n_hi) and 1 <= float(u) <= 10:
+        if x.dtype == torch.float32 and SlopeTable.pays(x.numel(), float(u), n_lo, n_hi):
             table = SlopeTable(u, n_lo, n_hi, by_u=wanted[1])
         step, ratio = alpha.reshape(1), u.reshape(1)
         flat_x, flat_gradient = x.reshape(-1), gradient.reshape(-1)
@@ -263,7 +263,8 @@ def _soft_places(
     """Give x / alpha, the mode, the gradient where x is not saturated, and x / alpha within the grid's cells."""
     v = (x / alpha).clamp_(n_lo - 1, n_hi + 1)
     n = v.round().clamp_(n_lo, n_hi)
-    weight = (v - n).abs_().le_(0.5).mul_(gradient)
+    # The gradient of clipping: zero where the mode is saturated.
+    weight = torch.ops.aten.hardtanh_backward(gradient, v, n_lo - 0.5, n_hi + 0.5)
     return v, n, weight, v.clamp(n_lo - 0.5, n_hi + 0.5)
 
 

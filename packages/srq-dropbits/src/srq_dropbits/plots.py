@@ -117,11 +117,17 @@ def plot_ladder(path: str | Path, results: Sequence[Result]) -> None:
         raise InputError("the run has no test accuracy of a quantized network to draw; run compare first")
     tallest = max(len(rows) for rows in panels.values())
     with mpl.rc_context(_STYLE):
-        figure, axes = _grid_of_axes(len(panels), 4.2, 1.3 + 0.26 * tallest, 2 if len(panels) in {2, 4} else 3)
-        for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+        columns = 2 if len(panels) in {2, 4} else 3
+        figure, axes = _grid_of_axes(len(panels), 4.2, 1.3 + 0.26 * tallest, columns)
+        named: list[str] = []
+        for place, (axis, (name, rows)) in enumerate(zip(axes, panels.items(), strict=True)):
             _rungs(axis, rows)
-            axis.set_title(f"{name} bits (weights/inputs)" if "/" in name else name)
-            axis.set_xlabel("test accuracy, %", fontsize="small")
+            axis.set_title(f"{name} bits" if "/" in name else name)
+            axis.set_xlabel("test accuracy, %" + (" (bits: weights/inputs)" if "/" in name else ""), fontsize="small")
+            methods = [row.method for row in rows]
+            if place % columns and methods == named:
+                axis.tick_params(labelleft=False)
+            named = methods
         _legend_below(figure, axes)
         _save(figure, path)
 
@@ -151,7 +157,7 @@ def _rungs(axis: Axes, rows: Sequence[Result]) -> None:
     axis.plot([], [], "o", color=_BLUE, label="others")
     axis.set_yticks(range(len(methods)), [row.method for row in reversed(methods)])
     axis.set_xlim(left=100 * left)
-    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.margins(y=0.08)
     axis.grid(axis="x", alpha=0.3)
 
