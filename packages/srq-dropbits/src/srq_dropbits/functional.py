@@ -230,7 +230,7 @@ class _Soft(torch.autograd.Function):
             d_alpha = _sum_to(n.mul_(gradient).sub_(v * d_x), alpha) if wanted[0] else None
             return d_x, d_alpha, None if by_u is None else _sum_to(by_u.mul_(weight).mul_(alpha), u), None, None
         table = None
-        if x.dtype == torch.float32 and SlopeTable.pays(x.numel(), float(u), n_lo, n_hi):
+        if x.dtype == torch.float32 and SlopeTable.pays(x.numel(), float(u)):
             table = SlopeTable(u, n_lo, n_hi, by_u=wanted[1])
         step, ratio = alpha.reshape(1), u.reshape(1)
         flat_x, flat_gradient = x.reshape(-1), gradient.reshape(-1)

@@ -17,8 +17,6 @@ from torch import Tensor
 
 __all__ = ["SlopeTable", "mean_slopes"]
 
-_WIDE = 32
-
 
 def mean_slopes(v: Tensor, u: Tensor, n_lo: int, n_hi: int, *, by_u: bool) -> tuple[Tensor, Tensor | None]:
     """Differentiate ``S = sum_i n_i pi_i`` by ``v`` and by ``u``.
@@ -130,8 +128,9 @@ def _all_slopes(v: Tensor, u: Tensor, n_lo: int, n_hi: int) -> tuple[Tensor, Ten
 class SlopeTable:
     """The derivatives of :func:`mean_slopes` for one ``u`` of 1 to 10, by cubic interpolation, for float32.
 
-    128 lattice points a cell leave errors below 1e-6 where ``u`` is between 2 and 8; grids of more than 32 points, used
-    for ``u`` up to 4, have 16, and errors of up to 1e-4.
+    128 lattice points a cell leave errors below 1e-6 where ``u`` is between 2 and 8; grids of more than 32 points have
+    32, so that the table stays in the cache, and errors of up to 1e-4. Cells that the ends do not reach are all alike
+    and computed once.
 
     Parameters
     ----------
@@ -142,23 +141,28 @@ class SlopeTable:
     """
 
     def __init__(self, u: Tensor, n_lo: int, n_hi: int, *, by_u: bool) -> None:
-        wide = n_hi - n_lo >= _WIDE
+        points = n_hi - n_lo + 1
         self.low = n_lo - 0.5
-        self.per_cell = 16 if wide else 128
-        self.intervals = (n_hi - n_lo + 1) * self.per_cell
-        lattice = torch.arange(self.intervals + 1, dtype=torch.float64) / self.per_cell + self.low
+        self.per_cell = 128 if points <= 32 else 32
+        self.intervals = points * self.per_cell
         ratio = u.detach().double().reshape(())
-        if wide:
-            by_v, tilt = mean_slopes(lattice, ratio, n_lo, n_hi, by_u=by_u)
-        else:
-            by_v, tilt = _all_slopes(lattice, ratio, n_lo, n_hi)
-        self.by_v, self.by_u = _cubics(by_v), _cubics(tilt) if by_u and tilt is not None else None
+        near = math.ceil(17 / float(ratio)) + 1
+        kept = min(points, 2 * near + 1)
+        lattice = torch.arange(kept * self.per_cell + 1, dtype=torch.float64) / self.per_cell - 0.5
+        slopes = _all_slopes(lattice, ratio, 0, kept - 1)
+        self.by_v = self._spread(_cubics(slopes[0]), near, points - kept)
+        self.by_u = self._spread(_cubics(slopes[1]), near, points - kept) if by_u else None
+
+    def _spread(self, cubics: Tensor, near: int, further: int) -> Tensor:
+        """Repeat the middle cell."""
+        if not further:
+            return cubics
+        left, middle, right = cubics.split([near * self.per_cell, self.per_cell, near * self.per_cell], dim=1)
+        return torch.cat([left, middle.repeat(1, further + 1), right], dim=1)
 
     @staticmethod
-    def pays(count: int, u: float, n_lo: int, n_hi: int) -> bool:
+    def pays(count: int, u: float) -> bool:
         """Tell whether a table, making it included, is faster for so many numbers; measured."""
-        if n_hi - n_lo >= _WIDE:
-            return 1 <= u <= 4 and count > 20_000
         return 1 <= u <= 10 and count > 6000
 
     def __call__(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
