@@ -404,3 +404,21 @@ def test_an_earlier_state_ends_a_freeze():
     assert one.learns_bits
     assert one.phi.requires_grad
     assert one.grid == Grid.signed(4)
+
+
+@pytest.mark.parametrize("count", [50, 5000])
+@pytest.mark.parametrize("learn", [True, False])
+def test_the_soft_estimator_straight_from_parameters_is_that_of_the_graph(count, learn):
+    part = weights(bits=3, estimator="mode_soft", learn_sigma=learn)
+    x = torch.randn(1, count, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    part.initialize(x.detach())
+    upstream = torch.randn(1, count, generator=torch.Generator().manual_seed(1))
+    wanted = [x, *part.parameters()]
+    out = part(x)
+    found = torch.autograd.grad(out, wanted, upstream)
+    alpha, sigma = part._steps(count)
+    through = part._relaxed(x, part.grid, alpha, sigma)
+    assert torch.equal(out, through)
+    for one, other in zip(found, torch.autograd.grad(through, wanted, upstream), strict=True):
+        assert one.shape == other.shape
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)

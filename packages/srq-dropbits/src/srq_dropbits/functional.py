@@ -29,6 +29,7 @@ __all__ = [
     "log_probs",
     "lsq_quantize",
     "mode_quantize",
+    "soft_gradients",
     "stochastic_round",
 ]
 
@@ -223,38 +224,54 @@ class _Soft(torch.autograd.Function):
         x, alpha, u = ctx.saved_tensors
         n_lo, n_hi = ctx.grid
         wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        if alpha.numel() > 1 or u.numel() > 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not applies(x, alpha, u):
             v, n, weight, inside = _soft_places(x, gradient, alpha, n_lo, n_hi)
             by_v, by_u = mean_slopes(inside, u, n_lo, n_hi, by_u=wanted[1])
             d_x = by_v.mul_(weight)
             d_alpha = _sum_to(n.mul_(gradient).sub_(v * d_x), alpha) if wanted[0] else None
             return d_x, d_alpha, None if by_u is None else _sum_to(by_u.mul_(weight).mul_(alpha), u), None, None
-        table = None
-        if x.dtype == torch.float32 and SlopeTable.pays(x.numel(), float(u)):
-            table = SlopeTable(u, n_lo, n_hi, by_u=wanted[1])
-        step, ratio = alpha.reshape(1), u.reshape(1)
-        flat_x, flat_gradient = x.reshape(-1), gradient.reshape(-1)
-        d_x = torch.empty_like(flat_x)
-        sums = x.new_zeros(2)
-        # Pieces that stay in the cache.
-        for start in range(0, len(flat_x), PIECE):
-            piece = slice(start, start + PIECE)
-            upstream = flat_gradient[piece]
-            v, n, weight, inside = _soft_places(flat_x[piece], upstream, step, n_lo, n_hi)
-            slopes = table(inside) if table else mean_slopes(inside, ratio, n_lo, n_hi, by_u=wanted[1])
-            found = torch.mul(slopes[0], weight, out=d_x[piece])
-            if wanted[0]:
-                sums[0] += n.dot(upstream) - v.dot(found)
-            if slopes[1] is not None:
-                sums[1] += slopes[1].dot(weight)
-        d_alpha = sums[0].reshape(alpha.shape) if wanted[0] else None
-        return (
-            d_x.view_as(x),
-            d_alpha,
-            (sums[1] * alpha.reshape(())).reshape(u.shape) if wanted[1] else None,
-            None,
-            None,
-        )
+        d_x, by_alpha, by_u = soft_gradients(x, gradient, alpha, u, n_lo, n_hi, by_u=wanted[1])
+        d_u = None if by_u is None else (by_u * alpha.reshape(())).reshape(u.shape)
+        return d_x, by_alpha.reshape(alpha.shape) if wanted[0] else None, d_u, None, None
+
+
+def soft_gradients(
+    x: Tensor, gradient: Tensor, alpha: Tensor, u: Tensor, n_lo: int, n_hi: int, *, by_u: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Give the soft estimator's gradients for one step on the CPU.
+
+    Parameters
+    ----------
+    x : tensor of any shape, such as (n, m)
+    gradient : of the quantized values, of the shape of `x`
+    alpha : step > 0, one number
+    u : step / noise scale, one number
+    n_lo : lowest integer of the grid
+    n_hi : highest integer of the grid
+    by_u : whether the gradient of `u` is wanted
+
+    Returns
+    -------
+    The gradients of x, of the step at fixed `u`, (), and of `u` / `alpha`, () or None.
+    """
+    step, ratio = alpha.reshape(1), u.reshape(1)
+    table = None
+    if x.dtype == torch.float32 and SlopeTable.pays(x.numel(), float(u)):
+        table = SlopeTable(float(u), n_lo, n_hi, by_u=by_u)
+    flat_x, flat_gradient = x.reshape(-1), gradient.reshape(-1)
+    d_x = torch.empty_like(flat_x)
+    of_alpha, of_u = x.new_zeros(()), x.new_zeros(())
+    # Pieces that stay in the cache.
+    for start in range(0, len(flat_x), PIECE):
+        piece = slice(start, start + PIECE)
+        upstream = flat_gradient[piece]
+        v, n, weight, inside = _soft_places(flat_x[piece], upstream, step, n_lo, n_hi)
+        slopes = table(inside) if table else mean_slopes(inside, ratio, n_lo, n_hi, by_u=by_u)
+        found = torch.mul(slopes[0], weight, out=d_x[piece])
+        of_alpha += n.dot(upstream) - v.dot(found)
+        if slopes[1] is not None:
+            of_u += slopes[1].dot(weight)
+    return d_x.view_as(x), of_alpha, of_u if by_u else None
 
 
 def _soft_places(

@@ -24,6 +24,7 @@ from srq_dropbits.functional import (
     grid_round,
     lsq_quantize,
     mode_quantize,
+    soft_gradients,
     stochastic_round,
 )
 from srq_dropbits.gates import (
@@ -128,6 +129,33 @@ class _FromParameters(torch.autograd.Function):
         if by_rho:
             d_rho = torch.full_like(raw_rho, -factor * plan.u * _rho_of(raw_rho.item())[1] * sums.u)
         return d_x, d_alpha, d_rho, sums.of_masks(x, by_masks), None, None, None
+
+
+class _SoftFromParameters(torch.autograd.Function):
+    """Quantize as ``mode_quantize(soft=True)`` does, straight from the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log_alpha: Tensor, raw_rho: Tensor, bounds: tuple[int, int], factor: float
+    ) -> Tensor:
+        alpha = log_alpha.exp()
+        ctx.save_for_backward(x, alpha, raw_rho)
+        ctx.rest = bounds, factor
+        return grid_round(x, alpha, *bounds).mul_(alpha)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, raw_rho = ctx.saved_tensors
+        bounds, factor = ctx.rest
+        _, by_alpha, by_rho, *_ = ctx.needs_input_grad
+        rho, derivative = _rho_of(raw_rho.item())
+        u = alpha.new_tensor(1 / rho)
+        d_x, of_alpha, of_u = soft_gradients(x, gradients[0], alpha, u, *bounds, by_u=by_rho)
+        d_alpha = (of_alpha * (alpha * factor).reshape(())).reshape(alpha.shape) if by_alpha else None
+        d_rho = None
+        if of_u is not None:
+            d_rho = (of_u * alpha.reshape(()) * (-factor * derivative / rho)).reshape(raw_rho.shape)
+        return d_x, d_alpha, d_rho, None, None
 
 
 def _scaled_gradient(value: Tensor, factor: float) -> Tensor:
@@ -403,11 +431,14 @@ class _Gated(Quantizer):
     def _quantize_at_once(self, x: Tensor, masks: Tensor | None) -> Tensor | None:
         """Quantize straight from the parameters; None where that is not possible."""
         grid = self.grid if masks is None else self.base_grid
-        if self.estimator != "mcste" or self.plain or grid.size == 1:
+        if self.plain or grid.size == 1 or not applies(x, self.log_alpha, self.raw_rho):
+            return None
+        if self.estimator == "mode_soft" and masks is None:
+            bounds = (grid.n_lo, grid.n_hi)
+            return _SoftFromParameters.apply(x, self.log_alpha, self.raw_rho, bounds, self._factor(x.numel()))
+        if self.estimator != "mcste":
             return None
         if masks is not None and (self.mask_path == "value" or self.sharing != "bit"):
-            return None
-        if not applies(x, self.log_alpha, self.raw_rho):
             return None
         u = 1 / _rho_of(self.raw_rho.item())[0]
         bounds = (grid.n_lo, grid.n_hi)
