@@ -136,8 +136,8 @@ def test_nothing_to_draw_is_said(draw, empty, tmp_path):
 def test_ladder_has_a_panel_for_each_bit_width_and_cuts_off_what_failed(tmp_path, figures):
     plots.plot_ladder(tmp_path / "p.png", ladder())
     assert [axis.get_title() for axis in figures[0].axes] == [
-        "digits 2/2 bits (weights/inputs)",
-        "digits 4/4 bits (weights/inputs)",
+        "digits 2/2 bits",
+        "digits 4/4 bits",
     ]
     for axis, rows in zip(figures[0].axes, (ladder()[:12], ladder()[13:25]), strict=True):
         labels = [label.get_text() for label in axis.get_yticklabels()]
