@@ -139,9 +139,10 @@ def test_ladder_has_a_panel_for_each_bit_width_and_cuts_off_what_failed(tmp_path
         "digits 2/2 bits",
         "digits 4/4 bits",
     ]
+    # Neighbours with the same methods share their names.
+    named = [[label.get_text() for label in axis.get_yticklabels()] for axis in figures[0].axes]
+    assert named == [["srq+dropbits", "rq_st", "mcste_zero", "lsq", "ptq"], []]
     for axis, rows in zip(figures[0].axes, (ladder()[:12], ladder()[13:25]), strict=True):
-        labels = [label.get_text() for label in axis.get_yticklabels()]
-        assert labels == ["srq+dropbits", "rq_st", "mcste_zero", "lsq", "ptq"]
         means = {one.method: 100 * one.mean for one in rows if one.metric == "test accuracy"}
         # What is beyond the edge is written out.
         left = axis.get_xlim()[0]
