@@ -194,7 +194,7 @@ def _named_or_own_table(config: CompareConfig) -> Table:
         return load_table(config.data)
     import numpy as np
 
-    from sparsity_norm.tables import TableSchema, read_table
+    from shared_core.tables import TableSchema, read_table
 
     frame = read_table(config.data)
     exclude = (*config.exclude, config.group) if config.group else config.exclude
@@ -308,10 +308,10 @@ def _rating_results(model: AutoRecRecommender, test: RatingMatrix, name: str, se
 def _fit_table(config: FitConfig, session: Session) -> Outcome:
     import numpy as np
 
+    from shared_core.tables import TableSchema, read_table
     from sparsity_norm.models import TableModel
     from sparsity_norm.plots import plot_history
     from sparsity_norm.sklearn import SNClassifier, SNRegressor
-    from sparsity_norm.tables import TableSchema, read_table
 
     source = str(config.data)
     frame = read_table(config.data)
@@ -415,9 +415,9 @@ class EvaluateConfig(CommandConfig):
 @line.command(EvaluateConfig)
 def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     """Measure a fitted model on held-out data, also by how much was known."""
+    from shared_core.tables import read_table
     from sparsity_norm.data import load_ratings
     from sparsity_norm.models import TableModel, load_model
-    from sparsity_norm.tables import read_table
 
     model = load_model(config.model)
     if isinstance(model, TableModel):
@@ -440,8 +440,8 @@ class PredictConfig(CommandConfig):
 @line.command(PredictConfig)
 def predict(config: PredictConfig, session: Session) -> Outcome:
     """Predict each row of a table, or each (user, item) pair of a list; writes predictions.csv."""
+    from shared_core.tables import read_table
     from sparsity_norm.models import TableModel, load_model
-    from sparsity_norm.tables import read_table
 
     model = load_model(config.model)
     frame = read_table(config.data)
@@ -492,8 +492,8 @@ def recommend(config: RecommendConfig, session: Session) -> Outcome:
     """Recommend items to known users, or to new ones from their ratings; writes recommendations.csv."""
     import pandas as pd
 
+    from shared_core.tables import read_table
     from sparsity_norm.models import TableModel, load_model
-    from sparsity_norm.tables import read_table
 
     model = load_model(config.model)
     if isinstance(model, TableModel):
@@ -561,7 +561,7 @@ def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
     if config.prediction is not None or config.count is not None:
         if config.prediction is None or config.count is None:
             raise InputError("--prediction and --count go together: name both columns")
-        from sparsity_norm.tables import numeric_columns, read_table
+        from shared_core.tables import numeric_columns, read_table
 
         wanted = [config.prediction, config.count, *([config.truth] if config.truth else [])]
         columns = numeric_columns(read_table(config.data), wanted, str(config.data))
@@ -616,8 +616,8 @@ def ampute(config: AmputeConfig, session: Session) -> Outcome:
     """Remove entries from a table, each row at a rate of its own; writes amputed.csv."""
     import numpy as np
 
+    from shared_core.tables import numeric_columns, read_table
     from sparsity_norm.ampute import ampute as remove
-    from sparsity_norm.tables import numeric_columns, read_table
 
     source = str(config.data)
     frame = read_table(config.data)

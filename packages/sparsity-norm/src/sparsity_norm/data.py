@@ -12,8 +12,8 @@ from jaxtyping import Float, Shaped
 
 from shared_core.data import ImageData, RatingData, SeriesData, TableData, load, read_ratings
 from shared_core.errors import UnknownKeyError
+from shared_core.tables import Scale, read_sparse, read_table
 from sparsity_norm.ratings import Duplicates, RatingMatrix
-from sparsity_norm.tables import Scale, read_sparse, read_table
 
 __all__ = ["RATING_SETS", "TABLES", "Table", "latent_level", "load_ratings", "load_table", "photograph"]
 

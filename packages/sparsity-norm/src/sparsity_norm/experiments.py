@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from shared_core.device import one_thread
 from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import Claim, Result, Run, interval, summarize
+from shared_core.tables import learn_scale
 from sparsity_norm.ampute import ampute
 from sparsity_norm.audit import VSPReport, vsp_curve, vsp_report
 from sparsity_norm.data import Table
@@ -27,7 +28,6 @@ from sparsity_norm.plots import Curve
 from sparsity_norm.ratings import RatingMatrix, split_ratings
 from sparsity_norm.recommend import AutoRecRecommender
 from sparsity_norm.serving import Recommender
-from sparsity_norm.tables import learn_scale
 
 __all__ = [
     "RATING_ARMS",

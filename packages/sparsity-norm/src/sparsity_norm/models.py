@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from shared_core.errors import InputError
 from shared_core.runs import write_json
+from shared_core.tables import TableSchema
 from sparsity_norm.recommend import AutoRecRecommender
 from sparsity_norm.sklearn import SNClassifier, SNRegressor
-from sparsity_norm.tables import TableSchema
 
 __all__ = ["RatingGraph", "TableModel", "graph_of", "load_model"]
 

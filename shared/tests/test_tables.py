@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from scipy import sparse
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 from shared_core.errors import InputError
-from sparsity_norm.tables import TableSchema, read_table
+from shared_core.tables import TableSchema, read_table
 
 FRAME = pd.DataFrame(
     {
@@ -39,6 +41,12 @@ needs_parquet = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, 
 ENDINGS = [".csv", ".tsv", ".csv.gz", ".npz", *([".parquet"] if importlib.util.find_spec("pyarrow") else [])]
 
 
+@pytest.mark.parametrize("module", ["shared_core", "shared_core.data", "shared_core.cli", "shared_core.runs"])
+def test_only_this_module_needs_pandas(module):
+    code = f"import sys, {module}; sys.exit('pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @needs_parquet
 def test_parquet_reads_like_csv(tmp_path):
     frame = FRAME.drop(columns="empty")
@@ -54,7 +62,7 @@ def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch)
         raise ImportError("no parquet engine")
 
     monkeypatch.setattr(pd, "read_parquet", absent)
-    with pytest.raises(InputError, match=r"pip install 'sparsity-norm\[parquet\]'"):
+    with pytest.raises(InputError, match="needs pyarrow; pip install pyarrow"):
         read_table(tmp_path / "t.parquet")
 
 

@@ -69,7 +69,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; check the path") from error
     except ImportError as error:
-        raise InputError(f"{path}: reading Parquet needs pyarrow; pip install 'sparsity-norm[parquet]'") from error
+        raise InputError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text; save the table as UTF-8") from error
     except (ValueError, pd.errors.ParserError, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
@@ -134,7 +134,7 @@ def _dense_from_sparse(path: Path) -> Float[np.ndarray, "rows columns"]:
     rows, columns = cast("tuple[int, int]", matrix.shape)
     if rows * columns > _MAX_DENSE_CELLS:
         raise InputError(
-            f"{path}: {rows} x {columns} is too large for a dense table; if it holds ratings, give it without --target"
+            f"{path}: {rows} x {columns} is too large for a dense table; give fewer columns"
         )
     dense = np.full((rows, columns), np.nan)
     dense[matrix.coords[0], matrix.coords[1]] = matrix.data
@@ -249,7 +249,7 @@ class TableSchema:
             task = "classification" if not numeric or few_integers else "regression"
         if task == "regression":
             if not numeric:
-                raise InputError(f"{source}: the target '{target}' is not numeric; use --task classification")
+                raise InputError(f"{source}: the target '{target}' is not numeric; choose the task classification, or another target")
             return cls(tuple(columns), target, None)
         classes = tuple(sorted({_label(value) for value in known}, key=_numbers_first))
         if len(classes) < 2:
