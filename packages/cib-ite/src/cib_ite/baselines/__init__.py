@@ -1,0 +1,1 @@
+"""What the method is compared to: `classical` ones, and `external` packages behind the same interface."""
