@@ -41,7 +41,7 @@ def test_kl_is_zero_at_the_prior_only():
 
 @pytest.mark.parametrize(("beta", "information"), [(0.1, 0.5 * math.log(9)), (0.3, 0.5 * math.log(7 / 3)), (0.7, 0.0)])
 def test_gaussian_information_bottleneck_has_its_phase_transition(beta, information):
-    """X ~ N(0,1), Y = X + N(0,1), z = a x + N(0, s^2): I(Z;X) = log(1 + u) / 2, u = (r - beta) / (beta (1 - r)), r = 1/2."""
+    """X ~ N(0,1), Y = X + N(0,1): I(Z;X) = log(1 + u) / 2 with u = (r - beta) / (beta (1 - r)), r = 1/2."""
     r = 0.5
     u = max(0.0, (r - beta) / (beta * (1 - r)))
     assert information == pytest.approx(0.5 * math.log(1 + u))
@@ -122,7 +122,9 @@ def test_the_adversarial_term_is_the_bound_without_the_entropy():
     z = random.normal((2 * t - 1) * m)
     logit = torch.from_numpy(2 * m * z + math.log(u / (1 - u)))
     entropy = -(u * math.log(u) + (1 - u) * math.log(1 - u))
-    assert entropy + losses.adversarial(logit, torch.from_numpy(t)).item() == pytest.approx(exact_information(m, u), abs=2e-3)
+    assert entropy + losses.adversarial(logit, torch.from_numpy(t)).item() == pytest.approx(
+        exact_information(m, u), abs=2e-3
+    )
 
 
 def test_the_adversarial_term_is_clipped():
@@ -164,7 +166,10 @@ def test_linear_mmd_of_identical_arms_is_zero():
 def test_rbf_mmd_against_the_formula_of_cfrnet():
     z, u, width = tensors(1, 20, 3), 0.5, 0.7
     x, y = z[8:], z[:8]
-    kernel = lambda a, b: torch.exp(-torch.cdist(a, b) ** 2 / width**2)
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.exp(-(torch.cdist(a, b) ** 2) / width**2)
+
     m, n = 12, 8
     expected = (1 - u) ** 2 / (m * (m - 1)) * (kernel(x, x).sum() - m)
     expected += u**2 / (n * (n - 1)) * (kernel(y, y).sum() - n)
@@ -238,7 +243,11 @@ def test_stacks_are_batches_side_by_side(name):
     z = tensors(7, 3, 20, 4)
     t = ARMS.expand(3, -1)
     scale = torch.full_like(z, 0.5)
-    call = (lambda a, b, s: losses.mi_gauss(a, s, b)) if name == "mi_gauss" else lambda a, b, s: getattr(losses, name)(a, b)
+    call = (
+        (lambda a, b, s: losses.mi_gauss(a, s, b))
+        if name == "mi_gauss"
+        else lambda a, b, s: getattr(losses, name)(a, b)
+    )
     whole = call(z, t, scale)
     assert torch.allclose(whole, torch.stack([call(z[k], t[k], scale[k]) for k in range(3)]))
 
@@ -308,7 +317,11 @@ def test_gradient_of_sinkhorn_through_the_plan(slack):
 def small_module() -> CIBModule:
     torch.manual_seed(0)
     return CIBModule(
-        nn.Sequential(nn.Linear(5, 8), nn.ELU(), nn.Linear(8, 6)), nn.Linear(3, 1), nn.Linear(3, 1), nn.Linear(3, 1), share=0.4
+        nn.Sequential(nn.Linear(5, 8), nn.ELU(), nn.Linear(8, 6)),
+        nn.Linear(3, 1),
+        nn.Linear(3, 1),
+        nn.Linear(3, 1),
+        share=0.4,
     )
 
 

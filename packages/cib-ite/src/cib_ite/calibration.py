@@ -82,7 +82,9 @@ class WeightedScores:
         # A relative tolerance: sums of equal weights must not miss by rounding.
         position = np.searchsorted(cumulative, (1 - alpha) * (total + weight) * (1 - 1e-12), side="left")
         reached = position < len(self.score)
-        return np.where(reached, self.score[np.minimum(position, len(self.score) - 1)] if len(self.score) else 0, np.inf)
+        return np.where(
+            reached, self.score[np.minimum(position, len(self.score) - 1)] if len(self.score) else 0, np.inf
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +173,7 @@ def effect_inflation(
     """Factor on the model's standard deviation that explains held-out residuals, at least 1.
 
     A held-out residual has variance ``noise^2 + error^2``. Where the model is sure of itself beyond its error (large
-    lam, small beta), residuals exceed the learned noise by more than the claimed variance, and the ratio says by how much.
+    lam, small beta), residuals exceed the learned noise by more than the claimed variance; the ratio says how much.
 
     Parameters
     ----------

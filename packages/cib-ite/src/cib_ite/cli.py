@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cib_ite.data import EffectSchema, EffectTable, Loaded
     from cib_ite.estimator import CIB
+    from cib_ite.evaluate import Evaluation
 
 line = CommandLine(
     "cib-ite",
@@ -106,9 +107,9 @@ def _load(source: str | Path, config: DataOptions, **more: Any) -> Loaded:
 class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
-    draws: int = Field(5, ge=1, description="draws of the outcome surface and of the treatment")
+    draws: int = Field(3, ge=1, description="draws of the outcome surface and of the treatment")
     methods: tuple[str, ...] = Field(("cib", "tarnet", "ols2", "rf_t"), description="methods to compare")
-    steps: int = Field(1200, ge=25, description="most training steps of the networks")
+    steps: int = Field(400, ge=25, description="most training steps of the networks")
 
 
 @line.command(DemoConfig)
@@ -120,7 +121,14 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     from cib_ite.plots import plot_comparison
 
     tables = {d: embedded("diabetes", seed=config.seed + d) for d in range(config.draws)}
-    with session.progress("demo", (len(config.methods) + 1) * config.draws) as advance:
+    changes = {"steps": config.steps, "device": str(session.device)}
+    models: dict[str, Any] = {}
+
+    def keep(method: str, draw: int, model: Any) -> None:
+        if (method, draw) == ("cib", 0):
+            models["cib"] = model
+
+    with session.progress("demo", len(config.methods) * config.draws) as advance:
         results, claims, _ = compare_methods(
             session.run,
             "diabetes, surface B",
@@ -128,34 +136,49 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
             methods=config.methods,
             seed=config.seed,
             tune=False,
-            changes={"steps": config.steps, "device": str(session.device)},
+            changes=changes,
             advance=lambda note, draws: advance(draws, note=note),
+            on_model=keep,
         )
-        table = tables[0]
-        model = fit_method("cib", [table], [config.seed], tune=False, changes={"steps": config.steps})[0].model
-        advance(config.draws)
-    shown = [r for r in results if r.metric in {"sqrt_pehe out", "ate error out", "spearman", "withholding 20 %"}]
+    # After an interruption the model is no longer at hand.
+    model = models.get("cib") or fit_method("cib", [tables[0]], [config.seed], tune=False, changes=changes)[0].model
+    shown = [r for r in results if r.metric in {"sqrt_pehe out", "spearman", "withholding 20 %", "cate coverage 90 %"}]
     plot_comparison(session.run.artifact("comparison.png"), shown)
-    _pictures(session, model, table)
-    _write_report(session, model, table, {"data": "diabetes", "seed": config.seed})
+    _pictures(session, model, tables[0])
     notes = [
-        "442 real patients; treatment and outcome are simulated on them (Hill's response surface B, and a corner of the",
-        "covariates in which nobody is treated), so that true effects are known. Methods have their default settings;",
-        "'cib-ite compare' tunes all of them. sqrt_pehe: root mean squared error of the effects.",
+        "442 real patients; treatment and outcome are simulated on them (Hill's response surface B, and a corner of",
+        "the covariates in which nobody is treated), so that true effects are known. Methods have their default",
+        "settings; 'cib-ite compare' tunes them. sqrt_pehe: root mean squared error of the effects.",
     ]
     return Outcome(shown, claims, notes)
 
 
-def _pictures(session: Session, model: CIB, table: EffectTable) -> None:
+def _pictures(session: Session, model: CIB, table: EffectTable, evaluation: Evaluation | None = None) -> None:
     from cib_ite.evaluate import evaluate_model
-    from cib_ite.plots import plot_effects, plot_overlap, plot_withholding
+    from cib_ite.plots import plot_effects, plot_overlap
 
     found = model.effect_inference(table.x)
     plot_effects(session.run.artifact("effects.png"), found, model.decide(table.x))
-    plot_overlap(session.run.artifact("overlap.png"), found, table.treatment, model.overlap_.bounds)
-    evaluation = evaluate_model(model, table)
-    if evaluation.withholding is not None:
-        plot_withholding(session.run.artifact("withholding.png"), {"cib": evaluation.withholding})
+    plot_overlap(
+        session.run.artifact("overlap.png"),
+        found.propensity,
+        table.treatment,
+        no_overlap=found.no_overlap,
+        rate_percentile=found.rate_percentile,
+        bounds=model.overlap_.bounds,
+    )
+    _withheld(session.run.artifact("withholding.png"), evaluation or evaluate_model(model, table))
+
+
+def _withheld(path: Path, evaluation: Evaluation) -> bool:
+    """Draw the withholding curve of the true error, or, where nobody knows it, of the factual one."""
+    from cib_ite.plots import plot_withholding
+
+    for kind, label in (("effect", "root PEHE of the rows kept"), ("factual", "factual error of the rows kept")):
+        if kind in evaluation.withholding:
+            plot_withholding(path, {"cib": evaluation.withholding[kind]}, ylabel=label)
+            return True
+    return False
 
 
 def _write_report(session: Session, model: CIB, table: EffectTable, config: dict[str, Any], **more: Any) -> None:
@@ -255,11 +278,15 @@ def _shift(config: CompareConfig, session: Session, tables: dict[int, EffectTabl
         values = [cell[metric] for cell in cells if metric in cell]
         better: Literal["lower", "higher"] = "lower" if "pehe" in metric else "higher"
         results.append(
-            summarize(values, dataset=f"{config.data}, shift {config.shift}", method="cib", metric=metric, better=better)
+            summarize(
+                values, dataset=f"{config.data}, shift {config.shift}", method="cib", metric=metric, better=better
+            )
         )
     mean = sum(max(c["auroc"], c["auroc_rate"]) for c in cells) / len(cells)
     text = "uncertainty or rate tells rows of the unseen group (mean AUROC)"
-    return Outcome(results, [Claim(text=text, source="specification 8.4b", holds=mean >= 0.6, value=mean, threshold=0.6)])
+    return Outcome(
+        results, [Claim(text=text, source="specification 8.4b", holds=mean >= 0.6, value=mean, threshold=0.6)]
+    )
 
 
 # ---- a user's own data
@@ -318,7 +345,7 @@ def _after_fit(config: FitConfig, session: Session, model: CIB, table: EffectTab
     evaluation = evaluate_model(model, table, alpha=config.alpha, cost=config.cost)
     _write_csv(session.run.artifact("curves.csv"), evaluation.to_frame())
     plot_history(session.run.artifact("history.png"), model.history_)
-    _pictures(session, model, table)
+    _pictures(session, model, table, evaluation)
     _write_report(
         session,
         model,
@@ -346,7 +373,11 @@ def _evaluation_rows(evaluation: Any, name: str) -> list[Result]:
     higher = ("coverage", "auc", "spearman", "share decided")
     return [
         summarize(
-            [value], dataset=name, method="cib", metric=metric, better="higher" if any(h in metric for h in higher) else "lower"
+            [value],
+            dataset=name,
+            method="cib",
+            metric=metric,
+            better="higher" if any(h in metric for h in higher) else "lower",
         )
         for metric, value in evaluation.metrics.items()
         if math.isfinite(value)
@@ -431,7 +462,7 @@ def predict(config: PredictConfig, session: Session) -> Outcome:
             raise InputError(f"{config.data}: no column '{absent[0]}', which the model was trained on")
         x = frame[list(names)].to_numpy(dtype=np.float64)
     nobody = np.zeros(len(x), dtype=np.int64)
-    table = EffectTable(config.data.stem, x, nobody, np.zeros(len(x)), names, model.outcome_)
+    table = EffectTable(config.data.stem, x, nobody, np.zeros(len(x)), names, cast("Any", model.outcome_))
     effects = _effects_frame(model, table, config.cost, config.max_defer, config.alpha)
     path = config.output or session.run.artifact("effects.csv")
     _write_csv(path, effects)
@@ -456,15 +487,17 @@ class EvaluateConfig(DataOptions):
 def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     """Measure a fitted model on other rows: against true effects where they are known, else without them."""
     from cib_ite.evaluate import evaluate_model
-    from cib_ite.plots import plot_calibration, plot_withholding
+    from cib_ite.plots import plot_calibration
 
     model, schema, kept = _open_run(config.run)
     table = _table_for(config.data, config, schema, kept)
     evaluation = evaluate_model(model, table, alpha=config.alpha, cost=config.cost)
-    write_json(session.run.artifact("metrics.json"), {k: v for k, v in evaluation.metrics.items() if v == v and abs(v) != float("inf")})
+    write_json(
+        session.run.artifact("metrics.json"),
+        {k: v for k, v in evaluation.metrics.items() if v == v and abs(v) != float("inf")},
+    )
     _write_csv(session.run.artifact("curves.csv"), evaluation.to_frame())
-    if evaluation.withholding is not None:
-        plot_withholding(session.run.artifact("withholding.png"), {"cib": evaluation.withholding})
+    _withheld(session.run.artifact("withholding.png"), evaluation)
     if evaluation.calibration is not None:
         plot_calibration(session.run.artifact("calibration.png"), {"cib": evaluation.calibration})
     return Outcome(_evaluation_rows(evaluation, Path(config.data).stem))
@@ -517,8 +550,13 @@ def tune(config: TuneConfig, session: Session) -> Outcome:
     key = "factual loss" if config.criterion == "factual" else "r loss"
     best = min(points, key=lambda point: point[key])
     results = [
-        summarize([point[name]], dataset=table.name, method=f"beta {point['beta']:g} gamma {point['gamma']:g}", metric=name,
-                  better="higher" if name in {"rate", "probe auc"} else "lower")
+        summarize(
+            [point[name]],
+            dataset=table.name,
+            method=f"beta {point['beta']:g} gamma {point['gamma']:g}",
+            metric=name,
+            better="higher" if name in {"rate", "probe auc"} else "lower",
+        )
         for point in points
         for name in ("factual loss", "r loss", "rate", "probe auc")
         if name in point
@@ -526,7 +564,15 @@ def tune(config: TuneConfig, session: Session) -> Outcome:
     chosen = f"beta = {best['beta']!r}\ngamma = {best['gamma']!r}\n"
     with atomic_path(session.run.artifact("chosen.toml")) as temporary:
         temporary.write_text(chosen, encoding="utf-8")
-    plot_sweep(session.run.artifact("sweep.png"), points)
+    at = [point for point in points if point["gamma"] == best["gamma"]]
+    plot_sweep(
+        session.run.artifact("sweep.png"),
+        [point["beta"] for point in at],
+        rate=[point["rate"] for point in at],
+        risk=[point[key] for point in at],
+        probe_auc=[point["probe auc"] for point in at],
+        risk_label=key,
+    )
     notes = [
         f"chosen by {key}: beta {best['beta']:g}, gamma {best['gamma']:g}; use it with --config"
         f" {session.run.folder / 'chosen.toml'}"
@@ -568,18 +614,28 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
     if kind == "effects":
         plots.plot_effects(path, model.effect_inference(x), model.decide(x))
     elif kind == "overlap":
-        plots.plot_overlap(path, model.effect_inference(x), table.treatment, model.overlap_.bounds)
+        found = model.effect_inference(x)
+        plots.plot_overlap(
+            path,
+            found.propensity,
+            table.treatment,
+            no_overlap=found.no_overlap,
+            rate_percentile=found.rate_percentile,
+            bounds=model.overlap_.bounds,
+        )
+    elif kind == "withhold":
+        if not _withheld(path, evaluate_model(model, table)):
+            raise InputError(f"{config.run}: these data do not tell any error; try --kind overlap")
     else:
-        evaluation = evaluate_model(model, table)
-        curve: Any = evaluation.withholding if kind == "withhold" else evaluation.calibration
+        curve = evaluate_model(model, table).calibration
         if curve is None:
-            raise InputError(f"{config.run}: a {kind} picture needs more than these data tell; try --kind overlap")
-        (plots.plot_withholding if kind == "withhold" else plots.plot_calibration)(path, {"cib": curve})
+            raise InputError(f"{config.run}: calibration needs true effects, which these data lack; try --kind overlap")
+        plots.plot_calibration(path, {"cib": curve})
     return Outcome(notes=[f"wrote {path}"])
 
 
 def _training_table(schema: EffectSchema | None, kept: dict[str, Any]) -> EffectTable:
-    options = DataOptions(draw=kept["draw"], seed=kept["seed"])
+    options = DataOptions.model_validate({"draw": kept["draw"], "seed": kept["seed"]})
     if schema is not None and not Path(kept["data"]).exists():
         raise InputError(f"{kept['data']}: the training table is not where it was; put it back, or fit again")
     return _table_for(kept["data"], options, schema, kept)
@@ -602,7 +658,7 @@ def report(config: ReportConfig, session: Session) -> Outcome:
     from cib_ite.report import write_report
 
     model, schema, kept = _open_run(config.run)
-    options = DataOptions(draw=kept["draw"], seed=kept["seed"])
+    options = DataOptions.model_validate({"draw": kept["draw"], "seed": kept["seed"]})
     table = _training_table(schema, kept) if config.data is None else _table_for(config.data, options, schema, kept)
     path = config.output or session.run.artifact("report.html")
     write_report(
@@ -670,13 +726,16 @@ def data(config: DataConfig, session: Session) -> Outcome:
         return Outcome(notes=notes)
     if config.source not in ("confounded", "overlap-failure", "diabetes", "breast_cancer", "ihdp-econml"):
         raise InputError(
-            f"'{config.source}' is not simulated; choose confounded, overlap-failure, diabetes, breast_cancer or ihdp-econml"
+            f"'{config.source}' is not simulated; choose confounded, overlap-failure, diabetes, breast_cancer or"
+            " ihdp-econml"
         )
     more = {key: value for key, value in (("n", config.units), ("kappa", config.kappa)) if value is not None}
     table = _load(config.source, config, **more).table
     path = config.output or session.run.artifact(f"{config.source}.csv")
     _write_table(path, table)
-    return Outcome(notes=[f"wrote {path}: {table.n:,} rows; treatment, outcome, mu0, mu1 and {table.x.shape[1]} covariates"])
+    return Outcome(
+        notes=[f"wrote {path}: {table.n:,} rows; treatment, outcome, mu0, mu1 and {table.x.shape[1]} covariates"]
+    )
 
 
 def _describe(name: str) -> str:
@@ -696,9 +755,16 @@ def _write_table(path: Path, table: EffectTable) -> None:
 
     known = {"mu0": table.mu0, "mu1": table.mu1, "ycf": table.y_counterfactual}
     if path.suffix.lower() == ".npz":
-        arrays = {key: value for key, value in known.items() if value is not None}
+        arrays: dict[str, Any] = {key: value for key, value in known.items() if value is not None}
         with atomic_path(path) as temporary:
-            np.savez(temporary, x=table.x, t=table.treatment, yf=table.y, feature_names=np.array(table.feature_names), **arrays)
+            np.savez(
+                temporary,
+                x=table.x,
+                t=table.treatment,
+                yf=table.y,
+                feature_names=np.array(table.feature_names),
+                **arrays,
+            )
         return
     frame = _frame(table.x, table.feature_names)
     frame.insert(0, "treatment", table.treatment)

@@ -7,13 +7,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int64
 from numpy.typing import ArrayLike
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from cib_ite.calibration import Conformal, check_alpha, effect_inflation, normal_quantile
@@ -44,14 +43,14 @@ class EffectInference:
     effect : (n,) estimate of ``mu_1(x) - mu_0(x)``, in the units of the outcome
     std : (n,) its standard deviation, calibrated
     lower, upper : (n,) interval of the conditional average effect
-    ite_lower, ite_upper : (n,) interval of the individual difference ``Y(1) - Y(0)``; infinite where overlap is too poor
+    ite_lower, ite_upper : (n,) interval of the individual difference ``Y(1) - Y(0)``; infinite where overlap is poor
     alpha : share of misses the intervals allow
     parts : variances ``representation``, ``model`` (uncalibrated) and ``noise``, (n,) each
     uncertainty : (n,) the score to rank rows by: how far the estimate is likely to be off
     rate : (n,) ``KL(q(z|x) || N(0, I))`` in nats
     rate_percentile : (n,) percentile of the rate among training rows, 0..100
     propensity : (n,) probability of treatment
-    support : (n,) treated share among the training rows most alike
+    support : (n,) share of the forest's neighbourhoods of a row in which both arms occur
     no_overlap, unusual : (n,) flags: nobody to compare with; unlike any training row
     """
 
@@ -118,7 +117,9 @@ class Calibration:
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Calibration:
         """Rebuild what :meth:`to_tree` gave."""
-        return cls(**{**tree, "conformal": Conformal.from_tree(tree["conformal"])})
+        plain: dict[str, Any] = dict(tree)
+        plain["conformal"] = Conformal.from_tree(tree["conformal"])
+        return cls(**plain)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,13 +142,13 @@ class Problem:
     sample_weight: Any = None
 
 
-class CIB(BaseEstimator):
+class CIB(TransformerMixin, BaseEstimator):
     """Causal information bottleneck: effects of a binary treatment for individuals, with calibrated uncertainty.
 
     An encoder makes of the covariates a stochastic representation z; two heads predict the outcome without and with
-    treatment from the same z. Training keeps little of x in z (`beta`), nothing that tells the treatment (`gamma`), and
-    predictions steady in the arm in which a unit was not seen (`lam`). Several members are trained at once, each holding
-    out a fifth of the rows; what they say about rows they did not see calibrates the intervals.
+    treatment from the same z. Training keeps little of x in z (`beta`), nothing that tells the treatment (`gamma`),
+    and predictions steady in the arm in which a unit was not seen (`lam`). Several members are trained at once, each
+    holding out a fifth of the rows; what they say about rows they did not see calibrates the intervals.
 
     After Kim, Baek, Hwang and Yang, arXiv:1906.03118. The paper's exact losses were not available: these are
     reconstructed from its abstract and the works it cites.
@@ -202,6 +203,9 @@ class CIB(BaseEstimator):
     >>> model.effect(X).shape, [bound.shape for bound in model.effect_interval(X)]
     ((300,), [(300,), (300,)])
     """
+
+    n_features_in_: int
+    feature_names_in_: np.ndarray
 
     def __init__(
         self,
@@ -280,8 +284,14 @@ class CIB(BaseEstimator):
         self.device = device
         self.random_state = random_state
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = bool(self.allow_missing)
+        tags.target_tags.required = True
+        return tags
+
     @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> Self:
+    def from_preset(cls, name: str, **changes: Any) -> CIB:
         """Make an estimator of a named kind.
 
         Parameters
@@ -312,7 +322,7 @@ class CIB(BaseEstimator):
         on_check: Callable[[Check], None] | None = None,
         resume: Mapping[str, Any] | None = None,
         on_state: Callable[[dict[str, Any]], None] | None = None,
-    ) -> Self:
+    ) -> CIB:
         """Learn from observed treatments and outcomes.
 
         Parameters
@@ -353,7 +363,7 @@ class CIB(BaseEstimator):
         raw_treatment, raw_y = unpack(problem.treatment, problem.y)
         X = self._check_table(problem.X, reset=True)
         t, (control, treated) = as_treatment(raw_treatment, len(X), control=self.control_name, y=raw_y)
-        y, binary = as_outcome(raw_y, t, self.outcome)
+        y, binary = as_outcome(raw_y, t, cast("Any", self.outcome))
         self.treatment_values_ = (control, treated)
         self.outcome_ = "binary" if binary else "continuous"
         weight = _weights(problem.sample_weight, len(X))
@@ -361,7 +371,9 @@ class CIB(BaseEstimator):
         x = self.preprocessor_.transform(X)
         unlabeled = None
         if problem.X_unlabeled is not None:
-            unlabeled = self.preprocessor_.transform(self._check_table(problem.X_unlabeled, reset=False, name="X_unlabeled"))
+            unlabeled = self.preprocessor_.transform(
+                self._check_table(problem.X_unlabeled, reset=False, name="X_unlabeled")
+            )
         random = np.random.default_rng([int(self.random_state), 1])
         fitting = np.arange(len(X))
         if self.interval == "split":
@@ -369,6 +381,7 @@ class CIB(BaseEstimator):
             fitting = np.flatnonzero(part != 0)
         self._held = np.setdiff1d(np.arange(len(X)), fitting)
         members: list[Member] = []
+        fold = np.zeros(len(fitting), dtype=np.int64)
         for j in range(self.n_members):
             if j % 5 == 0:
                 fold = _fold_numbers(t[fitting], y[fitting] if binary else None, 5, random)
@@ -389,21 +402,25 @@ class CIB(BaseEstimator):
 
     def _warn_of_overlap(self) -> None:
         if self.overlap_.auc > 0.95:
-            flagged = float(self.overlap_.flags(self.overlap_.training, self.overlap_.training_support).mean())
             warnings.warn(
-                f"the covariates tell the treatment almost surely (AUC {self.overlap_.auc:.3f}): {flagged:.0%} of the rows"
+                f"the covariates tell the treatment almost surely (AUC {self.overlap_.auc:.3f}):"
+                f" {self.overlap_.flagged:.0%} of the rows"
                 " have hardly anyone to compare with in the other arm; their effects are extrapolations",
                 OverlapWarning,
                 stacklevel=4,
             )
 
-    def _finish(self, stack: CIBStack, settings: Settings, members: Sequence[Member], trained: Trained, first: int) -> None:
+    def _finish(
+        self, stack: CIBStack, settings: Settings, members: Sequence[Member], trained: Trained, first: int
+    ) -> None:
         """Take the members' networks and calibrate on what each had not seen."""
         self.stack_, self.settings_ = stack, settings
         chosen = range(first, first + len(members))
         self.history_ = _history(trained.history, chosen)
         self.validation_loss_ = trained.loss[first : first + len(members)]
         x, t, y, weight = self._problem
+        if settings.likelihood == "mse" and self.outcome_ == "continuous":
+            self._set_noise(members)
         if self.interval == "none":
             del self._held, self._fitting, self._problem
             return
@@ -416,16 +433,26 @@ class CIB(BaseEstimator):
         held[:, self._held] = True
         rows = self._held if self.interval == "split" else np.flatnonzero(held.any(0))
         self.calibration_ = self._calibrate(everything, held[:, rows], rows, t, y, weight)
-        if self.sample_too_compressed():
+        if self.collapsed():
             warnings.warn(
-                f"the bottleneck has collapsed (mean rate {self.calibration_.rate.mean():.3f} nats): all effects come out"
-                " alike; lower beta",
+                f"the bottleneck has collapsed (mean rate {self.calibration_.rate.mean():.3f} nats): all effects come"
+                " out alike; lower beta",
                 UserWarning,
                 stacklevel=4,
             )
         del self._held, self._fitting, self._problem
 
-    def sample_too_compressed(self) -> bool:
+    def _set_noise(self, members: Sequence[Member]) -> None:
+        """Give members that learned by least squares the noise scale that is most likely given their fit."""
+        x, t, y, _ = self._problem
+        fitted = draw_posterior(self.stack_, x, binary=False, samples=self.predict_samples, seed=int(self.random_state))
+        residual = (y - self.y_mean_) / self.y_scale_ - fitted.outcome[:, t, np.arange(len(t))]
+        for j, member in enumerate(members):
+            for arm in (0, 1):
+                own = residual[j, member.train[t[member.train] == arm]]
+                self.stack_.log_sigma.data[j, arm] = float(np.log(np.sqrt(np.mean(own**2)) + 1e-3))
+
+    def collapsed(self) -> bool:
         """Whether the representation keeps next to nothing of the covariates (under 0.05 nats)."""
         return not self.deterministic and float(self._calibrated().rate.mean()) < 0.05
 
@@ -489,12 +516,12 @@ class CIB(BaseEstimator):
                 raise InputError(f"{name}: column '{twice}' occurs twice; rename or drop one")
         if hasattr(X, "columns"):
             _check_numeric(X, name)
-        checked = cast(
-            "np.ndarray", validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=1)
-        )  # fmt: skip
+        found: Any = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=False)
+        checked = cast("np.ndarray", found)
         names = [str(c) for c in getattr(self, "feature_names_in_", [])] or [f"x{i}" for i in range(checked.shape[1])]
         if reset:
-            Preprocessor(*(np.zeros(0),) * 3, np.zeros(0, bool), self.allow_missing).check(checked, names)
+            nothing = np.zeros(0)
+            Preprocessor(nothing, nothing, nothing, nothing.astype(bool), self.allow_missing).check(checked, names)
         else:
             self.preprocessor_.check(checked, names)
         return checked
@@ -519,7 +546,7 @@ class CIB(BaseEstimator):
         return np.stack(parts) * self.y_scale_**2
 
     def _outcome_scale(self, posterior: Posterior) -> Float[np.ndarray, "2 n"]:
-        """Standard deviation of the outcome itself in each arm: noise and uncertainty of its mean."""
+        """Add noise and uncertainty of the mean: the standard deviation of each arm's outcome itself."""
         noise = np.mean(np.square(posterior.noise), axis=0) * self.y_scale_**2
         return np.sqrt(np.maximum(noise + self._outcome_variance(posterior), 1e-12))
 
@@ -528,7 +555,7 @@ class CIB(BaseEstimator):
         return std * np.sqrt(np.maximum(rate, 1e-6)) if not self.deterministic else std
 
     def effect(self, X: ArrayLike) -> Float[np.ndarray, " n"]:
-        """Effect of the treatment on each row, ``mu_1(x) - mu_0(x)``, ``(n,)`` in units of the outcome.
+        """Estimate the effect on each row, ``mu_1(x) - mu_0(x)``, ``(n,)`` in units of the outcome.
 
         This is the conditional average effect: the individual difference ``Y(1) - Y(0)`` also has noise that no
         covariate tells, which only ``effect_interval(target="ite")`` covers.
@@ -543,7 +570,7 @@ class CIB(BaseEstimator):
     predict = effect
 
     def predict_outcomes(self, X: ArrayLike) -> Float[np.ndarray, "n 2"]:
-        """Expected outcome (probability, if binary) without and with treatment, ``(n, 2)``.
+        """Return expected outcomes (probabilities, if binary) without and with treatment, ``(n, 2)``.
 
         Parameters
         ----------
@@ -597,7 +624,9 @@ class CIB(BaseEstimator):
         if target not in ("cate", "ite"):
             raise InputError(f"target: must be cate or ite, got {target!r}")
         if method == "conformal" and target == "cate":
-            raise InputError("method: conformal intervals are for target='ite'; the conditional effect is never observed")
+            raise InputError(
+                "method: conformal intervals are for target='ite'; the conditional effect is never observed"
+            )
         calibration = self._calibrated()
         posterior, x = self._posterior(X)
         if target == "ite" and method != "model":
@@ -639,7 +668,7 @@ class CIB(BaseEstimator):
         std = calibration.inflation * scale * np.sqrt(parts.total)
         half = normal_quantile(alpha) * std
         lower, upper = self._bounded(effect - half, effect + half)
-        propensity, support = self.overlap_.propensity(x), self.overlap_.support(x)
+        propensity, support, alone = self.overlap_.look(x)
         ite_lower, ite_upper = self._conformal_interval(posterior, propensity, alpha)
         rate = posterior.rate.mean(0)
         noise = np.square(posterior.noise).mean(0).sum(0) * scale**2
@@ -658,7 +687,7 @@ class CIB(BaseEstimator):
             rate_percentile=percentile,
             propensity=propensity,
             support=support,
-            no_overlap=self.overlap_.flags(propensity, support),
+            no_overlap=alone,
             unusual=rate > calibration.rate[-1] if not self.deterministic else np.zeros(len(rate), dtype=bool),
         )
 
@@ -671,6 +700,18 @@ class CIB(BaseEstimator):
         """
         posterior, _ = self._posterior(X)
         return np.concatenate(list(posterior.latent), axis=1)
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Names of the columns of :meth:`transform`: ``cib0, cib1, ...``.
+
+        Parameters
+        ----------
+        input_features : ignored; scikit-learn passes it
+        """
+        del input_features
+        check_is_fitted(self, "stack_")
+        width = self.settings_.trunk[-1] if self.deterministic else self.settings_.latent
+        return np.array([f"cib{k}" for k in range(self.stack_.size * width)], dtype=object)
 
     def mean_rate(self, X: ArrayLike) -> float:
         """Mean ``KL(q(z|x) || N(0, I))`` over rows and members, in nats: an upper bound on ``I(Z;X)``.
@@ -758,8 +799,8 @@ class CIB(BaseEstimator):
         * ``rule="doubt"``: rows more doubtful than all but a share `max_defer` of the training rows, doubt being the
           probability that the effect is on the other side of `cost`; on rows like those of training about `max_defer`
           are deferred for doubt, on stranger rows more;
-        * ``rule="interval"``: rows whose individual (conformal) interval at `alpha` contains `cost`; of the decided rows
-          that are decided wrongly for the individual, there are at most a share `alpha` of all rows, marginally.
+        * ``rule="interval"``: rows whose individual (conformal) interval at `alpha` contains `cost`; rows decided
+          wrongly for the individual are then at most a share `alpha` of all rows, marginally.
 
         Parameters
         ----------
@@ -796,9 +837,8 @@ class CIB(BaseEstimator):
         """
         from cib_ite.metrics import cross_fit_nuisances, tau_risk_r
 
-        check_is_fitted(self, "stack_")
-        raw_treatment, raw_y = unpack(treatment, y)
         effect = self.effect(X)
+        raw_treatment, raw_y = unpack(treatment, y)
         t, _ = as_treatment(raw_treatment, len(effect), control=self.treatment_values_[0], y=raw_y)
         outcome = np.asarray(raw_y, dtype=np.float64)
         x = self.preprocessor_.transform(self._check_table(X, reset=False))
@@ -838,7 +878,7 @@ class CIB(BaseEstimator):
         save_tree(path, tree)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> CIB:
         """Read what :meth:`save` wrote.
 
         Parameters
@@ -875,7 +915,9 @@ class CIB(BaseEstimator):
             made.validation_loss_ = np.asarray(tree["validation_loss"])
             made.history_ = json.loads(tree["history"])
             weights = tree["weights"]
-            stack = CIBStack(weights["encoder.weights.0"].shape[1], made.settings_, seeds=[0] * len(weights["log_sigma"]))
+            stack = CIBStack(
+                weights["encoder.weights.0"].shape[1], made.settings_, seeds=[0] * len(weights["log_sigma"])
+            )
             stack.load_state_dict(weights)
             made.stack_ = stack.requires_grad_(False)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -883,9 +925,7 @@ class CIB(BaseEstimator):
         return made
 
 
-def doubt(
-    effect: Float[np.ndarray, " n"], std: Float[np.ndarray, " n"], cost: float = 0.0
-) -> Float[np.ndarray, " n"]:
+def doubt(effect: Float[np.ndarray, " n"], std: Float[np.ndarray, " n"], cost: float = 0.0) -> Float[np.ndarray, " n"]:
     """Probability, under a normal distribution, that the true effect lies on the other side of `cost`.
 
     Parameters
@@ -914,8 +954,8 @@ def fit_many(
 ) -> list[CIB]:
     """Fit several estimators, each to its own data, as one batched program.
 
-    They must agree in everything about the networks and their training save ``beta, gamma, lam, head_l2, trunk_l2``, and
-    their data in the number of covariates. Each comes out as if it had been fitted alone.
+    They must agree in everything about the networks and their training save ``beta, gamma, lam, head_l2, trunk_l2``,
+    and their data in the number of covariates. Each comes out as if it had been fitted alone.
 
     Parameters
     ----------
@@ -1029,7 +1069,9 @@ def _check_columns(given: list[str], wanted: list[str], name: str) -> None:
         twice = next(column for column in given if given.count(column) > 1)
         raise InputError(f"{name}: column '{twice}' occurs twice; rename or drop one")
     if extra := [column for column in given if column not in wanted]:
-        raise InputError(f"{name}: column '{extra[0]}' was not there in training; give the {len(wanted)} columns of fit")
+        raise InputError(
+            f"{name}: column '{extra[0]}' was not there in training; give the {len(wanted)} columns of fit"
+        )
 
 
 def _check_numeric(X: Any, name: str) -> None:
@@ -1038,5 +1080,5 @@ def _check_numeric(X: Any, name: str) -> None:
         if getattr(kind, "kind", "O") not in "fiub":
             value = next((v for v in X[column].tolist() if v is not None), None)
             raise InputError(
-                f"{name}: column '{column}' holds {value!r}, which is no number; encode it, e.g. with pandas.get_dummies"
+                f"{name}: column '{column}' holds {value!r}, which is no number; encode it, e.g. by pandas.get_dummies"
             )

@@ -18,6 +18,7 @@ from cib_ite.data import EffectTable, Split, split
 from cib_ite.estimator import CIB, Problem, fit_many
 from cib_ite.inputs import OverlapWarning, SmallArmWarning
 from cib_ite.overlap import auc
+from cib_ite.settings import PRESETS
 from shared_core.device import one_thread
 from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import Claim, Result, Run, summarize
@@ -39,21 +40,22 @@ __all__ = [
     "sweep",
 ]
 
-_LIGHT: dict[str, Any] = {"n_members": 1}
-NEURAL: Mapping[str, Callable[..., CIB]] = {
-    "cib": CIB,
-    "cib_one": lambda **kw: CIB(**{**_LIGHT, **kw}),
-    "cib_adversarial": lambda **kw: CIB(**{"independence": "adversarial", **kw}),
-    "vib": lambda **kw: CIB.from_preset("vib", **kw),
-    "cib_none": lambda **kw: CIB(**{"beta": 0.0, "gamma": 0.0, "lam": 0.0, "independence": "none", **kw}),
-    "cib_gamma": lambda **kw: CIB(**{"beta": 0.0, "lam": 0.0, **kw}),
-    "cib_lam": lambda **kw: CIB(**{"beta": 0.0, "gamma": 0.0, "independence": "none", **kw}),
-    "tarnet": lambda **kw: CIB.from_preset("tarnet", **{**_LIGHT, **kw}),
-    "cfr_wass": lambda **kw: CIB.from_preset("cfr_wass", **{**_LIGHT, **kw}),
-    "cfr_mmd": lambda **kw: CIB.from_preset("cfr_mmd", **{**_LIGHT, **kw}),
-    "dragonnet": lambda **kw: CIB.from_preset("dragonnet", **{**_LIGHT, **kw}),
-    "mc_dropout": lambda **kw: CIB.from_preset("mc_dropout", **{**_LIGHT, "predict_samples": 100, **kw}),
-    "tarnet_ensemble": lambda **kw: CIB.from_preset("tarnet", **kw),
+_NO_TERMS: dict[str, Any] = {"beta": 0.0, "gamma": 0.0, "lam": 0.0, "independence": "none"}
+_ONE: dict[str, Any] = {"n_members": 1}
+NEURAL: Mapping[str, dict[str, Any]] = {
+    "cib": {},
+    "cib_one": _ONE,
+    "cib_adversarial": {"independence": "adversarial"},
+    "vib": PRESETS["vib"],
+    "cib_none": _NO_TERMS,
+    "cib_gamma": {"beta": 0.0, "lam": 0.0},
+    "cib_lam": _NO_TERMS | {"lam": 0.01},
+    "tarnet": PRESETS["tarnet"] | _ONE,
+    "cfr_wass": PRESETS["cfr_wass"] | _ONE,
+    "cfr_mmd": PRESETS["cfr_mmd"] | _ONE,
+    "dragonnet": PRESETS["dragonnet"] | {"heads": (64,)} | _ONE,
+    "mc_dropout": PRESETS["mc_dropout"] | _ONE | {"predict_samples": 100},
+    "tarnet_ensemble": PRESETS["tarnet"],
 }
 _L2: list[dict[str, Any]] = [
     {"head_l2": head, "trunk_l2": trunk}
@@ -84,6 +86,10 @@ class Cell(TypedDict):
     seconds: float
 
 
+def _silent(note: str, draws: int) -> None:
+    del note, draws
+
+
 def make_method(name: str, seed: int, **setting: Any) -> Any:
     """Make an unfitted estimator.
 
@@ -104,7 +110,8 @@ def make_method(name: str, seed: int, **setting: Any) -> Any:
     0.01
     """
     if name in NEURAL:
-        return NEURAL[name](random_state=seed, **setting)
+        parameters: dict[str, Any] = {**NEURAL[name], **setting, "random_state": seed}
+        return CIB(**parameters)
     if name in CLASSICAL:
         return CLASSICAL[name](seed).set_params(**setting)
     if name in EXTERNAL:
@@ -127,7 +134,9 @@ def _fit_all(estimators: Sequence[Any], tables: Sequence[EffectTable]) -> None:
     for place, (estimator, table) in enumerate(zip(estimators, tables, strict=True)):
         if isinstance(estimator, CIB):
             settings = estimator._settings()  # pyright: ignore[reportPrivateUsage]
-            fixed = {k: v for k, v in settings.to_json().items() if k not in ("beta", "gamma", "lam", "head_l2", "trunk_l2")}
+            fixed = {
+                k: v for k, v in settings.to_json().items() if k not in ("beta", "gamma", "lam", "head_l2", "trunk_l2")
+            }
             key = (repr(sorted(fixed.items())), table.x.shape[1], table.outcome)
             together.setdefault(key, []).append(place)
         else:
@@ -203,7 +212,12 @@ class Settled:
 
 
 def fit_method(
-    name: str, tables: Sequence[EffectTable], seeds: Sequence[int], *, tune: bool = True, changes: Mapping[str, Any] = {}
+    name: str,
+    tables: Sequence[EffectTable],
+    seeds: Sequence[int],
+    *,
+    tune: bool = True,
+    changes: Mapping[str, Any] = {},
 ) -> list[Settled]:
     """Tune a method on each table, if asked to, and fit it.
 
@@ -264,7 +278,9 @@ def probe_auc(z: Float[np.ndarray, "n d"], treatment: Int64[np.ndarray, " n"], *
     ]
     found: list[float] = []
     for probe in probes:
-        guess = cross_val_predict(make_pipeline(StandardScaler(), probe), z, treatment, cv=folds, method="predict_proba")
+        guess = cross_val_predict(
+            make_pipeline(StandardScaler(), probe), z, treatment, cv=folds, method="predict_proba"
+        )
         found.append(auc(np.asarray(guess)[:, 1], treatment))
     return max(found)
 
@@ -370,7 +386,8 @@ def compare(
     probe: bool = False,
     changes: Mapping[str, Any] = {},
     fractions: tuple[float, float, float] = (0.63, 0.27, 0.10),
-    advance: Callable[[str, int], None] = lambda note, draws: None,
+    advance: Callable[[str, int], None] = _silent,
+    on_model: Callable[[str, int, Any], None] | None = None,
 ) -> tuple[list[Result], list[Claim], dict[str, dict[int, Cell]]]:
     """Compare methods over several draws, or splits, of a data set.
 
@@ -386,6 +403,7 @@ def compare(
     changes : parameters of all networks to change
     fractions : of training, validation and test rows; methods are fitted to the first two and divide them as they like
     advance : called with a note and a number of draws after each piece
+    on_model : called with method, draw and fitted model, where it was not taken from an earlier, interrupted run
 
     Returns
     -------
@@ -406,6 +424,9 @@ def compare(
                 ]  # fmt: skip
                 seeds = [seed + d for d in chunk]
                 settled = fit_method(method, fitted, seeds, tune=tune, changes=changes)
+                if on_model is not None:
+                    for d, s in zip(chunk, settled, strict=True):
+                        on_model(method, d, s.model)
                 return [
                     {
                         "metrics": measure(s.model, tables[d], parts[d], probe=probe),
@@ -470,8 +491,9 @@ def paired(name: str, cells: Mapping[str, Mapping[int, Cell]], *, seed: int = 0)
         low, high = np.quantile(means, [0.025, 0.975])
         claims.append(
             Claim(
-                text=f"{name}: {first} of {ours} is better than {other}'s on the same draws: difference {gap.mean():.3f},"
-                f" bootstrap interval {low:.3f} to {high:.3f}, better on {int((gap < 0).sum())} of {len(gap)}",
+                text=f"{name}: {first} of {ours} is better than {other}'s on the same draws: difference"
+                f" {gap.mean():.3f}, bootstrap interval {low:.3f} to {high:.3f}, better on"
+                f" {int((gap < 0).sum())} of {len(gap)}",
                 source="this project",
                 holds=bool(high < 0),
                 value=float(gap.mean()),
@@ -530,7 +552,7 @@ def population_shift(table: EffectTable, column: str, *, seed: int = 0, **change
     unseen = (~seen[looked]).astype(np.int64)
     deferred = model.decide(x)[looked] == "defer"
     score, rate = found.uncertainty[looked], found.rate[looked]
-    error = np.square(found.effect - cast("np.ndarray", table.effect))[looked] if table.effect is not None else None
+    error = np.square(found.effect - table.effect)[looked] if table.effect is not None else None
 
     def root(rows: np.ndarray) -> float:
         return float("nan") if error is None else float(np.sqrt(error[rows].mean()))
@@ -567,13 +589,16 @@ def sweep(
     parts = split(table, seed=seed, fractions=(0.7, 0.2, 0.1))
     held_rows = np.concatenate([parts.validation, parts.test])
     fitted, held = table.rows(parts.train), table.rows(held_rows)
-    settings = {**parameters, "interval": "none", "random_state": seed}
+    settings: dict[str, Any] = {**parameters, "interval": "none", "random_state": seed}
     settings["allow_missing"] = bool(np.isnan(table.x).any())
-    models = [CIB(**{**settings, "beta": float(b), "gamma": float(g)}) for b, g in grid]
+    points_at: list[dict[str, Any]] = [{"beta": float(b), "gamma": float(g)} for b, g in grid]
+    models = [CIB(**settings).set_params(**point) for point in points_at]
     with one_thread():
         _quietly(lambda: fit_many(models, [Problem(fitted.x, fitted.treatment, fitted.y)] * len(models)))
     filled = models[0].preprocessor_.transform(held.x)
-    nuisances = metrics.cross_fit_nuisances(filled, held.treatment, held.y, outcome=cast("Any", held.outcome), seed=seed)
+    nuisances = metrics.cross_fit_nuisances(
+        filled, held.treatment, held.y, outcome=cast("Any", held.outcome), seed=seed
+    )
     points: list[dict[str, float]] = []
     for model, (b, g) in zip(models, grid, strict=True):
         z = model.transform(held.x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +42,8 @@ class EffectModule(nn.Module):
         s = model.settings_
         if s.dropout_head or s.dropout_trunk:
             raise InputError("a model that predicts by dropout cannot be exported; use the bottleneck, or no dropout")
-        stack, pre = model.stack_.cpu(), model.preprocessor_
+        # A copy: moving the model's own networks would take it off its device.
+        stack, pre = copy.deepcopy(model.stack_).cpu(), model.preprocessor_
         self.binary = model.outcome_ == "binary"
         self.deterministic, self.normalize = s.deterministic, s.normalize
         self.y_mean, self.y_scale, self.inflation = model.y_mean_, model.y_scale_, model.calibration_.inflation
@@ -99,7 +102,11 @@ _NAMES = ["effect", "std", "mu0", "mu1", "rate"]
 
 
 def export_model(
-    model: CIB, path: str | Path, *, format: Literal["torchscript", "onnx"] = "onnx", samples: int = 200
+    model: CIB,
+    path: str | Path,
+    *,
+    format: Literal["torchscript", "onnx"] = "onnx",  # noqa: A002
+    samples: int = 200,
 ) -> Path:
     """Write a fitted model to a file that runs without this package.
 
@@ -119,7 +126,10 @@ def export_model(
     example = torch.zeros(3, int(model.n_features_in_))
     with torch.no_grad(), atomic_path(path) as temporary:
         if format == "torchscript":
-            traced: Any = torch.jit.trace(module, example, check_trace=False)  # pyright: ignore[reportPrivateImportUsage]
+            with warnings.catch_warnings():
+                # Only the number of rows varies; the sizes that decide anything are the model's.
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage]
+                traced: Any = torch.jit.trace(module, example, check_trace=False)  # pyright: ignore[reportPrivateImportUsage]
             traced.save(str(temporary))
         elif format == "onnx":
             try:

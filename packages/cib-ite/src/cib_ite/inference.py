@@ -97,12 +97,21 @@ def draw_posterior(
     half = torch.randn((stack.size, 1, -(-draws // 2), width), generator=generator, dtype=first.dtype)
     # With its mirror image beside each draw, what is linear in z has no Monte Carlo error in the mean.
     noise = torch.cat([half, -half], 2)[:, :, :draws].to(first.device)
-    step = max(1, _CELLS // (stack.size * draws * max(s.heads or (1,)) * (1 if not dropout else 1)))
+    step = max(1, _CELLS // (stack.size * draws * max(s.heads or (1,))))
     parts = [
-        _draw(stack, torch.as_tensor(x[start : start + step], dtype=first.dtype, device=first.device), noise, binary, draws)
+        _draw(
+            stack,
+            torch.as_tensor(x[start : start + step], dtype=first.dtype, device=first.device),
+            noise,
+            binary,
+            draws,
+        )
         for start in range(0, len(x), step)
     ]
-    joined = [torch.cat(values, -1 if values[0].dim() < 4 else 2).double().cpu().numpy() for values in zip(*parts, strict=True)]
+    joined = [
+        torch.cat(values, -1 if values[0].dim() < 4 else 2).double().cpu().numpy()
+        for values in zip(*parts, strict=True)
+    ]
     latent = joined.pop()
     return Posterior(*joined, latent=latent[:, 0])
 

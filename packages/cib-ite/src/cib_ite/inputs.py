@@ -217,7 +217,8 @@ class Preprocessor:
         zero_one = np.array([set(np.unique(column[~np.isnan(column)]).tolist()) <= {0.0, 1.0} for column in x.T])
         usable = sd > 1e-12 * np.maximum(np.abs(mean), 1e-300)
         factor = np.where(zero_one | ~usable, 1.0, 1 / np.where(usable, sd, 1.0))
-        return cls(np.where(zero_one, 0.0, mean), factor, mean, ~known.all(0), allow_missing)
+        gaps = np.logical_not(known.all(axis=0))
+        return cls(np.where(zero_one, 0.0, mean), factor, mean, np.asarray(gaps, dtype=bool), allow_missing)
 
     def transform(self, x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n q"]:
         """Return ``(n, q)`` inputs; q is p plus one for each column that had gaps in training."""

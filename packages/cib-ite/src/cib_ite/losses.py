@@ -13,8 +13,7 @@ import math
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from shared_core.errors import InputError
 
@@ -85,7 +84,7 @@ def bernoulli_nll(y: Float[Tensor, "..."], logit: Float[Tensor, "..."]) -> Float
     >>> bernoulli_nll(torch.tensor(1.0), torch.tensor(0.0))
     tensor(0.6931)
     """
-    return F.softplus(logit) - y * logit
+    return nn.functional.softplus(logit) - y * logit
 
 
 def reweight(treatment: Float[Tensor, "... rows"], share: float | Tensor) -> Float[Tensor, "... rows"]:
@@ -121,7 +120,7 @@ def confusion(logit: Float[Tensor, "... rows"], share: Float[Tensor, "..."] | fl
     """
     u = torch.as_tensor(share, dtype=logit.dtype, device=logit.device).unsqueeze(-1)
     entropy = -(torch.special.xlogy(u, u) + torch.special.xlogy(1 - u, 1 - u))
-    return (F.softplus(logit) - u * logit - entropy).mean(-1)
+    return (nn.functional.softplus(logit) - u * logit - entropy).mean(-1)
 
 
 def adversarial(logit: Float[Tensor, "... rows"], treatment: Float[Tensor, "... rows"]) -> Float[Tensor, "..."]:

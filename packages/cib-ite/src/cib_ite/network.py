@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cib_ite.settings import Settings
 
@@ -38,7 +38,7 @@ class StackedMLP(nn.Module):
         super().__init__()
         self.final_activation = final_activation
         weights: list[Tensor] = []
-        for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             gain = last_gain if layer == len(sizes) - 2 else 1.0
             drawn = [np.random.default_rng([seed, layer]).standard_normal((fan_in, fan_out)) for seed in seeds]
             weights.append(torch.from_numpy(np.stack(drawn) * (gain / np.sqrt(fan_in))).to(torch.get_default_dtype()))
@@ -57,11 +57,12 @@ class StackedMLP(nn.Module):
         """
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if masks is not None and masks[layer] is not None:
-                x = x * masks[layer]
+            mask = None if masks is None else masks[layer]
+            if mask is not None:
+                x = x * mask
             x = torch.baddbmm(bias, x, weight)
             if layer < last or self.final_activation:
-                x = F.elu_(x)
+                x = nn.functional.elu_(x)
         return x
 
 
@@ -117,7 +118,7 @@ class CIBStack(nn.Module):
                 h = h / h.square().sum(-1, keepdim=True).clamp(min=1e-10).sqrt()
             return h, None
         mean, rho = self.projection(h).chunk(2, dim=-1)
-        return mean, F.softplus(rho - 2) + 1e-3
+        return mean, nn.functional.softplus(rho - 2) + 1e-3
 
     def outcomes(
         self, z: Float[Tensor, "stack rows samples latent"], masks: Sequence[Tensor | None] | None = None
@@ -143,7 +144,7 @@ class CIBStack(nn.Module):
         for layer, (weight, bias) in enumerate(zip(self.heads.weights, self.heads.biases, strict=True)):
             x = torch.baddbmm(bias[arm::2], x, weight[arm::2])
             if layer < last:
-                x = F.elu_(x)
+                x = nn.functional.elu_(x)
         return x.view(g, rows, samples, -1)
 
     def treatment_logit(self, z: Float[Tensor, "stack rows latent"]) -> Float[Tensor, "stack rows"]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cib_ite import losses
 from shared_core.errors import InputError
@@ -65,7 +64,7 @@ class CIBModule(nn.Module):
         x : (n, ...) what the encoder takes
         """
         mean, rho = self.encoder(x).chunk(2, dim=-1)
-        return mean, F.softplus(rho - 2) + 1e-3
+        return mean, nn.functional.softplus(rho - 2) + 1e-3
 
     def outcomes(self, z: Float[Tensor, "... d"]) -> Float[Tensor, "... 2"]:
         """Both arms' mean outcomes (or logits) for the same z, ``(..., 2)``."""

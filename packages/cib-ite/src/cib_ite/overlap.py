@@ -8,15 +8,15 @@ so that a saved model needs no pickle and holds no training row.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 __all__ = ["ForestArrays", "Overlap", "auc", "fit_overlap"]
 
-_TREES = 200
+_TREES = 100
 _C_GRID = (0.01, 0.1, 1.0, 10.0)
 
 
@@ -30,6 +30,7 @@ class ForestArrays:
     threshold : (nodes,)
     left, right : (nodes,) positions of the children
     value : (nodes,) treated share of the training rows that came there
+    pure : (nodes,) 1.0 where they were all of one arm
     roots : (trees,) positions of the roots
     """
 
@@ -38,6 +39,7 @@ class ForestArrays:
     left: Int64[np.ndarray, " nodes"]
     right: Int64[np.ndarray, " nodes"]
     value: Float[np.ndarray, " nodes"]
+    pure: Float[np.ndarray, " nodes"]
     roots: Int64[np.ndarray, " trees"]
 
     @classmethod
@@ -60,13 +62,19 @@ class ForestArrays:
         joined = {name: np.concatenate(values) for name, values in parts.items()}
         integers = {name: joined[name].astype(np.int64) for name in ("feature", "left", "right")}
         numbers = {name: joined[name].astype(np.float64) for name in ("threshold", "value")}
+        numbers["pure"] = ((numbers["value"] <= 0) | (numbers["value"] >= 1)).astype(np.float64)
         return cls(**integers, **numbers, roots=np.array(roots, dtype=np.int64))
 
-    def predict(self, x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, " n"]:
-        """Mean over the trees of the treated share in a row's leaf, ``(n,)``."""
+    def predict(self, x: Float[np.ndarray, "n p"]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Treated share in a row's leaves, and the share of its leaves in which everybody is of one arm, ``(n,)`` each.
+
+        Parameters
+        ----------
+        x : ``(n, p)`` standardised rows
+        """
         # The trees compare single-precision values, as scikit-learn does.
         x = x.astype(np.float32).astype(np.float64)
-        total = np.zeros(len(x))
+        share, pure = np.zeros(len(x)), np.zeros(len(x))
         row = np.arange(len(x))
         for root in self.roots:
             node = np.full(len(x), root)
@@ -77,8 +85,9 @@ class ForestArrays:
                     break
                 goes_left = x[row, np.maximum(feature, 0)] <= self.threshold[node]
                 node = np.where(inner, np.where(goes_left, self.left[node], self.right[node]), node)
-            total += self.value[node]
-        return total / len(self.roots)
+            share += self.value[node]
+            pure += self.pure[node]
+        return share / len(self.roots), pure / len(self.roots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +102,7 @@ class Overlap:
     share : treated share of the training rows
     bounds : propensities outside are flagged
     training : (n,) out-of-fold propensity of the training rows
-    training_support : (n,) their out-of-bag treated share in the forest
+    flagged : share of the training rows without overlap
     auc : of the out-of-fold propensity
     """
 
@@ -103,41 +112,53 @@ class Overlap:
     share: float
     bounds: tuple[float, float]
     training: Float[np.ndarray, " n"]
-    training_support: Float[np.ndarray, " n"]
+    flagged: float
     auc: float
 
-    def propensity(self, x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, " n"]:
-        """Probability of treatment for standardised rows ``(n, p)``."""
-        return self._blend(self._logistic(x), self.forest.predict(x))
+    def look(
+        self, x: Float[np.ndarray, "n p"]
+    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """Propensity, support and whether overlap is lacking, ``(n,)`` each.
 
-    def support(self, x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, " n"]:
-        """Treated share among the training rows most like a row, ``(n,)``: near 0 or 1, one arm is missing there."""
-        return self.forest.predict(x)
+        Support is the share of a row's leaves in which both arms occur. A leaf holds so many training rows that one arm
+        is hardly missing from it by chance; where it is missing from most of them, nobody like the row was seen in it,
+        whatever a smooth propensity says.
 
-    def flags(
-        self, propensity: Float[np.ndarray, " n"], support: Float[np.ndarray, " n"]
-    ) -> Bool[np.ndarray, " n"]:
-        """Whether a row lacks overlap, by its propensity or by its support."""
+        Parameters
+        ----------
+        x : ``(n, p)`` standardised rows
+        """
+        share, pure = self.forest.predict(x)
+        propensity = (1 - self.weight) * self._logistic(x) + self.weight * share
         low, high = self.bounds
-        return (propensity < low) | (propensity > high) | (support < low / 2) | (support > 1 - (1 - high) / 2)
+        return propensity, 1 - pure, (propensity < low) | (propensity > high) | (pure > 0.5)
+
+    def propensity(self, x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, " n"]:
+        """Probability of treatment, ``(n,)``.
+
+        Parameters
+        ----------
+        x : ``(n, p)`` standardised rows
+        """
+        return self.look(x)[0]
 
     def _logistic(self, x: np.ndarray) -> np.ndarray:
         return 1 / (1 + np.exp(-np.clip(x @ self.coefficients[:-1] + self.coefficients[-1], -30, 30)))
-
-    def _blend(self, smooth: np.ndarray, rough: np.ndarray) -> np.ndarray:
-        return (1 - self.weight) * smooth + self.weight * rough
 
     def to_tree(self) -> dict[str, Any]:
         """Everything as arrays and plain values."""
         forest = self.forest
         return {
             "coefficients": self.coefficients,
-            "forest": {name: getattr(forest, name) for name in ("feature", "threshold", "left", "right", "value", "roots")},
+            "forest": {
+                name: getattr(forest, name)
+                for name in ("feature", "threshold", "left", "right", "value", "pure", "roots")
+            },
             "weight": self.weight,
             "share": self.share,
             "bounds": list(self.bounds),
             "training": self.training,
-            "training_support": self.training_support,
+            "flagged": self.flagged,
             "auc": self.auc,
         }
 
@@ -209,21 +230,24 @@ def fit_overlap(
             out[c][test] = fitted.predict_proba(x[test])[:, 1]
     best = min(_C_GRID, key=lambda c: _log_loss(out[c], treatment))
     final: Any = LogisticRegression(C=best, max_iter=500).fit(x, treatment)
-    leaf = max(5, min(20, len(x) // 60))
-    forest = RandomForestClassifier(
-        _TREES, min_samples_leaf=leaf, max_features=0.5, oob_score=True, random_state=seed, n_jobs=1
-    ).fit(x, treatment)
-    bagged = np.nan_to_num(np.asarray(cast("Any", forest).oob_decision_function_)[:, 1], nan=float(treatment.mean()))
+    # So large that an arm is missing from a leaf by chance in one of 250, and at a propensity of 5 % in about half.
+    rarer = min(treatment.mean(), 1 - treatment.mean())
+    leaf = int(max(10, min(np.ceil(np.log(4e-3) / np.log(1 - rarer)), len(x) // 10)))
+    make: Any = RandomForestClassifier
+    forest = make(_TREES, min_samples_leaf=leaf, max_features=0.5, oob_score=True, random_state=seed, n_jobs=1)
+    forest.fit(x, treatment)
+    bagged = np.nan_to_num(np.asarray(forest.oob_decision_function_)[:, 1], nan=float(treatment.mean()))
     grid = np.linspace(0, 1, 11)
     weight = float(min(grid, key=lambda w: _log_loss((1 - w) * out[best] + w * bagged, treatment)))
     blended = (1 - weight) * out[best] + weight * bagged
-    return Overlap(
+    made = Overlap(
         coefficients=np.append(final.coef_[0], final.intercept_[0]).astype(np.float64),
         forest=ForestArrays.of(forest),
         weight=weight,
         share=float(treatment.mean()),
         bounds=bounds,
         training=blended,
-        training_support=bagged,
+        flagged=0.0,
         auc=auc(blended, treatment),
     )
+    return replace(made, flagged=float(made.look(x)[2].mean()))

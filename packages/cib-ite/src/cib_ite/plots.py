@@ -52,7 +52,10 @@ _STYLE: Any = {
     "savefig.dpi": 150,
     "svg.hashsalt": "cib-ite",
 }
+_UNDATED: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _POINTS_AS_VECTORS = 2000
+_WORDS = {word: word.upper() for word in ("ate", "att", "auc", "ause", "cate", "crps", "ite", "nll", "pehe")}
+_WORDS |= {"sqrt": "√"}
 
 
 def plot_effects(
@@ -104,7 +107,7 @@ def plot_effects(
         low, high = _span(np.concatenate([inference.lower, inference.upper, [cost]]), inference.effect)
         axis.set(xlabel="rows, by estimated effect", ylabel=_with_unit("effect", unit), ylim=(low, high))
         axis.set_xlim(0.5 - 0.01 * len(order), len(order) + 0.5 + 0.01 * len(order))
-        axis.legend(loc="upper left", markerscale=1.6)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, markerscale=1.6)
         bins = np.linspace(effect[0], effect[-1], 31) if effect[0] < effect[-1] else np.array([-0.5, 0.5]) + effect[0]
         stacks = [effect[shown == name] for name in _DECISIONS]
         side.hist(stacks, bins=bins.tolist(), orientation="horizontal", stacked=True, color=list(_DECISIONS.values()))
@@ -177,7 +180,7 @@ def plot_calibration(
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(4.2 if len(curves) == 1 else 5.6, 3.8), layout="constrained")
         axis = figure.subplots()
-        axis.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
+        axis.plot([0, 1], [0, 1], "--", color="black", linewidth=1, label="exact")
         for place, (name, found) in enumerate(curves.items()):
             axis.plot(
                 found.nominal,
@@ -188,14 +191,14 @@ def plot_calibration(
                 label=name,
             )
         axis.set(xlabel="nominal level", ylabel=ylabel, xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
-        axis.text(
-            0.97, 0.03, "below the line:\ntoo sure of itself", ha="right", va="bottom", color="#555555", fontsize=9
-        )
-        axis.text(0.03, 0.97, "above:\ntoo cautious", ha="left", va="top", color="#555555", fontsize=9)
         for line in (axis.xaxis, axis.yaxis):
             line.set_major_formatter(PercentFormatter(1, decimals=0))
         if len(curves) > 1:
             _legend_beside(figure, axis, inside=False)
+        else:
+            note: Any = {"color": "#555555", "fontsize": 9}
+            axis.text(0.97, 0.03, "below the line:\ntoo sure of itself", ha="right", va="bottom", **note)
+            axis.text(0.03, 0.97, "above:\ntoo cautious", ha="left", va="top", **note)
         _save(figure, path)
 
 
@@ -242,7 +245,7 @@ def plot_overlap(
                 label=f"{name} ({int(rows.sum())})",
             )
         axes[0].axhline(0, color="black", linewidth=0.8)
-        axes[0].set(xlabel="propensity of treatment", ylabel="rows", ylim=(-1.3 * tallest, 1.3 * tallest))
+        axes[0].set(xlabel="propensity of treatment", ylabel="rows", ylim=(-1.08 * tallest, 1.08 * tallest))
         axes[0].yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[0].yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
         if rate_percentile is not None:
@@ -293,7 +296,7 @@ def plot_deferral(path: str | Path, curves: Mapping[str, DeferralCurve], *, titl
             xlim=(0, max(float(found.fractions[-1]) for found in curves.values())), ylim=(0, 1.08 * highest or 0.01)
         )
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None if highest >= 0.02 else 1))
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if highest > 0.06 else 1))
         if len(curves) > 1:
             _legend_beside(figure, axis, inside=False)
         _save(figure, path)
@@ -331,7 +334,9 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
             if key is None:
                 axis.set_axis_off()
                 continue
-            _panel(axis, groups[key], title=key[0])
+            _panel(axis, groups[key], title=key[0] if len(datasets) > 1 else "")
+        if len(datasets) == 1:
+            figure.suptitle(datasets[0], fontsize="medium")
         _save(figure, path)
 
 
@@ -361,7 +366,8 @@ def _panel(axis: Axes, rows: Sequence[Result], *, title: str) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(5))
     unit = f" [{rows[0].unit}]" if rows[0].unit not in {"1", ""} else ""
     axis.set_title(title)
-    axis.set_xlabel(f"{rows[0].metric.replace('_', ' ')}{unit} ({better} is better)")
+    words = [_WORDS.get(word, word) for word in rows[0].metric.split("_")]
+    axis.set_xlabel(f"{' '.join(words).replace('√ ', '√')}{unit} ({better} is better)")
     axis.set_ylim(-0.6, len(ordered) - 0.4)
     axis.grid(axis="x", alpha=0.3)
 
@@ -402,14 +408,7 @@ def plot_history(path: str | Path, history: Sequence[Mapping[str, float]]) -> No
             if name == "validation":
                 best = int(np.argmin(y))
                 axis.plot(x[best], y[best], "o", color=_COLOURS[1], markersize=5)
-                axis.annotate(
-                    f"best mean, step {int(x[best])}",
-                    (x[best], y[best]),
-                    xytext=(0, 12),
-                    textcoords="offset points",
-                    ha="right" if x[best] > x.mean() else "left",
-                    fontsize=8,
-                )
+                drawn[name] += f" (least at step {int(x[best])})"
             axis.set_title(drawn[name], fontsize=9)
             axis.yaxis.set_major_locator(MaxNLocator(4))
             if place + columns >= len(drawn):
@@ -473,7 +472,7 @@ def plot_sweep(
 
 def _span(values: NDArray[np.float64], centre: NDArray[np.float64]) -> tuple[float, float]:
     """Limits that show all finite values, but not a few intervals that are wider by far than what they hold."""
-    finite = values[np.isfinite(values)]
+    finite = np.concatenate([values[np.isfinite(values)], centre])
     low, high = float(finite.min()), float(finite.max())
     reach = max(float(np.ptp(centre)), 1e-9)
     cut_low, cut_high = np.quantile(finite, [0.005, 0.995])
@@ -506,6 +505,6 @@ def _save(figure: Figure, path: str | Path) -> None:
     with atomic_path(path) as temporary:
         try:
             # No date in the file: the same run gives the same bytes.
-            figure.savefig(temporary, metadata={"Date": None} if temporary.suffix in {".svg", ".pdf"} else {})
+            figure.savefig(temporary, metadata=_UNDATED.get(temporary.suffix, {}))
         except ValueError as error:
             raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf") from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cib_ite import metrics as measure
 from cib_ite.calibration import check_alpha, normal_quantile
@@ -32,6 +32,7 @@ __all__ = ["write_report"]
 
 Vector = NDArray[np.float64]
 _SHOWN, _LISTED, _MODIFIERS = 20, 1000, 4
+_MINUS, _DASH, _THIN = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NARROW NO-BREAK SPACE}"
 _REASONS = {
     "no overlap": "hardly anybody like them got one of the two treatments, so the effect is an extrapolation",
     "unlike training rows": "their representation is further out than that of any row the model learned from",
@@ -47,7 +48,7 @@ class _Facts:
     table: EffectTable
     evaluation: Evaluation
     found: EffectInference
-    decision: NDArray[np.str_]
+    decision: np.ndarray
     reasons: list[list[str]]
     doubt: Vector
     ids: list[str]
@@ -113,6 +114,11 @@ def write_report(
         raise InputError(
             f"evaluation: it was made on {evaluation.n} rows, {table.name} has {table.n}; evaluate this table"
         )
+    if (evaluation.alpha, evaluation.cost) != (alpha, cost):
+        raise InputError(
+            f"evaluation: it was made with alpha={evaluation.alpha:g} and cost={evaluation.cost:g}, the report has"
+            f" {alpha:g} and {cost:g}; give both the same"
+        )
     X = as_rows(model, table)
     found = model.effect_inference(X, alpha)
     decision = model.decide(X, cost, max_defer, alpha=alpha)
@@ -146,9 +152,8 @@ def write_report(
         _training(facts),
         _card(facts, run_config),
     ]
-    page = _PAGE.format(
-        title=escape(name), style=_STYLE, script=_SCRIPT, body="\n".join(part for part in sections if part)
-    )
+    body = "\n".join(part for part in sections if part).replace(" %", "&nbsp;%")
+    page = _PAGE.format(title=escape(name), style=_STYLE, script=_SCRIPT, body=body)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -156,13 +161,13 @@ def write_report(
 def _number(value: float, digits: int = 3) -> str:
     """Write a number with so many significant digits, and a true minus sign."""
     if np.isnan(value):
-        return "–"
+        return _DASH
     if np.isinf(value):
-        return "∞" if value > 0 else "−∞"
+        return "∞" if value > 0 else f"{_MINUS}∞"
     if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-4):
-        return f"{value:.{digits - 1}e}".replace("-", "−")
+        return f"{value:.{digits - 1}e}".replace("-", _MINUS)
     places = max(0, digits - 1 - int(np.floor(np.log10(abs(value))))) if value else 0
-    return f"{value:,.{min(places, 6)}f}".replace("-", "−").replace(",", " ")
+    return f"{value:,.{min(places, 6)}f}".replace("-", _MINUS).replace(",", _THIN)
 
 
 def _share(part: float) -> str:
@@ -178,7 +183,14 @@ def _share(part: float) -> str:
 def _effect(facts: _Facts, value: float, *, sign: bool = False, unit: bool = True) -> str:
     """Write an effect in the reader's units: percentage points for a binary outcome."""
     shown = 100 * value if facts.binary else value
-    text = _number(shown)
+    # As many decimals for all effects as tell apart what the intervals tell apart.
+    width = float(np.median(facts.found.upper - facts.found.lower)) * (100 if facts.binary else 1)
+    places = int(np.clip(2 - np.floor(np.log10(width)), 0, 6)) if 0 < width < np.inf else 3
+    if abs(shown) < 1e6:
+        # Adding 0 takes the sign off a zero.
+        text = f"{round(shown, places) + 0.0:,.{places}f}".replace("-", _MINUS).replace(",", _THIN)
+    else:
+        text = _number(shown)
     if sign and shown > 0:
         text = f"+{text}"
     if not unit:
@@ -186,12 +198,17 @@ def _effect(facts: _Facts, value: float, *, sign: bool = False, unit: bool = Tru
     return f"{text} percentage points" if facts.binary else f"{text} {facts.unit}".rstrip()
 
 
+def _cost(facts: _Facts) -> str:
+    return "0" if facts.cost == 0 else f"the cost of {_effect(facts, facts.cost)}"
+
+
 def _range(facts: _Facts, low: float, high: float) -> str:
     return f"{_effect(facts, low, unit=False)} to {_effect(facts, high, unit=False)}"
 
 
-def _count(number: int, noun: str = "row") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")
+def _count(number: int, noun: str | None = "row") -> str:
+    text = f"{number:,}".replace(",", _THIN)
+    return text if noun is None else f"{text} {noun}{'' if number == 1 else 's'}"
 
 
 def _head(*cells: str) -> str:
@@ -212,7 +229,8 @@ def _line(*cells: str) -> str:
 
 
 def _table(head: str, lines: Sequence[str], *, kind: str = "") -> str:
-    return f'<div class="wide"><table{f" class={kind}" if kind else ""}>{head}<tbody>{"".join(lines)}</tbody></table></div>'
+    opening = f"<table class={kind}>" if kind else "<table>"
+    return f'<div class="wide">{opening}{head}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _picture(draw: Callable[[Path], None], description: str, caption: str) -> str:
@@ -249,20 +267,20 @@ def _headline(facts: _Facts, name: str) -> str:
         f'<span class="{key}" style="width:{100 * count / n:.2f}%"></span>' for key, count in counts.items() if count
     )
     cards = "".join(
-        f'<div class="card {key}"><b>{_number(float(count), 9)}</b>{words[key]}<small>{_share(count / n)}</small></div>'
+        f'<div class="card {key}"><b>{_count(count, None)}</b>{words[key]}<small>{_share(count / n)}</small></div>'
         for key, count in counts.items()
     )
     treated = int(facts.table.treatment.sum())
     which = "the rows the model was fitted to" if facts.evaluation.in_sample else "rows given to the fitted model"
-    cost = "0" if facts.cost == 0 else _effect(facts, facts.cost)
+    cost = _cost(facts)
     return (
         f"<header><h1>{escape(name)}</h1>"
         f'<p class="lead">{escape(verdict)}</p>'
         f"<p>{escape(facts.table.name)}: {_count(n)} ({treated} treated, {n - treated} not), "
         f"{_count(facts.table.x.shape[1], 'covariate')}; {which}.</p></header>"
         f'<section><div class="bar" role="img" aria-label="decisions">{bar}</div><div class="cards">{cards}</div>'
-        f"<p>Rows whose estimated effect exceeds {escape(cost)} are to be treated, the others not, unless the estimate is "
-        "not good enough to say; those are left to a person. This takes larger values of "
+        f"<p>Rows whose estimated effect exceeds {escape(cost)} are to be treated, the others not, unless the estimate "
+        "is not good enough to say; those are left to a person. This takes larger values of "
         f"{escape(facts.outcome)} for better.</p></section>"
     )
 
@@ -281,8 +299,8 @@ def _verdict(facts: _Facts) -> str:
             ", of predictions by members that had not seen the row" * facts.evaluation.in_sample
         )
         tail = (
-            " The error of the effect itself cannot be seen, and most of the outcome's error is noise that no uncertainty"
-            " of the effect can foretell; so a weak relation is what to expect even of a good uncertainty."
+            " The error of the effect itself cannot be seen, and most of the outcome's error is noise that no"
+            " uncertainty of the effect can foretell; so a weak relation is what to expect even of a good uncertainty."
         )
     else:
         return "Whether the uncertainty foretells the error could not be measured on this table."
@@ -294,6 +312,13 @@ def _verdict(facts: _Facts) -> str:
         f" {_number(float(high), 2)}), and withholding the most uncertain fifth of the rows changes the error by"
         f" {_signed_percent(ratio - 1)}."
     )
+    if high < 0 and tail:
+        noise = " (a yes-or-no outcome has most of it where its probability is near one half)" if facts.binary else ""
+        return (
+            f"There is no sign of it; rows of larger uncertainty even had smaller errors: {numbers}{tail} Noise that"
+            f" differs between rows{noise} can turn the relation round by itself, so this table cannot settle the"
+            " question: do not rank rows by the uncertainty on the strength of it."
+        )
     if high < 0:
         return f"No: the uncertainty pointed the wrong way; do not use it to rank rows. As measured, {numbers}{tail}"
     if low <= 0:
@@ -305,7 +330,7 @@ def _verdict(facts: _Facts) -> str:
 
 
 def _signed_percent(change: float) -> str:
-    return f"{100 * change:+.1f} %".replace("-", "−")
+    return f"{100 * change:+.1f} %".replace("-", _MINUS)
 
 
 def _caveats(facts: _Facts) -> str:
@@ -315,8 +340,8 @@ def _caveats(facts: _Facts) -> str:
     low, high = facts.model.overlap_bounds
     area = values.get("propensity_auc")
     overlap = (
-        f"{_count(flagged)} ({_share(flagged / n)}) have hardly anyone to compare with: the chance of treatment is outside"
-        f" {low:g} to {high:g}, or nearly all rows like them got the same. Their effects are extrapolations."
+        f"For {_count(flagged)} ({_share(flagged / n)}) there is hardly anyone to compare with: the chance of treatment"
+        f" is outside {low:g} to {high:g}, or nearly all rows alike got the same. The effect there is an extrapolation."
         if flagged
         else f"No row is flagged: everywhere the chance of treatment is within {low:g} to {high:g}."
     )
@@ -324,10 +349,12 @@ def _caveats(facts: _Facts) -> str:
         tells = "hardly tell" if area < 0.6 else "tell in part" if area < 0.85 else "tell almost surely"
         overlap += f" The covariates {tells} who is treated (AUC {area:.2f}; 0.5 would be a coin)."
     infinite = int(np.sum(~np.isfinite(found.ite_lower) | ~np.isfinite(found.ite_upper)))
+    wide = float(np.median(found.ite_upper - found.ite_lower))
+    nothing = ", which is everything possible," if facts.binary and wide > 1.999 else ","
     individual = (
         f"The intervals of effects are about the average over everybody with the same covariates. For one person the"
         f" difference also depends on what no covariate tells. Its {level} interval is, at the median,"
-        f" {_effect(facts, float(np.median(found.ite_upper - found.ite_lower)))} wide, against"
+        f" {_effect(facts, wide)} wide{nothing} against"
         f" {_effect(facts, float(np.median(found.upper - found.lower)))} for the average."
     )
     if infinite:
@@ -365,7 +392,7 @@ def _caveats(facts: _Facts) -> str:
                 "The model takes these rows for new. If it was fitted to some of them, their errors look too small.",
             )
         )
-    if facts.model.sample_too_compressed():
+    if facts.model.collapsed():
         items.append(
             ("Collapse", "The bottleneck kept next to nothing of the covariates: effects come out alike. Lower beta.")
         )
@@ -381,7 +408,7 @@ def _effects(facts: _Facts) -> str:
     picture = _picture(
         lambda file: plot_effects(file, facts.found, facts.decision, cost=facts.cost, unit=unit),
         "Estimated effect of each row with its interval, in order",
-        f"Estimated effect of each row with its {facts.level} interval for the average over such rows, coloured by decision.",
+        f"Estimated effect of each row with its {facts.level} interval for the average over such rows, by decision.",
     )
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     quantiles = np.quantile(effect, shares)
@@ -389,19 +416,21 @@ def _effects(facts: _Facts) -> str:
     cells = [f">{_effect(facts, float(v), unit=False)}" for v in (*quantiles, effect.mean(), effect.std())]
     above = float(np.mean(effect > facts.cost))
     clear = float(np.mean((facts.found.lower > facts.cost) | (facts.found.upper < facts.cost)))
-    cost = "0" if facts.cost == 0 else f"the cost of {_effect(facts, facts.cost)}"
+    cost = _cost(facts)
     unit_words = "percentage points" if facts.binary else facts.unit or f"units of {facts.outcome}"
     return (
         f"<section><h2>How the effect differs</h2>{picture}{_table(head, [_line(unit_words, *cells)])}"
-        f"<p>{escape(_share(above))} of the rows have an estimate above {escape(cost)}; for {escape(_share(clear))} the "
-        f"{escape(facts.level)} interval excludes {escape(cost)}.</p></section>"
+        f"<p>{escape(_share(above))} of the rows have an estimate above {escape(cost)}; for {escape(_share(clear))} "
+        f"the {escape(facts.level)} interval excludes {escape(cost)}.</p></section>"
     )
 
 
 def _trust(facts: _Facts) -> str:
     from cib_ite.plots import plot_calibration, plot_deferral, plot_withholding
 
-    evaluation, values = facts.evaluation, facts.evaluation.metrics
+    evaluation, values = facts.evaluation, dict(facts.evaluation.metrics)
+    if facts.table.effect is not None and (facts.decision != "defer").any():
+        values["decide_wrong"] = measure.decision_error(facts.decision, facts.table.effect, facts.cost).wrong_rate
     parts: list[str] = []
     if "effect" in evaluation.withholding:
         curve = evaluation.withholding["effect"]
@@ -409,8 +438,8 @@ def _trust(facts: _Facts) -> str:
             _picture(
                 lambda file: plot_withholding(file, {"by uncertainty": curve}),
                 "Error of the effect as uncertain rows are withheld",
-                "Error of the effect, against the truth, as the most uncertain rows are withheld. The nearer to the dotted"
-                " line, the better the uncertainty ranks.",
+                "Error of the effect, against the truth, as the most uncertain rows are withheld. The nearer to the"
+                " dotted line, the better the uncertainty ranks.",
             )
         )
     if "factual" in evaluation.withholding:
@@ -422,7 +451,7 @@ def _trust(facts: _Facts) -> str:
                     file, {"by uncertainty": seen}, ylabel="root mean squared error of outcome"
                 ),
                 "Error of the outcome as uncertain rows are withheld",
-                f"Error in the outcome that was seen, predicted{held}. Noise that nobody can predict keeps the curve high.",
+                f"Error in the outcome that was seen, predicted{held}. Noise that nobody can predict keeps it high.",
             )
         )
     if "r_loss" in evaluation.withholding:
@@ -431,8 +460,8 @@ def _trust(facts: _Facts) -> str:
             _picture(
                 lambda file: plot_withholding(file, {"by uncertainty": loss}, ylabel="root R-loss of the rows kept"),
                 "R-loss as uncertain rows are withheld",
-                "R-loss: what the effect leaves unexplained of the outcome once treatment and outcome have been predicted"
-                " from the covariates by other models.",
+                "R-loss: what the effect leaves unexplained of the outcome once treatment and outcome have been"
+                " predicted from the covariates by other models.",
             )
         )
     coverage = evaluation.calibration
@@ -486,11 +515,14 @@ def _trust(facts: _Facts) -> str:
                 else ""
             )
             lines.append(_line(label, f">{_number(values[name])}", f">{interval}"))
-    table = _table(_head("measure", ">value", ">95 % interval"), lines)
-    figures = f'<div class="pictures">{"".join(parts)}</div>'
-    return (
-        f"<section><h2>Can the uncertainty be believed?</h2><p>{escape(_verdict(facts))}</p>{figures}{table}</section>"
+    table = _table(_head("measure", ">value", ">95 % interval" if "policy_risk" in values else ">"), lines)
+    how = (
+        "The box above says it in a sentence; here is what it rests on. An uncertainty is of use when the error of the"
+        " rows kept falls as the most uncertain are withheld: below the dashed line is better than chance, and nothing"
+        " can be better than the dotted one."
     )
+    figures = f'<div class="pictures">{"".join(parts)}</div>'
+    return f"<section><h2>Can the uncertainty be believed?</h2><p>{escape(how)}</p>{figures}{table}</section>"
 
 
 def _overlap(facts: _Facts) -> str:
@@ -508,8 +540,8 @@ def _overlap(facts: _Facts) -> str:
         ),
         "Propensities of both arms, and how unusual rows are",
         "Left: chance of being treated, treated rows up, the others down; where only one colour is, there is nobody to"
-        " compare with. Right: how unusual each row is to the model; crosses have no overlap, some of them for a corner of"
-        " the covariates that the chance of treatment does not show.",
+        " compare with. Right: how unusual each row is to the model; crosses have no overlap, some of them for a corner"
+        " of the covariates that the chance of treatment does not show.",
     )
     return f"<section><h2>Who could be compared with whom</h2>{picture}</section>"
 
@@ -519,7 +551,7 @@ def _unusual_values(facts: _Facts, row: int, most: int = 3) -> str:
     made, values = facts.model.preprocessor_, facts.table.x[row]
     # Columns of 0 and 1 are not scaled for the networks; their standard deviation follows from their mean.
     zero_one = (made.offset == 0) & (made.factor == 1) & (made.fill > 0) & (made.fill < 1)
-    sd = np.where(zero_one, np.sqrt(made.fill * (1 - made.fill)), 1 / made.factor)
+    sd = np.where(zero_one, np.sqrt(np.abs(made.fill * (1 - made.fill))), 1 / made.factor)
     away = (values - made.fill) / sd
     order = np.argsort(-np.nan_to_num(np.abs(away)), kind="stable")
     words: list[str] = []
@@ -531,7 +563,7 @@ def _unusual_values(facts: _Facts, row: int, most: int = 3) -> str:
             like = made.fill[place] if value == 1 else 1 - made.fill[place]
             words.append(f"{name} = {value:g} (as {_share(float(like))} of training rows)")
         else:
-            words.append(f"{name} = {_number(float(value))} ({away[place]:+.1f} sd)".replace("-", "−"))
+            words.append(f"{name} = {_number(float(value))} ({away[place]:+.1f} sd)".replace("-", _MINUS))
     missing = [facts.table.feature_names[place] for place in np.flatnonzero(np.isnan(values))[:most]]
     words += [f"{name} missing" for name in missing]
     return "; ".join(words) if words else "nothing beyond 1 sd"
@@ -539,8 +571,9 @@ def _unusual_values(facts: _Facts, row: int, most: int = 3) -> str:
 
 def _deferred(facts: _Facts) -> str:
     waits = np.flatnonzero(facts.decision == "defer")
+    opening = "<section><h2>Who is deferred, and why</h2>"
     if not len(waits):
-        return "<section><h2>Who is deferred, and why</h2><p>No row is: the estimate decides all of them.</p></section>"
+        return f"{opening}<p>No row is: the estimate decides all of them.</p></section>"
     lines: list[str] = []
     for name, meaning in _REASONS.items():
         count = sum(name in facts.reasons[row] for row in waits)
@@ -584,10 +617,11 @@ def _deferred(facts: _Facts) -> str:
             f"{listed(order[:_LISTED], values=False)}</details>"
         )
     return (
-        f"<section><h2>Who is deferred, and why</h2><p>{_count(len(waits))} of {facts.table.n} are left to a person.</p>"
-        f"{counts}<h3>The {min(_SHOWN, len(order))} most doubtful</h3><p>Wrong sign: the probability, by the model's own "
-        f"account, that the effect is on the other side of {escape(_effect(facts, facts.cost))}. Effects are in "
-        f"{escape(unit or f'units of {facts.outcome}')}; sd are standard deviations of the training rows.</p>{shown}{rest}</section>"
+        f"{opening}<p>{_count(len(waits))} of {facts.table.n} are left to a person.</p>"
+        f"{counts}<h3>The {min(_SHOWN, len(order))} most doubtful</h3><p>Wrong sign: the probability, by the model's "
+        f"own account, that the effect is on the other side of {escape(_cost(facts))}. Effects are in "
+        f"{escape(unit or f'units of {facts.outcome}')}; sd are standard deviations of the training rows.</p>"
+        f"{shown}{rest}</section>"
     )
 
 
@@ -607,16 +641,16 @@ def _groups(facts: _Facts) -> str:
     blocks: list[str] = []
     z = normal_quantile(facts.alpha)
     for place in chosen:
-        for label, rows in _quarters(x[:, place]):
+        for part, (label, rows) in enumerate(_quarters(x[:, place])):
             mean = _effect(facts, float(effect[rows].mean()), unit=False)
-            robust = interval = "–"
+            robust = interval = _DASH
             known = np.zeros(0) if pseudo is None else pseudo[rows & np.isfinite(pseudo)]
             if len(known) > 1:
                 half = z * float(known.std(ddof=1) / np.sqrt(len(known)))
                 robust = _effect(facts, float(known.mean()), unit=False)
                 interval = _range(facts, float(known.mean()) - half, float(known.mean()) + half)
             waits = _share(float(np.mean(facts.decision[rows] == "defer")))
-            name = facts.table.feature_names[place]
+            name = "" if part else facts.table.feature_names[place]
             blocks.append(
                 _line(name, label, f">{int(rows.sum())}", f">{mean}", f">{robust}", f">{interval}", f">{waits}")
             )
@@ -631,9 +665,10 @@ def _groups(facts: _Facts) -> str:
     )
     unit = "percentage points" if facts.binary else facts.unit or f"units of {facts.outcome}"
     return (
-        "<section><h2>Effects in groups</h2><p>Quarters of the covariates that go most with the estimated effect, which is"
-        " not to say that they cause it to differ. The doubly robust average does not rest on the model alone: where it"
-        f" disagrees with the mean of the estimates, be careful. Effects in {escape(unit)}.</p>{_table(head, blocks)}</section>"
+        "<section><h2>Effects in groups</h2><p>Quarters of the covariates that go most with the estimated effect, which"
+        " is not to say that they cause it to differ. The doubly robust average does not rest on the model alone: where"
+        f" it disagrees with the mean of the estimates, be careful. Effects in {escape(unit)}.</p>"
+        f"{_table(head, blocks)}</section>"
     )
 
 
@@ -687,8 +722,8 @@ def _card(facts: _Facts, run_config: Mapping[str, Any] | None) -> str:
             versions[name] = "unknown"
     calibration = model.calibration_
     made = {
-        "method": "causal information bottleneck, after Kim, Baek, Hwang and Yang (arXiv:1906.03118); the exact losses of"
-        " the paper are reconstructed",
+        "method": "causal information bottleneck, after Kim, Baek, Hwang and Yang (arXiv:1906.03118); the paper's exact"
+        " losses are reconstructed",
         "outcome": model.outcome_,
         "members": str(model.n_members),
         "seed": str(model.random_state),
@@ -728,9 +763,10 @@ _PAGE = """<!DOCTYPE html>
 _STYLE = """
 :root{--ink:#1b1f24;--soft:#57606a;--line:#d5dae0;--paper:#fff;--panel:#f5f7f9;--blue:#0072b2;--red:#d55e00;--grey:#8a8a8a}
 @media (prefers-color-scheme:dark){:root{--ink:#e4e8ec;--soft:#9aa5b1;--line:#38404a;--paper:#15181c;--panel:#1e2329;
---blue:#56b4e9;--red:#f0883e;--grey:#9a9a9a}img{filter:invert(.92) hue-rotate(180deg)}}
+--blue:#56b4e9;--red:#f0883e;--grey:#9a9a9a}img{filter:invert(1) hue-rotate(180deg);mix-blend-mode:screen;opacity:.92}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}
 main{max-width:62rem;margin:0 auto;padding:2.5rem 1.5rem 4rem}
 h1{font-size:1.8rem;line-height:1.2;margin:0 0 .8rem}
 h2{font-size:1.25rem;margin:2.6rem 0 .7rem;padding-top:.9rem;border-top:1px solid var(--line)}
@@ -741,7 +777,8 @@ header p:last-child{color:var(--soft)}
 .bar{display:flex;height:.8rem;border-radius:.4rem;overflow:hidden;margin:1.6rem 0 .8rem;background:var(--panel)}
 .bar .treat{background:var(--blue)}.bar .control{background:var(--red)}.bar .defer{background:var(--grey)}
 .cards{display:grid;grid-template-columns:repeat(3,1fr);gap:.8rem;margin-bottom:1rem}
-.card{background:var(--panel);border-left:.3rem solid;border-radius:.3rem;padding:.7rem 1rem;display:flex;flex-direction:column}
+.card{background:var(--panel);border-left:.3rem solid;border-radius:.3rem;padding:.7rem 1rem;display:flex;
+flex-direction:column}
 .card.treat{border-color:var(--blue)}.card.control{border-color:var(--red)}.card.defer{border-color:var(--grey)}
 .card b{font-size:1.6rem;line-height:1.2}.card small{color:var(--soft)}
 .box{background:var(--panel);border:1px solid var(--line);border-radius:.5rem;padding:.2rem 1.4rem 1rem;margin-top:2rem}
@@ -755,13 +792,15 @@ table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums
 th,td{text-align:left;padding:.35rem .7rem .35rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600;vertical-align:bottom}td.n,th.n{text-align:right;white-space:nowrap}th.n{white-space:normal}
 th.by{cursor:pointer}th.by:hover{text-decoration:underline}
-input{font:inherit;padding:.3rem .6rem;margin:.4rem 0;background:var(--paper);color:var(--ink);border:1px solid var(--line);border-radius:.3rem}
+input{font:inherit;padding:.3rem .6rem;margin:.4rem 0;background:var(--paper);color:var(--ink);
+border:1px solid var(--line);border-radius:.3rem}
 details{margin:.8rem 0}summary{cursor:pointer}
 pre{background:var(--panel);padding:1rem;overflow-x:auto;font-size:.85rem}
 @media (max-width:40rem){.cards{grid-template-columns:1fr}}
-@media print{:root{--ink:#000;--soft:#444;--line:#bbb;--paper:#fff;--panel:#fff;--blue:#0072b2;--red:#d55e00;--grey:#8a8a8a}
-body{font-size:10.5pt}img{filter:none!important}main{max-width:none;padding:0}figure,tr,.box,.cards{break-inside:avoid}
-h2,h3{break-after:avoid}input{display:none}.bar,.card{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+@media print{:root{--ink:#000;--soft:#444;--line:#bbb;--paper:#fff;--panel:#fff;--blue:#0072b2;--red:#d55e00;
+--grey:#8a8a8a}
+body{font-size:10.5pt}img{filter:none!important;mix-blend-mode:normal!important;opacity:1!important}main{max-width:none;padding:0}figure,tr,.cards{break-inside:avoid}
+h2,h3{break-after:avoid}input{display:none}dt{break-after:avoid}dd{break-inside:avoid}.bar,.card{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .wide{overflow:visible}table{font-size:8.5pt}}
 """
 

@@ -107,13 +107,17 @@ class Settings:
         if (self.dropout_trunk or self.dropout_head) and not self.deterministic:
             raise InputError("dropout is for a deterministic z: set deterministic=True, or use the bottleneck instead")
         if self.normalize and not self.deterministic:
-            raise InputError("normalize: a unit-length z contradicts the Gaussian prior; use it with deterministic=True")
+            raise InputError(
+                "normalize: a unit-length z contradicts the Gaussian prior; use it with deterministic=True"
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
         """Make settings of a mapping, lists becoming tuples; what is not a setting is left out."""
         known = {field.name for field in fields(cls)}
-        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(**{key: value for key, value in plain.items() if key in known})
 
     def to_json(self) -> dict[str, Any]:

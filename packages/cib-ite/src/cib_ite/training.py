@@ -1,8 +1,8 @@
 """Train any number of members, on any number of data sets, as one batched program.
 
-A member is trained exactly as it would be alone: its weights, batches and noise depend on its own seed only. Batches are
-stratified by arm, and laid out treated rows first, so that each outcome head sees a slice. Members that stopped early
-leave the stack.
+A member is trained exactly as it would be alone: its weights, batches and noise depend on its own seed only. Batches
+are stratified by arm, and laid out treated rows first, so that each outcome head sees a slice. Members that stopped
+early leave the stack.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from cib_ite import losses
 from cib_ite.network import CIBStack
@@ -25,14 +24,36 @@ from shared_core.errors import InputError
 __all__ = ["HYPERPARAMETERS", "Check", "Member", "Rows", "Trained", "Trainer", "TrainingDiverged", "Weights"]
 
 HYPERPARAMETERS = ("beta", "gamma", "lam", "head_l2", "trunk_l2")
-_POOL = 1 << 22
+_POOL = 1 << 20
 _RETRIES = 3
 
 Weights = dict[str, Tensor]
 
 
-class TrainingDiverged(ArithmeticError):
-    """Training met a loss that is not finite, four times in a row with ever smaller steps; says where and which term."""
+class _Adam:
+    """Adam (Kingma and Ba, 2015) on lists of tensors: `torch.optim` takes seconds to import on its first use.
+
+    Its state is one first and one second moment for each tensor, and the number of steps.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], lr: float) -> None:
+        self.parameters, self.lr, self.steps = list(parameters), lr, 0
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> None:
+        """Move the parameters along one set of gradients."""
+        self.steps += 1
+        first, second = -self.lr / (1 - b1**self.steps), (1 - b2**self.steps) ** 0.5
+        for p, g, m, v in zip(self.parameters, gradients, self.first, self.second, strict=True):
+            m.lerp_(g, 1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            p.addcdiv_(m, v.sqrt().div_(second).add_(eps), value=first)
+
+
+class TrainingDiverged(ArithmeticError):  # noqa: N818
+    """A loss was not finite, four times in a row with ever smaller steps; says at which step and in which term."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +176,7 @@ class Trainer:
         self._diverged: dict[int, tuple[int, str]] = {}
         self._best: Weights = {name: p.detach().clone() for name, p in self.stack.named_parameters()}
         self._prepare()
+        self._focus()
         self._optimizers = self._new_optimizers()
 
     # ---- data on the device
@@ -209,6 +231,8 @@ class Trainer:
             )
             for name in HYPERPARAMETERS
         }
+        self._wants_variance = bool((self._hyper["lam"] > 0).any())
+        self._decays = {name: bool((self._hyper[name] > 0).any()) for name in ("head_l2", "trunk_l2")}
         most = max(len(member.validation) for member in self.members)
         index = np.zeros((len(self.members), most), dtype=np.int64)
         valid = np.zeros((len(self.members), most))
@@ -225,12 +249,45 @@ class Trainer:
             weight = weight * losses.reweight(self._validation_arm, self._share[:, None])
         self._validation_weight = weight
 
-    def _new_optimizers(self) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-        fused = self.device.type in {"cpu", "cuda"}
+    def _focus(self) -> None:
+        """Take what every step needs of the live members out of the whole, once for all steps until one leaves."""
+        ids = torch.from_numpy(self._alive).to(self.device)
+        self._ids = ids
+        self._now_hyper = {name: value[ids] for name, value in self._hyper.items()}
+        self._now_share = self._share[ids]
+        self._now_present = self._present[ids] if self._padded else None
+        self._now_rows = self._present[ids].sum(1)
+        balance = losses.reweight(self._slot_treatment, self._share[ids, None]) if self.settings.reweight else None
+        self._now_balance = balance
+        self._now_decay = {
+            name: self._hyper[name][ids].repeat_interleave(repeat)[:, None, None]
+            for name, repeat in (("head_l2", 2), ("trunk_l2", 1))
+        }
+
+    def _over_rows(self, values: Tensor) -> Tensor:
+        """Mean over a batch's rows, padding left out, ``(stack,)``."""
+        if self._now_present is None:
+            return values.mean(1)
+        return (values * self._now_present).sum(1) / self._now_rows
+
+    def _new_optimizers(self) -> tuple[_Adam, _Adam]:
         model = [p for name, p in self.stack.named_parameters() if self._is_model(name)]
         judge = [p for name, p in self.stack.named_parameters() if not self._is_model(name)]
-        make = torch.optim.Adam
-        return make(model, lr=self.settings.lr, fused=fused), make(judge, lr=self.settings.lr, fused=fused)
+        return _Adam(model, self.settings.lr), _Adam(judge, self.settings.lr)
+
+    def _moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Both moments of every parameter, by its name."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for optimizer, is_model in zip(self._optimizers, (True, False), strict=True):
+            names = [name for name, _ in self.stack.named_parameters() if self._is_model(name) == is_model]
+            for name, first, second in zip(names, optimizer.first, optimizer.second, strict=True):
+                found[name] = first, second
+        return found
+
+    def _set_moments(self, moments: Mapping[str, Sequence[Tensor]]) -> None:
+        for name, (first, second) in self._moments().items():
+            first.copy_(moments[name][0])
+            second.copy_(moments[name][1])
 
     def _is_model(self, name: str) -> bool:
         # DragonNet's propensity logit is part of the model; elsewhere it belongs to the adversary.
@@ -260,7 +317,7 @@ class Trainer:
         return torch.from_numpy(index).to(self.device), offsets, unlabeled
 
     def _noise(self, offsets: np.ndarray, rows: int, each: tuple[int, ...], skip: int = 0) -> Tensor:
-        """Normal draws ``(stack, rows, *each)``, from where in the pool a member's own offset says.
+        """Take normal draws ``(stack, rows, *each)`` from where in the pool a member's own offset says.
 
         `skip` rows are passed over: a row's draws must not depend on how many slots the rows before it have.
         """
@@ -287,28 +344,26 @@ class Trainer:
     # ---- the loss
 
     def _terms(
-        self, net: CIBStack, rows: Tensor, offsets: np.ndarray, unlabeled: Tensor | None, ids: Tensor
+        self, net: CIBStack, rows: Tensor, offsets: np.ndarray, unlabeled: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Each term of the objective for every member ``(stack,)``, and z's distribution for the discriminator."""
         s = self.settings
         treated = self._slots[0]
         x, y, w = self._x[rows], self._y[rows], self._w[rows]
-        if s.reweight:
-            w = w * losses.reweight(self._slot_treatment, self._share[ids, None])
+        if self._now_balance is not None:
+            w = w * self._now_balance
         labelled = x.shape[1]
         if unlabeled is not None and self._unlabeled is not None:
             x = torch.cat([x, self._unlabeled[unlabeled]], 1)
         masks = self._dropout_masks(net, x.shape[1], offsets) if s.dropout_trunk else None
         mean, scale = net.encode(x, masks)
         terms: dict[str, Tensor] = {}
-        present = self._present[ids]
-        rows_in = present.sum(1)
         if scale is None:
             z = mean.unsqueeze(2)
         else:
             noise = self._batch_noise(offsets[:, 0], x.shape[1], (s.samples, mean.shape[2]))
             z = torch.addcmul(mean.unsqueeze(2), scale.unsqueeze(2), noise)
-        wants_variance = scale is not None and bool((self._hyper["lam"] > 0).any())
+        wants_variance = scale is not None and self._wants_variance
         if s.dropout_head:
             raw = net.raw_outcomes(z, self._head_masks(net, z.shape[1], offsets))
             raw_t, raw_c = raw[:, 1, :treated], raw[:, 0, treated:]
@@ -317,49 +372,47 @@ class Trainer:
             raw_t, raw_c = raw[:, 1, :treated], raw[:, 0, treated:labelled]
             other = torch.cat([raw[:, 0, :treated], raw[:, 1, treated:labelled]], 1)[..., 0]
             prediction = torch.sigmoid(other) if self.binary else other
-            variance = (losses.counterfactual_variance(prediction) * present).sum(1)
-            count = rows_in
+            variance = self._over_rows(losses.counterfactual_variance(prediction))
             if unlabeled is not None:
                 both = raw[:, :, labelled:, :, 0]
                 both = torch.sigmoid(both) if self.binary else both
-                variance = variance + losses.counterfactual_variance(both).sum((1, 2))
-                count = count + 2 * (x.shape[1] - labelled)
-            terms["variance"] = variance / count
+                count = 2 * (x.shape[1] - labelled)
+                variance = variance * self._now_rows + losses.counterfactual_variance(both).sum((1, 2))
+                variance = variance / (self._now_rows + count)
+            terms["variance"] = variance
         else:
             raw_t, raw_c = net.arm_outcomes(1, z[:, :treated]), net.arm_outcomes(0, z[:, treated:labelled])
         nll = torch.cat(
             [self._nll(net, 1, raw_t, y[:, :treated]), self._nll(net, 0, raw_c, y[:, treated:])], 1
         )  # fmt: skip
-        terms["prediction"] = (nll * w * present).sum(1) / rows_in
+        terms["prediction"] = self._over_rows(nll * w)
         mean_l, scale_l = mean[:, :labelled], None if scale is None else scale[:, :labelled]
         if scale_l is not None:
-            terms["rate"] = (losses.kl_diag(mean_l, scale_l) * present).sum(1) / rows_in
+            terms["rate"] = self._over_rows(losses.kl_diag(mean_l, scale_l))
         if s.dragon > 0:
-            terms |= self._dragon_terms(net, z[:, :, 0], raw_t, raw_c, y, present, rows_in, ids)
+            terms |= self._dragon_terms(net, z[:, :, 0], raw_t, raw_c, y)
         elif s.independence != "none":
-            terms["independence"] = self._independence(net, z[:, :labelled, 0], mean_l, scale_l, present, ids)
+            terms["independence"] = self._independence(net, z[:, :labelled, 0], mean_l, scale_l)
         return terms, (mean_l.detach() if scale_l is None else torch.stack([mean_l, scale_l]).detach())
 
     def _nll(self, net: CIBStack, arm: int, raw: Tensor, y: Tensor) -> Tensor:
-        """Mean over samples of the negative log likelihood, ``(stack, rows)``."""
+        """Average the negative log likelihood over samples, ``(stack, rows)``."""
         y = y.unsqueeze(2)
         if self.binary:
             return losses.bernoulli_nll(y, raw[..., 0]).mean(2)
         if self.settings.likelihood == "mse":
             return (y - raw[..., 0]).square().mean(2)
         if self.settings.likelihood == "hetero":
-            return losses.gaussian_nll(y, raw[..., 0], (F.softplus(raw[..., 1]) + 1e-3).log()).mean(2)
+            return losses.gaussian_nll(y, raw[..., 0], (nn.functional.softplus(raw[..., 1]) + 1e-3).log()).mean(2)
         return losses.gaussian_nll(y, raw[..., 0], net.noise_log_scale[:, arm, None, None]).mean(2)
 
-    def _independence(
-        self, net: CIBStack, z: Tensor, mean: Tensor, scale: Tensor | None, present: Tensor, ids: Tensor
-    ) -> Tensor:
+    def _independence(self, net: CIBStack, z: Tensor, mean: Tensor, scale: Tensor | None) -> Tensor:
         s = self.settings
         treatment = self._slot_treatment.expand(z.shape[:2])
         if s.independence in {"confusion", "adversarial"}:
             logit = _frozen_discriminator(net, z)
-            share = self._share[ids]
-            if not self._padded:
+            share, present = self._now_share, self._now_present
+            if present is None:
                 if s.independence == "confusion":
                     return losses.confusion(logit, share)
                 return losses.adversarial(logit, treatment)
@@ -368,9 +421,11 @@ class Trainer:
                 if s.independence == "confusion"
                 else losses.adversarial(logit.unsqueeze(-1), treatment.unsqueeze(-1))
             )
-            return (each * present).sum(1) / present.sum(1)
-        share = self._share[ids] if s.balance_share is None else torch.full_like(self._share[ids], s.balance_share)
-        if self._padded and s.independence != "none":
+            return self._over_rows(each)
+        share, present = self._now_share, self._now_present
+        if s.balance_share is not None:
+            share = torch.full_like(share, s.balance_share)
+        if present is not None:
             # Members with fewer rows in an arm are few: they are measured one by one.
             parts = [
                 self._imbalance(z[g : g + 1, keep], treatment[g : g + 1, keep], mean[g : g + 1, keep],
@@ -396,26 +451,25 @@ class Trainer:
                 return losses.mi_gauss(mean, torch.zeros_like(mean) if scale is None else scale, treatment, share)
 
     def _dragon_terms(
-        self, net: CIBStack, h: Tensor, raw_t: Tensor, raw_c: Tensor, y: Tensor, present: Tensor, rows_in: Tensor,
-        ids: Tensor,
+        self, net: CIBStack, h: Tensor, raw_t: Tensor, raw_c: Tensor, y: Tensor
     ) -> dict[str, Tensor]:  # fmt: skip
         logit = net.treatment_logit(h)
         t = self._slot_treatment.expand(logit.shape)
-        terms = {"propensity": (losses.bernoulli_nll(t, logit) * present).sum(1) / rows_in}
+        terms = {"propensity": self._over_rows(losses.bernoulli_nll(t, logit))}
         if self.settings.targeted > 0:
             g = (torch.sigmoid(logit) + 0.01) / 1.02
             factual = torch.cat([raw_t[:, :, 0, 0], raw_c[:, :, 0, 0]], 1)
             if self.binary:
                 factual = torch.sigmoid(factual)
             nudged = factual + net.epsilon[:, None] * (t / g - (1 - t) / (1 - g))
-            terms["targeted"] = ((y - nudged).square() * present).sum(1) / rows_in
+            terms["targeted"] = self._over_rows((y - nudged).square())
         return terms
 
-    def _total(self, terms: Mapping[str, Tensor], ids: Tensor, warm: float) -> Tensor:
+    def _total(self, terms: Mapping[str, Tensor], warm: float) -> Tensor:
         total = terms["prediction"]
         for name, weight in (("rate", "beta"), ("independence", "gamma"), ("variance", "lam")):
             if name in terms:
-                total = total + warm * self._hyper[weight][ids] * terms[name]
+                total = torch.addcmul(total, self._now_hyper[weight], terms[name], value=warm)
         if "propensity" in terms:
             total = total + self.settings.dragon * terms["propensity"]
         if "targeted" in terms:
@@ -449,63 +503,58 @@ class Trainer:
         return made.to(self.device, self.dtype).requires_grad_(False)
 
     def _one_step(
-        self, rows: Tensor, offsets: np.ndarray, unlabeled: Tensor | None, ids: Tensor
+        self, rows: Tensor, offsets: np.ndarray, unlabeled: Tensor | None
     ) -> dict[str, Tensor]:  # fmt: skip
         s, net = self.settings, self.stack
-        model, judge = self._optimizers
+        model = self._optimizers[0]
         warm = min(1.0, (self.step + 1) / max(1.0, s.warmup * s.steps)) if s.warmup else 1.0
-        terms, z = self._terms(net, rows, offsets, unlabeled, ids)
-        total = self._total(terms, ids, warm)
-        parameters: list[Tensor] = model.param_groups[0]["params"]
-        gradients = list(torch.autograd.grad(total.sum(), parameters, allow_unused=True))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
-        self._add_l2(net, ids)
-        self._clip(parameters, net.size)
-        model.step()
+        terms, z = self._terms(net, rows, offsets, unlabeled)
+        total = self._total(terms, warm)
+        parameters = model.parameters
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(total.sum(), parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        self._add_l2(net, gradients)
+        self._clip(gradients, net.size)
+        model.step(gradients)
         if s.dragon == 0 and s.independence in {"confusion", "adversarial"}:
             for turn in range(s.disc_steps):
-                self._discriminate(net, z, offsets[:, 1] + 7919 * turn, ids)
+                self._discriminate(net, z, offsets[:, 1] + 7919 * turn)
         self.step += 1
         if self.step % s.lr_every == 0:
             for optimizer in self._optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] *= s.lr_decay
+                optimizer.lr *= s.lr_decay
         return terms
 
-    def _discriminate(self, net: CIBStack, z: Tensor, offsets: np.ndarray, ids: Tensor) -> None:
+    def _discriminate(self, net: CIBStack, z: Tensor, offsets: np.ndarray) -> None:
         """One step of the discriminator on freshly drawn z, through which no gradient goes to the encoder."""
         judge = self._optimizers[1]
         if z.dim() == 4:
             z = torch.addcmul(z[0], z[1], self._batch_noise(offsets, z.shape[2], (z.shape[3],)))
         logit = net.treatment_logit(z)
-        present = self._present[ids]
-        loss = losses.bernoulli_nll(self._slot_treatment.expand(logit.shape), logit)
-        loss = (loss * present).sum(1) / present.sum(1)
-        parameters: list[Tensor] = judge.param_groups[0]["params"]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss.sum(), parameters), strict=True):
-            parameter.grad = gradient
-        judge.step()
+        loss = self._over_rows(losses.bernoulli_nll(self._slot_treatment.expand(logit.shape), logit))
+        judge.step(torch.autograd.grad(loss.sum(), judge.parameters))
 
-    def _add_l2(self, net: CIBStack, ids: Tensor) -> None:
-        for part, name, repeat in ((net.heads, "head_l2", 2), (net.encoder, "trunk_l2", 1)):
-            weight = self._hyper[name][ids].repeat_interleave(repeat)[:, None, None]
-            if name == "trunk_l2" and self.settings.trunk_l2 == 0 and not bool((self._hyper[name] > 0).any()):
-                continue
-            for parameter in part.weights:
-                if parameter.grad is not None:
-                    parameter.grad.addcmul_(parameter.detach(), weight)
+    def _add_l2(self, net: CIBStack, gradients: Sequence[Tensor]) -> None:
+        place = {id(p): k for k, p in enumerate(self._optimizers[0].parameters)}
+        for part, name in ((net.heads, "head_l2"), (net.encoder, "trunk_l2")):
+            if self._decays[name]:
+                for parameter in part.weights:
+                    gradients[place[id(parameter)]].addcmul_(parameter.detach(), self._now_decay[name])
 
-    def _clip(self, parameters: Sequence[Tensor], size: int) -> None:
+    def _clip(self, gradients: Sequence[Tensor], size: int) -> None:
         # The heads' tensors have two entries a member, side by side, so a reshape puts each member's values in a row.
-        gradients = [parameter.grad.view(size, -1) for parameter in parameters if parameter.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in gradients])
-        factor = (self.settings.clip / torch.linalg.vector_norm(norms, dim=0).clamp(min=1e-12)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, [factor.unsqueeze(1)] * len(gradients))
+        flat = [gradient.view(size, -1) for gradient in gradients]
+        norms = torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in flat])
+        norm = torch.linalg.vector_norm(norms, dim=0)
+        # Hardly ever needed, and looking is cheaper than multiplying everything by one.
+        if bool((norm > self.settings.clip).any()):
+            factor = (self.settings.clip / norm).clamp(max=1.0).unsqueeze(1)
+            for gradient in flat:
+                gradient.mul_(factor)
 
     @torch.no_grad()
-    def _check(self, terms: Mapping[str, Tensor], ids: Tensor) -> None:
-        loss = self._validate(ids)
+    def _check(self, terms: Mapping[str, Tensor]) -> None:
+        loss = self._validate()
         found = loss.cpu().numpy().astype(np.float64)
         values = {name: value.detach().cpu().numpy().astype(np.float64) for name, value in terms.items()}
         alive = self._alive
@@ -539,8 +588,8 @@ class Trainer:
         if self.on_check is not None:
             self.on_check(check)
 
-    def _validate(self, ids: Tensor) -> Tensor:
-        s, net = self.settings, self.stack
+    def _validate(self) -> Tensor:
+        s, net, ids = self.settings, self.stack, self._ids
         index = self._validation[ids]
         weight, arm = self._validation_weight[ids], self._validation_arm[ids]
         mean, scale = net.encode(self._x[index])
@@ -559,7 +608,9 @@ class Trainer:
             rate = (losses.kl_diag(mean, scale) * valid).sum(1) / valid.sum(1)
             loss = loss + self._hyper["beta"][ids] * rate
         if s.dragon > 0:
-            loss = loss + s.dragon * (losses.bernoulli_nll(arm, net.treatment_logit(mean)) * weight).sum(1) / weight.sum(1)
+            loss = loss + s.dragon * (losses.bernoulli_nll(arm, net.treatment_logit(mean)) * weight).sum(
+                1
+            ) / weight.sum(1)
         return loss
 
     def _shrink(self, places: np.ndarray) -> None:
@@ -569,20 +620,19 @@ class Trainer:
             return
         kept = torch.from_numpy(places).to(self.device)
         smaller = CIBStack(self._x.shape[1], self.settings, seeds=[0] * len(places)).to(self.device, self.dtype)
-        old, lr = self._optimizers, self._optimizers[0].param_groups[0]["lr"]
-        states: dict[str, Any] = {}
+        lr, steps = self._optimizers[0].lr, self._optimizers[0].steps
+        judged = self._optimizers[1].steps
+        moments = {name: tuple(m[_rows(name, kept)] for m in pair) for name, pair in self._moments().items()}
+        named = dict(smaller.named_parameters())
         for name, parameter in self.stack.named_parameters():
-            optimizer = old[0] if self._is_model(name) else old[1]
-            states[name] = {k: v if v.dim() == 0 else v[_rows(name, kept)] for k, v in optimizer.state[parameter].items()}
-            dict(smaller.named_parameters())[name].data.copy_(parameter.detach()[_rows(name, kept)])
+            named[name].data.copy_(parameter.detach()[_rows(name, kept)])
         self.stack = smaller
         self._optimizers = self._new_optimizers()
-        for name, parameter in smaller.named_parameters():
-            if states[name]:
-                self._optimizers[0 if self._is_model(name) else 1].state[parameter] = states[name]
-        for optimizer in self._optimizers:
-            optimizer.param_groups[0]["lr"] = lr
+        self._set_moments(moments)
+        for optimizer, count in zip(self._optimizers, (steps, judged), strict=True):
+            optimizer.lr, optimizer.steps = lr, count
         self._alive = self._alive[places]
+        self._focus()
 
     def _retry(self) -> None:
         """Train members that met a loss that is not finite again from their last good weights, with half the step."""
@@ -623,20 +673,15 @@ class Trainer:
         s = self.settings
         while self.step < s.steps and len(self._alive):
             index, offsets, unlabeled = self._chunk()
-            ids = torch.from_numpy(self._alive).to(self.device)
             terms: dict[str, Tensor] = {}
             for inner in range(min(s.eval_every, s.steps - self.step)):
-                terms = self._one_step(index[inner], offsets[inner], None if unlabeled is None else unlabeled[inner], ids)
-            self._check(terms, ids)
+                terms = self._one_step(index[inner], offsets[inner], None if unlabeled is None else unlabeled[inner])
+            self._check(terms)
 
     # ---- interruption
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on later, as plain values and tensors."""
-        optimizers: list[dict[str, Any]] = []
-        for optimizer in self._optimizers:
-            named = {name: dict(optimizer.state[p]) for name, p in self.stack.named_parameters() if p in optimizer.state}
-            optimizers.append({"lr": optimizer.param_groups[0]["lr"], "state": named})
         return {
             "step": self.step,
             "alive": self._alive,
@@ -646,7 +691,8 @@ class Trainer:
             "diverged": {g: list(where) for g, where in self._diverged.items()},
             "best": self._best,
             "weights": {name: p.detach() for name, p in self.stack.named_parameters()},
-            "optimizers": optimizers,
+            "moments": {name: list(pair) for name, pair in self._moments().items()},
+            "optimizers": [[optimizer.lr, optimizer.steps] for optimizer in self._optimizers],
             "history": [
                 [c.step, list(c.members), list(c.validation), {k: list(v) for k, v in c.terms.items()}, c.alive]
                 for c in self.history
@@ -661,10 +707,9 @@ class Trainer:
         named = dict(self.stack.named_parameters())
         for name, value in state["weights"].items():
             named[name].data.copy_(value)
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.param_groups[0]["lr"] = saved["lr"]
-            for name, values in saved["state"].items():
-                optimizer.state[named[name]] = {k: v.to(self.device) for k, v in values.items()}
+        self._set_moments(state["moments"])
+        for optimizer, (lr, steps) in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.lr, optimizer.steps = float(lr), int(steps)
         self.step = int(state["step"])
         self._best_loss, self._best_step = np.array(state["best_loss"]), np.array(state["best_step"])
         self._stale = np.array(state["stale"])
@@ -701,7 +746,7 @@ def _frozen_discriminator(net: CIBStack, z: Tensor) -> Tensor:
     for layer, (weight, bias) in enumerate(zip(part.weights, part.biases, strict=True)):
         z = torch.baddbmm(bias.detach(), z, weight.detach())
         if layer < last:
-            z = F.elu_(z)
+            z = nn.functional.elu_(z)
     return z[..., 0]
 
 
