@@ -67,6 +67,8 @@ def test_every_public_name_says_what_it_takes(package: Package):
 
 def test_arrays_have_shapes(package: Package):
     for name, thing in public(package):
+        if inspect.isclass(thing) and issubclass(thing, BaseException):
+            continue
         annotations = [str(p.annotation) for p in inspect.signature(thing).parameters.values()]
         takes_arrays = any("Tensor" in text or "ndarray" in text for text in annotations)
         if takes_arrays:

@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 jaxtyping.install_import_hook(
-    ["shared_core.episodes", "shared_core.device", "shared_core.data", "shared_core.tables"], typechecker="beartype.beartype"
+    ["shared_core.episodes", "shared_core.device", "shared_core.data", "shared_core.tables"],
+    typechecker="beartype.beartype",
 )
 
 

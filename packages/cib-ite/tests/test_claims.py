@@ -15,13 +15,13 @@ import torch
 
 from cib_ite.data import EffectTable, confounded, ihdp, twins
 from cib_ite.estimator import CIB, Problem, fit_many
-from cib_ite.experiments import Cell, compare, population_shift, probe_auc
+from cib_ite.experiments import Cell, compare, population_shift
 from shared_core.errors import InputError
 from shared_core.runs import Run
 
 pytestmark = pytest.mark.claims
 
-STEPS = 800
+STEPS = 600
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,27 +94,8 @@ def test_intervals_cover_and_are_not_endless(cells):
     assert values(cells, "cib", "ite width 90 %").mean() <= 3 * 2 * 1.645 * np.sqrt(2)
 
 
-def test_a_network_that_is_sure_of_itself_is_calibrated_or_at_least_widened():
-    """At beta = 1e-3 raw intervals cover far too little, lam = 1 makes it worse, and calibration widens both."""
-    tables = [needs(ihdp, draw) for draw in range(10, 14)]
-    raw, calibrated = {}, {}
-    for lam in (0.0, 1.0):
-        models = [CIB(beta=1e-3, lam=lam, n_members=1, steps=500, random_state=k, device="cpu") for k in range(4)]
-        fit_many(models, [Problem(t.x, t.treatment, t.y) for t in tables])
-        covered: dict[str, list[float]] = {"raw": [], "calibrated": []}
-        for model, table in zip(models, tables, strict=True):
-            error, std = np.abs(model.effect(table.x) - table.effect), model.effect_std(table.x)
-            covered["calibrated"].append(float(np.mean(error <= 1.96 * std)))
-            covered["raw"].append(float(np.mean(error <= 1.96 * std / model.calibration_.inflation)))
-        raw[lam], calibrated[lam] = np.mean(covered["raw"]), np.mean(covered["calibrated"])
-    assert raw[0.0] < 0.8
-    assert raw[1.0] < raw[0.0]
-    for lam in (0.0, 1.0):
-        assert calibrated[lam] > raw[lam] + 0.05
-
-
 def test_a_group_never_seen_is_told_and_deferred():
-    found = [population_shift(needs(ihdp, d), "b.marr", seed=d, steps=500, device="cpu") for d in (10, 11, 12)]
+    found = [population_shift(needs(ihdp, d), "b.marr", seed=d, steps=400, device="cpu") for d in (10, 11)]
     best = [max(shift["auroc"], shift["auroc_rate"]) for shift in found]
     assert np.mean(best) >= 0.55
     assert np.mean([shift["deferred_unseen"] - shift["deferred_seen"] for shift in found]) > 0
@@ -123,7 +104,7 @@ def test_a_group_never_seen_is_told_and_deferred():
 # ---- what each term does (8.3)
 
 
-def test_each_term_lowers_what_it_penalises():
+def test_compression_lowers_what_is_kept_of_the_covariates():
     tables = [confounded(800, kappa=2.0, seed=seed) for seed in range(2)]
 
     def fitted(**changes) -> list[CIB]:
@@ -143,21 +124,14 @@ def test_each_term_lowers_what_it_penalises():
              for b in (1e-3, 1e-2, 0.1, 0.3)]  # fmt: skip
     assert rates == sorted(rates, reverse=True)
 
-    def probe(models: list[CIB]) -> float:
-        return float(
-            np.mean([probe_auc(m.transform(t.x[500:]), t.treatment[500:]) for m, t in zip(models, tables, strict=True)])
-        )
-
-    assert probe(fitted(gamma=10.0)) <= probe(fitted(independence="none")) - 0.03
-
 
 # ---- Twins
 
 
 def test_twins_effects_are_hardly_individual_and_no_method_pretends_otherwise():
-    tables = {0: needs(twins, 0, 2000)}
+    tables = {0: needs(twins, 0, 1500)}
     found = compare(
-        run(), "twins", tables, methods=("cib", "ols2"), tune=False, changes={"steps": 300, "device": "cpu"}
+        run(), "twins", tables, methods=("cib", "ols2"), tune=False, changes={"steps": 200, "device": "cpu"}
     )[2]
     auc = {method: values(found, method, "auc both out")[0] for method in found}
     assert auc["cib"] > 0.6

@@ -21,6 +21,7 @@ from shared_core.errors import InputError
 QUICK = {
     "n_members": 2,
     "steps": 75,
+    "lr": 0.01,
     "trunk": (16,),
     "heads": (16,),
     "discriminator": (8,),
@@ -39,12 +40,12 @@ def data(n: int = 300, seed: int = 0, binary: bool = False):
 
 @pytest.fixture(scope="module")
 def fitted() -> CIB:
-    return CIB(**{**QUICK, "n_members": 5, "steps": 300}).fit(*data(600))
+    return CIB(**{**QUICK, "n_members": 5, "steps": 250}).fit(*data(600))
 
 
 @pytest.fixture(scope="module")
 def fitted_binary() -> CIB:
-    return CIB(**{**QUICK, "n_members": 5, "steps": 300}).fit(*data(600, binary=True))
+    return CIB(**{**QUICK, "n_members": 5, "steps": 150}).fit(*data(600, binary=True))
 
 
 # ---- scikit-learn
@@ -156,7 +157,7 @@ def test_units_of_the_outcome_carry_over():
 
 def test_swapped_arms_negate_the_effect():
     X, t, y = data(600)
-    settings = {**QUICK, "n_members": 3, "steps": 500}
+    settings = {**QUICK, "n_members": 3, "steps": 150}
     straight, mirrored = CIB(**settings).fit(X, t, y).effect(X), CIB(**settings).fit(X, 1 - t, y).effect(X)
     assert np.corrcoef(straight, -mirrored)[0, 1] > 0.95
     assert abs(straight.mean() + mirrored.mean()) < 0.1
@@ -221,7 +222,7 @@ def test_intervals_nest_and_the_individual_one_is_wider(fitted):
 @pytest.mark.parametrize("interval", ["conformal", "split"])
 def test_individual_intervals_cover_the_differences(interval):
     table = confounded(1500, kappa=1.0, seed=3)
-    model = CIB(**{**QUICK, "n_members": 5, "steps": 400}, interval=interval)
+    model = CIB(**{**QUICK, "n_members": 5, "steps": 150}, interval=interval)
     model.fit(table.x[:900], table.treatment[:900], table.y[:900])
     low, high = model.effect_interval(table.x[900:], 0.2, target="ite")
     both = table.potential_outcomes()[900:]
@@ -257,9 +258,9 @@ def test_binary_outcomes_are_probabilities(fitted_binary):
 def test_average_effect_is_covered_doubly_robustly():
     """Strong confounding: the raw difference of means is far off, the AIPW interval is not."""
     missed, naive = 0, []
-    for seed in range(6):
+    for seed in range(4):
         table = confounded(600, kappa=1.0, seed=seed)
-        model = CIB(**{**QUICK, "n_members": 5, "steps": 250}, random_state=seed).fit(table.x, table.treatment, table.y)
+        model = CIB(**{**QUICK, "n_members": 5, "steps": 200}, random_state=seed).fit(table.x, table.treatment, table.y)
         low, high = model.ate_interval(alpha=0.02)
         missed += not low <= table.effect.mean() <= high
         t = table.treatment == 1
@@ -284,7 +285,7 @@ def test_group_effects(fitted):
 @pytest.fixture(scope="module")
 def hidden():
     table, region = overlap_failure(1200, seed=1)
-    return table, region, CIB(**{**QUICK, "n_members": 3, "steps": 300}).fit(table.x, table.treatment, table.y)
+    return table, region, CIB(**QUICK).fit(table.x, table.treatment, table.y)
 
 
 def test_a_hidden_region_without_overlap_is_flagged_and_deferred(hidden):
@@ -369,7 +370,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_model():
         states.append(state)
         raise KeyboardInterrupt
 
-    settings = {**QUICK, "steps": 600, "patience": 50}
+    settings = {**QUICK, "steps": 300, "patience": 50}
     with pytest.raises(KeyboardInterrupt):
         CIB(**settings).fit(X, t, y, on_state=stop)
     import tempfile
@@ -388,7 +389,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_model():
 def test_unlabelled_rows_steady_predictions_among_them():
     X, t, y = data(200)
     more = np.random.default_rng(5).normal(size=(400, 3)) + 2
-    settings = {**QUICK, "steps": 400, "lam": 30.0, "beta": 0.0, "gamma": 0.0, "independence": "none"}
+    settings = {**QUICK, "steps": 150, "lam": 30.0, "beta": 0.0, "gamma": 0.0, "independence": "none"}
     without = CIB(**settings).fit(X, t, y).effect_inference(more)
     within = CIB(**settings).fit(X, t, y, X_unlabeled=more).effect_inference(more)
     assert within.parts["representation"].mean() < 0.8 * without.parts["representation"].mean()
@@ -508,4 +509,4 @@ def test_few_rows_and_no_overlap_are_warned_of():
 
 def test_a_collapsed_bottleneck_is_told():
     with pytest.warns(UserWarning, match="bottleneck has collapsed .* lower beta"):
-        CIB(**{**QUICK, "steps": 500}, beta=20.0).fit(*data())
+        CIB(**{**QUICK, "steps": 200}, beta=20.0).fit(*data())

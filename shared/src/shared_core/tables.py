@@ -133,9 +133,7 @@ def _dense_from_sparse(path: Path) -> Float[np.ndarray, "rows columns"]:
     matrix = read_sparse(path)
     rows, columns = cast("tuple[int, int]", matrix.shape)
     if rows * columns > _MAX_DENSE_CELLS:
-        raise InputError(
-            f"{path}: {rows} x {columns} is too large for a dense table; give fewer columns"
-        )
+        raise InputError(f"{path}: {rows} x {columns} is too large for a dense table; give fewer columns")
     dense = np.full((rows, columns), np.nan)
     dense[matrix.coords[0], matrix.coords[1]] = matrix.data
     return dense
@@ -249,7 +247,9 @@ class TableSchema:
             task = "classification" if not numeric or few_integers else "regression"
         if task == "regression":
             if not numeric:
-                raise InputError(f"{source}: the target '{target}' is not numeric; choose the task classification, or another target")
+                raise InputError(
+                    f"{source}: the target '{target}' is not numeric; choose the task classification, or another target"
+                )
             return cls(tuple(columns), target, None)
         classes = tuple(sorted({_label(value) for value in known}, key=_numbers_first))
         if len(classes) < 2:

@@ -154,11 +154,12 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
 
 
 def _pictures(session: Session, model: CIB, table: EffectTable, evaluation: Evaluation | None = None) -> None:
-    from cib_ite.evaluate import evaluate_model
+    from cib_ite.evaluate import as_rows, evaluate_model
     from cib_ite.plots import plot_effects, plot_overlap
 
-    found = model.effect_inference(table.x)
-    plot_effects(session.run.artifact("effects.png"), found, model.decide(table.x))
+    x = as_rows(model, table)
+    found = model.effect_inference(x)
+    plot_effects(session.run.artifact("effects.png"), found, model.decide(x))
     plot_overlap(
         session.run.artifact("overlap.png"),
         found.propensity,
@@ -392,9 +393,11 @@ def _frame(x: Any, names: tuple[str, ...]) -> pd.DataFrame:
 
 def _keep(run: Run, config: FitConfig, found: Loaded) -> None:
     """Remember how the table was read, so that `predict`, `report` and `plot` find their way."""
+    from cib_ite.data import NAMES
+
     write_json(run.artifact(_SCHEMA), None if found.schema is None else found.schema.to_json())
     kept = {name: getattr(config, name) for name in ("treatment", "outcome", "control", "positive", "draw", "seed")}
-    where = str(Path(config.data).resolve()) if found.schema is not None else config.data
+    where = config.data if config.data in NAMES else str(Path(config.data).resolve())
     settings = {"cost": config.cost, "max_defer": config.max_defer, "alpha": config.alpha}
     write_json(run.artifact(_TABLE), {"data": where, "exclude": list(config.exclude), **kept, **settings})
 

@@ -822,7 +822,11 @@ class CIB(TransformerMixin, BaseEstimator):
         else:
             calibration = self.calibration_
             known = doubt(calibration.effect, calibration.std, cost)
-            waits = doubt(found.effect, found.std, cost) > np.quantile(known, 1 - max_defer) if max_defer < 1 else True
+            doubtful = doubt(found.effect, found.std, cost)
+            # At the ends the quantile is a training row's own doubt, which new rows may pass.
+            waits = doubtful > (
+                np.inf if max_defer == 0 else -1 if max_defer == 1 else np.quantile(known, 1 - max_defer)
+            )
         decision[waits | ((found.no_overlap | found.unusual) & defer_flagged)] = "defer"
         return decision
 

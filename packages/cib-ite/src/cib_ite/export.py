@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import warnings
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +101,20 @@ def _variance(values: Tensor, dim: int) -> Tensor:
     return centred.square().sum(dim) / (values.shape[dim] - 1)
 
 
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Let only errors through: both exporters report sizes that never vary, and packages that are not needed."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
 _NAMES = ["effect", "std", "mu0", "mu1", "rate"]
 
 
@@ -124,12 +141,9 @@ def export_model(
     path = Path(path)
     module = EffectModule(model, samples).eval()
     example = torch.zeros(3, int(model.n_features_in_))
-    with torch.no_grad(), atomic_path(path) as temporary:
+    with torch.no_grad(), _quiet(), atomic_path(path) as temporary:
         if format == "torchscript":
-            with warnings.catch_warnings():
-                # Only the number of rows varies; the sizes that decide anything are the model's.
-                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage]
-                traced: Any = torch.jit.trace(module, example, check_trace=False)  # pyright: ignore[reportPrivateImportUsage]
+            traced: Any = torch.jit.trace(module, example, check_trace=False)  # pyright: ignore[reportPrivateImportUsage]
             traced.save(str(temporary))
         elif format == "onnx":
             try:

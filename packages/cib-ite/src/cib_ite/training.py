@@ -511,7 +511,8 @@ class Trainer:
         terms, z = self._terms(net, rows, offsets, unlabeled)
         total = self._total(terms, warm)
         parameters = model.parameters
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(total.sum(), parameters, allow_unused=True)
+        # A term that is switched off leaves parameters (the noise scales, DragonNet's epsilon) without a gradient.
+        found: Any = torch.autograd.grad(total.sum(), parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         self._add_l2(net, gradients)
         self._clip(gradients, net.size)
