@@ -16,7 +16,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from cib_ite import cli, experiments
+from cib_ite import cli, experiments, overlap
 from cib_ite.cli import line
 from cib_ite.data import NAMES
 from cib_ite.estimator import CIB
@@ -29,14 +29,15 @@ _savefig = Figure.savefig
 
 
 @pytest.fixture(scope="module", autouse=True)
-def undrawn():
-    """Leave drawing to the tests of plots and reports: it would take nearly all of the time here."""
+def quick():
+    """Leave drawing and large forests to tests of their own: they would take nearly all of the time here."""
 
     def save(figure: Figure, path: Path, **options: object) -> None:
         path.write_bytes(b"a picture")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", save)
+        patch.setattr(overlap, "_TREES", 25)
         yield
 
 

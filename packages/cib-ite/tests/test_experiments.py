@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import log_loss, roc_auc_score
 
-from cib_ite import experiments
+from cib_ite import experiments, overlap
 from cib_ite.baselines.classical import GRIDS, OLS2
 from cib_ite.data import EffectTable, Split, confounded, split
 from cib_ite.estimator import CIB
@@ -35,6 +35,14 @@ from shared_core.runs import Run
 TINY = {"steps": 50, "trunk": (8,), "heads": (8,), "discriminator": (4,), "latent": 2, "device": "cpu"}
 # Learns something in as few steps.
 BRISK = TINY | {"steps": 150, "lr": 0.02}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_forests():
+    """Leave large forests to the tests of overlap: they would take most of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "_TREES", 25)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -444,6 +452,7 @@ def test_shift_needs_a_flag_among_the_covariates(shifted):
 
 
 def test_a_sweep_shows_how_beta_lowers_the_rate_and_sees_no_truth(table, monkeypatch):
+    tiny = BRISK | {"steps": 75, "n_members": 1}
     grid = [(0.003, 0.1), (0.1, 0.1), (3.0, 0.1)]
     monkeypatch.setattr(experiments, "probe_auc", lambda z, t, seed: float(z.shape[1]))
     # A moment instead of seconds; that nuisances are right is tested with the metrics.
@@ -452,17 +461,17 @@ def test_a_sweep_shows_how_beta_lowers_the_rate_and_sees_no_truth(table, monkeyp
         "cross_fit_nuisances",
         lambda x, t, y, outcome, seed: Nuisances(x[:, 0], np.full(len(x), 0.4), x[:, 0], x[:, 0], {}, {}),
     )
-    points = sweep(table, grid, **BRISK, n_members=2)
+    points = sweep(table, grid, **tiny)
     assert [(point["beta"], point["gamma"]) for point in points] == grid
     rates = [point["rate"] for point in points]
     assert rates[0] > rates[1] > rates[2] >= 0
     assert rates[0] > 3 * rates[2]
     # The probe gets one member's z.
     assert {point["probe auc"] for point in points} == {2.0}
-    assert sweep(with_garbage(table), grid, **BRISK, n_members=2) == points
+    assert sweep(with_garbage(table), grid, **tiny) == points
     parts = split(table, seed=0, fractions=(0.7, 0.2, 0.1))
     train, held = table.rows(parts.train), table.rows(np.concatenate([parts.validation, parts.test]))
-    alone = CIB(**BRISK, n_members=2, beta=0.1, gamma=0.1, interval="none").fit(train.x, train.treatment, train.y)
+    alone = CIB(**tiny, beta=0.1, gamma=0.1, interval="none").fit(train.x, train.treatment, train.y)
     assert points[1]["factual loss"] == pytest.approx(loss_by_hand(alone, held), rel=1e-3)
     residual = held.y - alone.preprocessor_.transform(held.x)[:, 0] - (held.treatment - 0.4) * alone.effect(held.x)
     assert points[1]["r loss"] == pytest.approx(np.mean(residual**2), rel=1e-3)

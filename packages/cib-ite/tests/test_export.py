@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cib_ite import overlap
 from cib_ite.estimator import CIB
 from cib_ite.export import EffectModule, export_model
 from shared_core.errors import InputError
@@ -47,6 +48,14 @@ KINDS = {
     "deterministic": (False, False, {"deterministic": True, "normalize": True, "independence": "none", "gamma": 0.0}),
     "hetero, one member": (False, False, {"likelihood": "hetero", "n_members": 1}),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_forests():
+    """Leave large forests to the tests of overlap: they would take most of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "_TREES", 25)
+        yield
 
 
 @pytest.fixture(scope="module")

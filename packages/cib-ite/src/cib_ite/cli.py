@@ -109,7 +109,7 @@ class DemoConfig(CommandConfig):
 
     draws: int = Field(3, ge=1, description="draws of the outcome surface and of the treatment")
     methods: tuple[str, ...] = Field(("cib", "tarnet", "ols2", "rf_t"), description="methods to compare")
-    steps: int = Field(400, ge=25, description="most training steps of the networks")
+    steps: int = Field(300, ge=25, description="most training steps of the networks")
 
 
 @line.command(DemoConfig)
