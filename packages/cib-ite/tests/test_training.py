@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cib_ite import losses
+from cib_ite.closed_form import discriminator_gradients
 from cib_ite.network import CIBStack, StackedMLP
 from cib_ite.settings import PRESETS, Settings
 from cib_ite.training import Member, Rows, Trainer, TrainingDiverged, _Adam
@@ -179,6 +180,49 @@ def test_reduction_to_tarnet_and_cfr():
     assert terms["independence"].item() == pytest.approx(losses.sinkhorn(h[0], t, 0.5).item(), rel=1e-9)
     total = trainer._total(terms, 1.0)
     assert total.item() == pytest.approx((terms["prediction"] + 0.7 * terms["independence"]).item(), rel=1e-12)
+
+
+# ---- gradients written down
+
+
+@pytest.mark.parametrize("independence", ["confusion", "adversarial", "none"])
+@pytest.mark.parametrize("kind", ["gaussian", "mse", "binary"])
+def test_gradients_written_down_are_those_of_torch(independence, kind):
+    """Members of two data sets of other shares of treated (so with padded slots), halfway through the warm-up."""
+    binary = kind == "binary"
+    first, second = rows(0, binary=binary), rows(1, n=90, treated=0.25, binary=binary)
+    settings = replace(SMALL, independence=independence, gamma=0.7, lam=0.3, samples=3, trunk=(8, 7), heads=(8, 6))
+    settings = replace(settings, likelihood="mse" if kind == "mse" else "gaussian")
+    members = [member(first, 0, 1), member(second, 1, 2, hyper={"beta": 0.02, "lam": 0.0})]
+    trainer = Trainer([first, second], members, settings, binary=binary, dtype=torch.float64)
+    assert trainer._closed
+    # Away from the start, where the noise scales are 0 and one of them is clamped.
+    random = torch.Generator().manual_seed(0)
+    for parameter in trainer.stack.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+    trainer.stack.log_sigma.data[0, 1] = -3.5
+    index, offsets, _ = trainer._chunk()
+    taped = trainer._taped(trainer.stack, index[0], offsets[0], None, 0.5)
+    written = trainer._written_down(trainer.stack, index[0], offsets[0], 0.5)
+    assert taped[0].keys() == written[0].keys()
+    for name, value in taped[0].items():
+        assert torch.allclose(written[0][name], value, atol=1e-12), name
+    for name, ours, theirs in zip(trainer._names[0], written[1], taped[1], strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10), name
+    assert torch.allclose(written[2], taped[2])
+
+
+def test_discriminator_gradients_written_down_are_those_of_torch():
+    first, second = rows(0), rows(1, n=90, treated=0.25)
+    members = [member(first, 0, 1), member(second, 1, 2)]
+    trainer = Trainer([first, second], members, SMALL, binary=False, dtype=torch.float64)
+    z = torch.randn(2, sum(trainer._slots), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logit = trainer.stack.treatment_logit(z)
+    loss = trainer._over_rows(losses.bernoulli_nll(trainer._slot_treatment.expand(logit.shape), logit)).sum()
+    theirs = torch.autograd.grad(loss, trainer._optimizers[1].parameters)
+    ours = discriminator_gradients(trainer.stack, z, trainer._slot_treatment, trainer._now_row_share)
+    for name, value in zip(trainer._names[1], theirs, strict=True):
+        assert torch.allclose(ours[name], value, atol=1e-12), name
 
 
 # ---- stacks

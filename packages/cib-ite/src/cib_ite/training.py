@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from cib_ite import losses
+from cib_ite import closed_form, losses
 from cib_ite.network import CIBStack
 from cib_ite.settings import Settings
 from shared_core.errors import InputError
@@ -232,6 +232,11 @@ class Trainer:
             for name in HYPERPARAMETERS
         }
         self._wants_variance = bool((self._hyper["lam"] > 0).any())
+        self._closed = closed_form.covers(
+            self.settings, variance=self._wants_variance, unlabeled=self._unlabeled is not None
+        )
+        named = [name for name, _ in self.stack.named_parameters()]
+        self._names = [[n for n in named if self._is_model(n)], [n for n in named if not self._is_model(n)]]
         self._decays = {name: bool((self._hyper[name] > 0).any()) for name in ("head_l2", "trunk_l2")}
         most = max(len(member.validation) for member in self.members)
         index = np.zeros((len(self.members), most), dtype=np.int64)
@@ -257,6 +262,7 @@ class Trainer:
         self._now_share = self._share[ids]
         self._now_present = self._present[ids] if self._padded else None
         self._now_rows = self._present[ids].sum(1)
+        self._now_row_share = self._present[ids] / self._now_rows.unsqueeze(1)
         balance = losses.reweight(self._slot_treatment, self._share[ids, None]) if self.settings.reweight else None
         self._now_balance = balance
         self._now_decay = {
@@ -506,17 +512,14 @@ class Trainer:
         self, rows: Tensor, offsets: np.ndarray, unlabeled: Tensor | None
     ) -> dict[str, Tensor]:  # fmt: skip
         s, net = self.settings, self.stack
-        model = self._optimizers[0]
         warm = min(1.0, (self.step + 1) / max(1.0, s.warmup * s.steps)) if s.warmup else 1.0
-        terms, z = self._terms(net, rows, offsets, unlabeled)
-        total = self._total(terms, warm)
-        parameters = model.parameters
-        # A term that is switched off leaves parameters (the noise scales, DragonNet's epsilon) without a gradient.
-        found: Any = torch.autograd.grad(total.sum(), parameters, allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        if self._closed:
+            terms, gradients, z = self._written_down(net, rows, offsets, warm)
+        else:
+            terms, gradients, z = self._taped(net, rows, offsets, unlabeled, warm)
         self._add_l2(net, gradients)
         self._clip(gradients, net.size)
-        model.step(gradients)
+        self._optimizers[0].step(gradients)
         if s.dragon == 0 and s.independence in {"confusion", "adversarial"}:
             for turn in range(s.disc_steps):
                 self._discriminate(net, z, offsets[:, 1] + 7919 * turn)
@@ -526,14 +529,45 @@ class Trainer:
                 optimizer.lr *= s.lr_decay
         return terms
 
+    def _taped(
+        self, net: CIBStack, rows: Tensor, offsets: np.ndarray, unlabeled: Tensor | None, warm: float
+    ) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+        """Terms, gradients of the model's parameters and z's distribution, by automatic differentiation."""
+        terms, z = self._terms(net, rows, offsets, unlabeled)
+        parameters = self._optimizers[0].parameters
+        # A term that is switched off leaves parameters (the noise scales, DragonNet's epsilon) without a gradient.
+        found: Any = torch.autograd.grad(self._total(terms, warm).sum(), parameters, allow_unused=True)
+        return terms, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], z
+
+    def _written_down(
+        self, net: CIBStack, rows: Tensor, offsets: np.ndarray, warm: float
+    ) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+        """As :meth:`_taped`, by the formulas of :mod:`cib_ite.closed_form`."""
+        batch = self._batch(rows)
+        noise = self._batch_noise(offsets[:, 0], rows.shape[1], (self.settings.samples, self.settings.latent))
+        weights = {name: warm * self._now_hyper[name] for name in ("beta", "gamma", "lam")}
+        terms, found, z = closed_form.model_gradients(net, batch, noise, binary=self.binary, **weights)
+        return terms, [found[name] for name in self._names[0]], z
+
+    def _batch(self, rows: Tensor) -> closed_form.Batch:
+        weight = self._w[rows]
+        return closed_form.Batch(
+            x=self._x[rows],
+            y=self._y[rows],
+            weight=weight if self._now_balance is None else weight * self._now_balance,
+            share=self._now_row_share,
+            treated=self._slots[0],
+            treatment=self._slot_treatment,
+            treated_share=self._now_share,
+        )
+
     def _discriminate(self, net: CIBStack, z: Tensor, offsets: np.ndarray) -> None:
         """One step of the discriminator on freshly drawn z, through which no gradient goes to the encoder."""
         judge = self._optimizers[1]
         if z.dim() == 4:
             z = torch.addcmul(z[0], z[1], self._batch_noise(offsets, z.shape[2], (z.shape[3],)))
-        logit = net.treatment_logit(z)
-        loss = self._over_rows(losses.bernoulli_nll(self._slot_treatment.expand(logit.shape), logit))
-        judge.step(torch.autograd.grad(loss.sum(), judge.parameters))
+        found = closed_form.discriminator_gradients(net, z, self._slot_treatment, self._now_row_share)
+        judge.step([found[name] for name in self._names[1]])
 
     def _add_l2(self, net: CIBStack, gradients: Sequence[Tensor]) -> None:
         place = {id(p): k for k, p in enumerate(self._optimizers[0].parameters)}
