@@ -19,8 +19,6 @@ from cib_ite.settings import Settings
 
 __all__ = ["Batch", "covers", "discriminator_gradients", "model_gradients"]
 
-_BCE_LIMIT = 5.0
-
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -204,8 +202,8 @@ def _independence(net: CIBStack, z: Tensor, batch: Batch, gamma: Tensor) -> tupl
         gradient = (torch.sigmoid(logit) - u) * price
     else:
         cost = losses.bernoulli_nll(batch.treatment.expand(logit.shape), logit)
-        value = -(cost.clamp(max=_BCE_LIMIT) * batch.share).sum(1)
-        gradient = (batch.treatment - torch.sigmoid(logit)) * price * (cost <= _BCE_LIMIT)
+        value = -(cost.clamp(max=losses.BCE_LIMIT) * batch.share).sum(1)
+        gradient = (batch.treatment - torch.sigmoid(logit)) * price * (cost <= losses.BCE_LIMIT)
     return value, _backward(net.discriminator, values, gradient.unsqueeze(2), weights=False)[2]
 
 

@@ -21,7 +21,7 @@ from cib_ite.inputs import OverlapWarning, Preprocessor, as_outcome, as_treatmen
 from cib_ite.network import CIBStack
 from cib_ite.overlap import Overlap, fit_overlap
 from cib_ite.settings import PRESETS, Independence, Likelihood, Settings
-from cib_ite.training import Check, Member, Rows, Trained, Trainer
+from cib_ite.training import HYPERPARAMETERS, Check, Member, Rows, Trained, Trainer
 from shared_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -396,7 +396,7 @@ class CIB(TransformerMixin, BaseEstimator):
                 x[fitting], t[fitting], bounds=(float(low), float(high)), seed=int(self.random_state)
             )
             self._warn_of_overlap()
-        self._fitting, self._problem = fitting, (x, t, y, weight)
+        self._problem = (x, t, y, weight)
         rows = Rows(x, t, (y - self.y_mean_) / self.y_scale_, weight, unlabeled)
         return rows, members
 
@@ -422,7 +422,7 @@ class CIB(TransformerMixin, BaseEstimator):
         if settings.likelihood == "mse" and self.outcome_ == "continuous":
             self._set_noise(members)
         if self.interval == "none":
-            del self._held, self._fitting, self._problem
+            del self._held, self._problem
             return
         everything = draw_posterior(
             stack, x, binary=self.outcome_ == "binary", samples=self.predict_samples, seed=int(self.random_state)
@@ -440,7 +440,7 @@ class CIB(TransformerMixin, BaseEstimator):
                 UserWarning,
                 stacklevel=4,
             )
-        del self._held, self._fitting, self._problem
+        del self._held, self._problem
 
     def _set_noise(self, members: Sequence[Member]) -> None:
         """Give members that learned by least squares the noise scale that is most likely given their fit."""
@@ -473,8 +473,9 @@ class CIB(TransformerMixin, BaseEstimator):
         claimed = self._outcome_variance(posterior)[:, rows]
         noise = scale * np.sqrt(np.mean(np.square(posterior.noise[:, :, rows]), axis=0))
         treated, y_rows, position = t[rows], y[rows], np.arange(len(rows))
-        propensity = self.overlap_.training if len(self.overlap_.training) == len(t) else None
-        e = propensity[rows] if propensity is not None else self._propensity_of(rows)
+        # Rows of a split calibration part took no part in the propensity; the others have theirs out of fold.
+        known = self.overlap_.training
+        e = known[rows] if len(known) == len(t) else self.overlap_.propensity(self._problem[0][rows])
         balance = np.where(treated == 1, 0.5 / treated.mean(), 0.5 / max(1 - treated.mean(), 1e-9)) * weight[rows]
         inflation = effect_inflation(
             y_rows - outcome[treated, position], noise[treated, position], claimed[treated, position], balance
@@ -499,9 +500,6 @@ class CIB(TransformerMixin, BaseEstimator):
             rate=np.percentile(rate, grid),
             uncertainty=np.percentile(self._score(scale * np.sqrt(parts.total) * inflation, rate), grid),
         )
-
-    def _propensity_of(self, rows: Int64[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-        return self.overlap_.propensity(self._problem[0][rows])
 
     # ---- predicting
 
@@ -984,7 +982,7 @@ def fit_many(
     if len(estimators) != len(problems) or not estimators:
         raise InputError(f"fit_many: {len(estimators)} estimators for {len(problems)} problems; need one for each")
     settings = [estimator._settings() for estimator in estimators]  # pyright: ignore[reportPrivateUsage]
-    common = {name: getattr(settings[0], name) for name in ("beta", "gamma", "lam", "head_l2", "trunk_l2")}
+    common = {name: getattr(settings[0], name) for name in HYPERPARAMETERS}
     for other in settings[1:]:
         if replace(other, **common) != settings[0]:
             raise InputError("fit_many: estimators may differ in beta, gamma, lam, head_l2 and trunk_l2 only")

@@ -19,6 +19,7 @@ from cib_ite.estimator import CIB, Problem, fit_many
 from cib_ite.inputs import OverlapWarning, SmallArmWarning
 from cib_ite.overlap import auc
 from cib_ite.settings import PRESETS
+from cib_ite.training import HYPERPARAMETERS
 from shared_core.device import one_thread
 from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import Claim, Result, Run, summarize
@@ -134,9 +135,7 @@ def _fit_all(estimators: Sequence[Any], tables: Sequence[EffectTable]) -> None:
     for place, (estimator, table) in enumerate(zip(estimators, tables, strict=True)):
         if isinstance(estimator, CIB):
             settings = estimator._settings()  # pyright: ignore[reportPrivateUsage]
-            fixed = {
-                k: v for k, v in settings.to_json().items() if k not in ("beta", "gamma", "lam", "head_l2", "trunk_l2")
-            }
+            fixed = {k: v for k, v in settings.to_json().items() if k not in HYPERPARAMETERS}
             key = (repr(sorted(fixed.items())), table.x.shape[1], table.outcome)
             together.setdefault(key, []).append(place)
         else:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shared_core.errors import InputError
 
 __all__ = [
+    "BCE_LIMIT",
     "adversarial",
     "bernoulli_nll",
     "confusion",
@@ -31,7 +32,7 @@ __all__ = [
     "sinkhorn",
 ]
 
-_BCE_LIMIT = 5.0
+BCE_LIMIT = 5.0
 
 
 def kl_diag(mean: Float[Tensor, "... latent"], scale: Float[Tensor, "... latent"]) -> Float[Tensor, "..."]:
@@ -138,7 +139,7 @@ def adversarial(logit: Float[Tensor, "... rows"], treatment: Float[Tensor, "... 
     >>> adversarial(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0]))
     tensor(-0.6931)
     """
-    return -bernoulli_nll(treatment, logit).clamp(max=_BCE_LIMIT).mean(-1)
+    return -bernoulli_nll(treatment, logit).clamp(max=BCE_LIMIT).mean(-1)
 
 
 def _arms(

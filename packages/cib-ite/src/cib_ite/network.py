@@ -24,7 +24,6 @@ class StackedMLP(nn.Module):
     seeds : one for each network; a network's initial weights depend on its own seed only
     last_gain : factor on the initial weights of the last layer
     final_activation : apply ELU after the last layer as well
-    dropout : share of the last layer's inputs that is dropped where a generator is given
 
     Examples
     --------
