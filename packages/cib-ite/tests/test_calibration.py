@@ -153,31 +153,37 @@ def test_conformal_survives_a_file(tmp_path):
 # ---- inflation
 
 
-@pytest.mark.parametrize("factor", [0.3, 1.0, 2.5, 7.0])
-def test_inflation_finds_how_far_errors_exceed_the_claim(factor):
+def regression(random: np.random.Generator, n: int, p: int, ridge: float, repeats: int):
+    """Squared residuals of trained rows and of the same rows' new outcomes, and squared errors of the fit."""
+    x = random.normal(size=(n, p))
+    fit = x @ np.linalg.solve(x.T @ x + ridge * np.eye(p), x.T)
+    # With ridge s^2 / tau^2 the prior N(0, tau^2) is the one that the penalty stands for.
+    tau = 1.0 if ridge == 0 else 1 / np.sqrt(ridge)
+    mean = x @ (tau * random.normal(size=(p, repeats)))
+    y, new = mean + random.normal(size=(2, n, repeats))
+    return (y - fit @ y).ravel() ** 2, (new - fit @ y).ravel() ** 2, (mean - fit @ y).ravel() ** 2
+
+
+@pytest.mark.parametrize("ridge", [0.0, 10.0, 60.0])
+@pytest.mark.parametrize("claimed", [0.5, 0.02])
+def test_inflation_recovers_the_error_of_regressions_whose_error_is_known(ridge, claimed):
+    """Least squares, and ridge with the penalty of the prior that made the surface: half the optimism is the error."""
     random = np.random.default_rng(7)
-    size = 200_000
-    noise, claimed = random.uniform(0.3, 0.6, size), random.uniform(0.2, 2, size)
-    residual = random.normal(size=size) * np.sqrt(noise**2 + factor**2 * claimed)
-    found = effect_inflation(residual, noise, claimed, random.uniform(0.5, 1.5, size))
-    assert found == pytest.approx(max(1.0, factor), rel=0.02)
-
-
-def test_inflation_uses_weights_but_not_their_scale():
-    residual, noise, claimed = np.array([1.0, 5.0]), np.zeros(2), np.ones(2)
-    assert effect_inflation(residual, noise, claimed, np.array([3.0, 1.0])) == pytest.approx(np.sqrt((3 + 25) / 4))
-    for scale in (1e-6, 1.0, 1e6):
-        assert effect_inflation(residual, noise, claimed, scale * np.array([3.0, 1.0])) == pytest.approx(np.sqrt(7))
-    # A row of no weight is not there.
-    assert effect_inflation(residual, noise, claimed, np.array([1.0, 0.0])) == pytest.approx(1.0)
+    arms = [regression(random, n, p, ridge, 3000) for n, p in ((60, 20), (90, 10))]
+    error = sum(arm[2].mean() for arm in arms)
+    found = effect_inflation((arms[0][0], arms[1][0]), (arms[0][1], arms[1][1]), claimed)
+    assert found == pytest.approx(max(1.0, np.sqrt(error / claimed)), rel=0.03)
 
 
 def test_inflation_stays_between_one_and_its_bound():
     one = np.ones(50)
-    assert effect_inflation(0 * one, one, one, one) == 1.0
-    assert effect_inflation(5 * one, one, 0 * one, one) == 1.0
-    assert effect_inflation(1e6 * one, one, one, one) == 100.0
-    assert effect_inflation(1e6 * one, one, one, one, largest=3.0) == 3.0
+    assert effect_inflation((one, one), (one, one), 1.0) == 1.0
+    assert effect_inflation((one, 5 * one), (one, one), 1.0) == 1.0
+    assert effect_inflation((one, one), (5 * one, one), 0.0) == 1.0
+    assert effect_inflation((one, one), (1e12 * one, one), 1.0) == 100.0
+    assert effect_inflation((one, one), (1e12 * one, one), 1.0, largest=3.0) == 3.0
+    # An arm without held-out rows says nothing.
+    assert effect_inflation((one, one), (one[:0], 9 * one), 1.0) == 2.0
 
 
 # ---- levels

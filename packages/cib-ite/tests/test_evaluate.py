@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from cib_ite.baselines.classical import OLS1, OLS2, KNNMatching
 from cib_ite.data import EffectTable, confounded
 from cib_ite.estimator import CIB
-from cib_ite.evaluate import as_rows, evaluate_model, is_training_table, outcome_interval
+from cib_ite.evaluate import as_rows, evaluate_model, is_training_table
 from cib_ite.metrics import Nuisances, cross_fit_nuisances
 from shared_core.errors import InputError
 
@@ -133,9 +133,11 @@ def test_on_training_rows_the_factual_error_is_that_of_members_that_had_not_seen
 
 def test_outcome_intervals_are_what_the_individual_interval_is_made_of(model, new):
     low, high = model.effect_interval(new.x, 0.1, target="ite")
-    lower, upper = outcome_interval(model, new.x, 0.05)
-    np.testing.assert_allclose(lower[:, 1] - upper[:, 0], low, rtol=1e-6)
-    np.testing.assert_allclose(upper[:, 1] - lower[:, 0], high, rtol=1e-6)
+    (low0, high0), (low1, high1) = (model.outcome_interval(new.x, arm, 0.05) for arm in (0, 1))
+    np.testing.assert_allclose(low1 - high0, low, rtol=1e-6)
+    np.testing.assert_allclose(high1 - low0, high, rtol=1e-6)
+    with pytest.raises(InputError, match="arm: must be 0"):
+        model.outcome_interval(new.x, 2)
 
 
 def test_without_truth_only_what_the_data_tell_is_reported(model, new):
@@ -146,10 +148,12 @@ def test_without_truth_only_what_the_data_tell_is_reported(model, new):
     assert found.calibration is None
     assert found.deferral is None
     assert set(found.withholding) == {"factual", "r_loss"}
-    lower, upper = outcome_interval(model, table.x, 0.1)
     arm = table.treatment
-    inside = (lower <= table.y[:, None]) & (table.y[:, None] <= upper)
-    assert found.metrics["outcome_coverage_90"] == pytest.approx(inside[np.arange(table.n), arm].mean())
+    inside = np.zeros(table.n, dtype=bool)
+    for a in (0, 1):
+        lower, upper = model.outcome_interval(table.x[arm == a], a, 0.1)
+        inside[arm == a] = (lower <= table.y[arm == a]) & (table.y[arm == a] <= upper)
+    assert found.metrics["outcome_coverage_90"] == pytest.approx(inside.mean())
     assert found.metrics["propensity_auc"] == pytest.approx(
         roc_auc_score(arm, model.effect_inference(table.x).propensity)
     )

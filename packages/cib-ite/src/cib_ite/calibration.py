@@ -1,7 +1,8 @@
 """Intervals that have been held against rows the model was not trained on.
 
 Two targets that must not be confused. The conditional average effect ``mu_1(x) - mu_0(x)`` gets the model's standard
-deviation, widened until held-out residuals are not over-dispersed: approximate, without a guarantee. The individual
+deviation, widened by what the gap between training and held-out residuals tells of its error: approximate, without a
+guarantee. The individual
 difference ``Y(1) - Y(0)`` gets conformal intervals, weighted by the propensity (Lei and Candes, 2021): marginally
 valid, if there is no unmeasured confounding and the propensity is right.
 """
@@ -164,33 +165,34 @@ class Conformal:
 
 
 def effect_inflation(
-    residual: Float[np.ndarray, " k"],
-    noise: Float[np.ndarray, " k"],
-    variance: Float[np.ndarray, " k"],
-    weight: Float[np.ndarray, " k"],
+    trained: tuple[Float[np.ndarray, " a"], Float[np.ndarray, " b"]],
+    held: tuple[Float[np.ndarray, " c"], Float[np.ndarray, " d"]],
+    variance: float,
     largest: float = 100.0,
 ) -> float:
-    """Factor on the model's standard deviation that explains held-out residuals, at least 1.
+    """Factor on the model's standard deviation of effects that the optimism of its fit asks for, at least 1.
 
-    A held-out residual has variance ``noise^2 + error^2``. Where the model is sure of itself beyond its error (large
-    lam, small beta), residuals exceed the learned noise by more than the claimed variance; the ratio says how much.
+    Nobody sees the error of an effect, and a model that is sure of itself beyond its error (large lam, small beta)
+    takes its own misfit for noise. What can be seen is how much smaller residuals are on rows that were trained on.
+    That gap, Efron's optimism, is twice the mean squared error of a least-squares fit, and of a ridge fit whose
+    penalty suits the surface: ``E(y - f)^2`` is ``s^2 (1 - p/n)`` on training rows and ``s^2 (1 + p/n)`` on new noise,
+    with squared error ``s^2 p/n`` in f. Half the gap, summed over both arms, is held against the claimed variance.
 
     Parameters
     ----------
-    residual : ``(k,)`` ``y - f_t(x)`` of rows that did not train the predicting member
-    noise : ``(k,)`` its learned noise
-    variance : ``(k,)`` claimed variance of ``f_t(x)``
-    weight : ``(k,)`` of the rows
+    trained, held : for each arm the squared residuals of rows that trained the predicting member, and of rows that
+        did not
+    variance : mean claimed variance of effects, in squared units of the outcome
     largest : result is cut off here
 
     Examples
     --------
-    >>> r = np.random.default_rng(0).normal(scale=np.sqrt(1 + 4), size=100_000)
-    >>> round(effect_inflation(r, np.ones(100_000), np.full(100_000, 1.0), np.ones(100_000)), 1)
+    >>> effect_inflation((np.array([1.0, 1.0]), np.array([2.0])), (np.array([3.0]), np.array([4.0])), variance=0.5)
     2.0
     """
-    claimed = float(np.average(variance, weights=weight))
-    excess = float(np.average(np.square(residual) - np.square(noise), weights=weight))
-    if claimed <= 0:
+    if variance <= 0:
         return 1.0
-    return float(np.clip(np.sqrt(max(excess, 0.0) / claimed), 1.0, largest))
+    error = sum(
+        (float(h.mean()) - float(t.mean())) / 2 for t, h in zip(trained, held, strict=True) if len(t) and len(h)
+    )
+    return float(np.clip(np.sqrt(max(error, 0.0) / variance), 1.0, largest))

@@ -357,6 +357,7 @@ def _after_fit(config: FitConfig, session: Session, model: CIB, table: EffectTab
         max_defer=config.max_defer,
         alpha=config.alpha,
     )
+    _keep_metrics(session.run, evaluation)
     low, high = model.ate_interval()
     counts = frame["decision"].value_counts()
     notes = [
@@ -368,10 +369,26 @@ def _after_fit(config: FitConfig, session: Session, model: CIB, table: EffectTab
     return Outcome(_evaluation_rows(evaluation, Path(config.data).stem), notes=notes)
 
 
+_DESCRIPTIVE = ("ate", "ate_low", "ate_high", "ause_random", "factual_ause_random", "propensity_auc")
+
+
+def _keep_metrics(run: Run, evaluation: Any) -> str:
+    """Write everything that was measured, and say in a line what describes the rows and is neither good nor bad."""
+    import math
+
+    found = {name: value for name, value in evaluation.metrics.items() if math.isfinite(value)}
+    write_json(run.artifact("metrics.json"), found)
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items() if _describes(name))
+
+
+def _describes(metric: str) -> bool:
+    return metric in _DESCRIPTIVE or metric.startswith("aipw_") or metric.endswith(("_share", "_withheld"))
+
+
 def _evaluation_rows(evaluation: Any, name: str) -> list[Result]:
     import math
 
-    higher = ("coverage", "auc", "spearman", "share decided")
+    higher = ("coverage", "auc", "spearman")
     return [
         summarize(
             [value],
@@ -381,7 +398,7 @@ def _evaluation_rows(evaluation: Any, name: str) -> list[Result]:
             better="higher" if any(h in metric for h in higher) else "lower",
         )
         for metric, value in evaluation.metrics.items()
-        if math.isfinite(value)
+        if math.isfinite(value) and not _describes(metric)
     ]  # fmt: skip
 
 
@@ -495,15 +512,12 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     model, schema, kept = _open_run(config.run)
     table = _table_for(config.data, config, schema, kept)
     evaluation = evaluate_model(model, table, alpha=config.alpha, cost=config.cost)
-    write_json(
-        session.run.artifact("metrics.json"),
-        {k: v for k, v in evaluation.metrics.items() if v == v and abs(v) != float("inf")},
-    )
+    described = _keep_metrics(session.run, evaluation)
     _write_csv(session.run.artifact("curves.csv"), evaluation.to_frame())
     _withheld(session.run.artifact("withholding.png"), evaluation)
     if evaluation.calibration is not None:
         plot_calibration(session.run.artifact("calibration.png"), {"cib": evaluation.calibration})
-    return Outcome(_evaluation_rows(evaluation, Path(config.data).stem))
+    return Outcome(_evaluation_rows(evaluation, Path(config.data).stem), notes=[described])
 
 
 def _table_for(source: str, config: DataOptions, schema: EffectSchema | None, kept: dict[str, Any]) -> EffectTable:

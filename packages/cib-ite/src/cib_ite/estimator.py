@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from cib_ite.calibration import Conformal, check_alpha, effect_inflation, normal_quantile
-from cib_ite.inference import Posterior, draw_posterior, total_variance
+from cib_ite.inference import Posterior, Variance, draw_latent, draw_posterior, total_variance
 from cib_ite.inputs import OverlapWarning, Preprocessor, as_outcome, as_treatment, unpack
 from cib_ite.network import CIBStack
 from cib_ite.overlap import Overlap, fit_overlap
@@ -432,7 +432,7 @@ class CIB(TransformerMixin, BaseEstimator):
             held[j, member.validation] = True
         held[:, self._held] = True
         rows = self._held if self.interval == "split" else np.flatnonzero(held.any(0))
-        self.calibration_ = self._calibrate(everything, held[:, rows], rows, t, y, weight)
+        self.calibration_ = self._calibrate(everything, held, rows, t, y, weight)
         if self.collapsed():
             warnings.warn(
                 f"the bottleneck has collapsed (mean rate {self.calibration_.rate.mean():.3f} nats): all effects come"
@@ -459,34 +459,33 @@ class CIB(TransformerMixin, BaseEstimator):
     def _calibrate(
         self,
         posterior: Posterior,
-        held: Bool[np.ndarray, "members k"],
+        held: Bool[np.ndarray, "members n"],
         rows: Int64[np.ndarray, " k"],
         t: Int64[np.ndarray, " n"],
         y: Float[np.ndarray, " n"],
         weight: Float[np.ndarray, " n"],
     ) -> Calibration:
         scale = self.y_scale_
-        share = held / held.sum(0)
+        share = held[:, rows] / held[:, rows].sum(0)
         outcome = self.y_mean_ + scale * np.einsum("mak,mk->ak", posterior.outcome[:, :, rows], share)
         effect = scale * np.einsum("mk,mk->k", posterior.effect[:, rows], share)
         spread = self._outcome_scale(posterior)[:, rows]
-        claimed = self._outcome_variance(posterior)[:, rows]
-        noise = scale * np.sqrt(np.mean(np.square(posterior.noise[:, :, rows]), axis=0))
-        treated, y_rows, position = t[rows], y[rows], np.arange(len(rows))
+        treated, y_rows = t[rows], y[rows]
         # Rows of a split calibration part took no part in the propensity; the others have theirs out of fold.
         known = self.overlap_.training
         e = known[rows] if len(known) == len(t) else self.overlap_.propensity(self._problem[0][rows])
-        balance = np.where(treated == 1, 0.5 / treated.mean(), 0.5 / max(1 - treated.mean(), 1e-9)) * weight[rows]
-        inflation = effect_inflation(
-            y_rows - outcome[treated, position], noise[treated, position], claimed[treated, position], balance
+        parts = self._parts(posterior)
+        squared = np.square(y - (self.y_mean_ + scale * posterior.outcome[:, t, np.arange(len(t))])) * weight
+        trained_part, held_part = (
+            (squared[:, t == 0][kind[:, t == 0]], squared[:, t == 1][kind[:, t == 1]]) for kind in (~held, held)
         )
+        inflation = effect_inflation(trained_part, held_part, float(parts.total.mean()))
         conformal = Conformal.fit(y_rows, treated, outcome, spread, e)
         clipped = np.clip(e, 0.02, 0.98)
         residual = np.where(
             treated == 1, (y_rows - outcome[1]) / clipped, -(y_rows - outcome[0]) / (1 - clipped)
         )  # fmt: skip
-        parts = total_variance(posterior.effect, posterior.effect_variance)
-        std = inflation * scale * np.sqrt(parts.total)[rows]
+        std = inflation * np.sqrt(parts.total)
         rate = posterior.rate.mean(0)
         grid = np.linspace(0, 100, 101)
         return Calibration(
@@ -495,10 +494,10 @@ class CIB(TransformerMixin, BaseEstimator):
             rows=rows,
             outcome=outcome,
             effect=effect,
-            std=std,
+            std=std[rows],
             pseudo_effect=effect + residual,
             rate=np.percentile(rate, grid),
-            uncertainty=np.percentile(self._score(scale * np.sqrt(parts.total) * inflation, rate), grid),
+            uncertainty=np.percentile(self._score(std, rate), grid),
         )
 
     # ---- predicting
@@ -537,6 +536,11 @@ class CIB(TransformerMixin, BaseEstimator):
             self.stack_, x, binary=self.outcome_ == "binary", samples=self.predict_samples, seed=int(self.random_state)
         )
         return made, x
+
+    def _parts(self, posterior: Posterior) -> Variance:
+        """Variance of effects by its sources, uncalibrated, in squared units of the outcome."""
+        found, square = total_variance(posterior.effect, posterior.effect_variance), self.y_scale_**2
+        return Variance(square * found.representation, square * found.model)
 
     def _outcome_variance(self, posterior: Posterior) -> Float[np.ndarray, "2 n"]:
         """Variance of each arm's mean outcome over members and z, in squared units of the outcome."""
@@ -586,8 +590,7 @@ class CIB(TransformerMixin, BaseEstimator):
         """
         inflation = self._calibrated().inflation
         posterior, _ = self._posterior(X)
-        total = total_variance(posterior.effect, posterior.effect_variance).total
-        return inflation * self.y_scale_ * np.sqrt(total)
+        return inflation * np.sqrt(self._parts(posterior).total)
 
     def uncertainty(self, X: ArrayLike) -> Float[np.ndarray, " n"]:
         """Score by which to rank or withhold rows, ``(n,)``: the standard deviation times the root of the rate.
@@ -630,13 +633,32 @@ class CIB(TransformerMixin, BaseEstimator):
         if target == "ite" and method != "model":
             return self._conformal_interval(posterior, self.overlap_.propensity(x), alpha)
         centre = posterior.effect.mean(0) * self.y_scale_
-        variance = total_variance(posterior.effect, posterior.effect_variance).total
-        variance = (calibration.inflation * self.y_scale_) ** 2 * variance
+        variance = calibration.inflation**2 * self._parts(posterior).total
         if target == "ite":
             sd = self.y_scale_ * np.sqrt(np.mean(np.square(posterior.noise), axis=0))
             variance = variance + (sd.sum(0) ** 2 if noise == "worst" else np.square(sd).sum(0))
         half = normal_quantile(alpha) * np.sqrt(variance)
         return self._bounded(centre - half, centre + half)
+
+    def outcome_interval(
+        self, X: ArrayLike, arm: int, alpha: float = 0.1
+    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Conformal bounds of the outcome itself, ``Y(arm)``, ``(n,)`` each; infinite where overlap is too poor.
+
+        Parameters
+        ----------
+        X : (n, p) with the columns of ``fit``
+        arm : 0, without treatment, or 1, with it
+        alpha : share of misses allowed, in (0, 1)
+        """
+        check_alpha(alpha)
+        if arm not in (0, 1):
+            raise InputError(f"arm: must be 0 (control) or 1 (treated), got {arm!r}")
+        calibration = self._calibrated()
+        posterior, x = self._posterior(X)
+        mean = self.y_mean_ + self.y_scale_ * posterior.outcome.mean(0)[arm]
+        spread = self._outcome_scale(posterior)[arm]
+        return calibration.conformal.outcome_interval(arm, mean, spread, self.overlap_.propensity(x), alpha)
 
     def _bounded(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (np.maximum(low, -1.0), np.minimum(high, 1.0)) if self.outcome_ == "binary" else (low, high)
@@ -661,9 +683,9 @@ class CIB(TransformerMixin, BaseEstimator):
         check_alpha(alpha)
         scale, calibration = self.y_scale_, self._calibrated()
         posterior, x = self._posterior(X)
-        parts = total_variance(posterior.effect, posterior.effect_variance)
+        parts = self._parts(posterior)
         effect = posterior.effect.mean(0) * scale
-        std = calibration.inflation * scale * np.sqrt(parts.total)
+        std = calibration.inflation * np.sqrt(parts.total)
         half = normal_quantile(alpha) * std
         lower, upper = self._bounded(effect - half, effect + half)
         propensity, support, alone = self.overlap_.look(x)
@@ -679,7 +701,7 @@ class CIB(TransformerMixin, BaseEstimator):
             ite_lower=ite_lower,
             ite_upper=ite_upper,
             alpha=alpha,
-            parts={"representation": parts.representation * scale**2, "model": parts.model * scale**2, "noise": noise},
+            parts={"representation": parts.representation, "model": parts.model, "noise": noise},
             uncertainty=self._score(std, rate),
             rate=rate,
             rate_percentile=percentile,
@@ -698,6 +720,18 @@ class CIB(TransformerMixin, BaseEstimator):
         """
         posterior, _ = self._posterior(X)
         return np.concatenate(list(posterior.latent), axis=1)
+
+    def sample_latent(self, X: ArrayLike, *, seed: int = 0) -> Float[np.ndarray, "members n d"]:
+        """Draw one z of each row from every member's q(z|x), ``(members, n, latent)``; ``I(Z;T)`` is about these.
+
+        Parameters
+        ----------
+        X : (n, p) with the columns of ``fit``
+        seed : of the draw
+        """
+        check_is_fitted(self, "stack_")
+        x = self.preprocessor_.transform(self._check_table(X, reset=False))
+        return draw_latent(self.stack_, x, seed=seed)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Names of the columns of :meth:`transform`: ``cib0, cib1, ...``.

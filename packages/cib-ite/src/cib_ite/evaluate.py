@@ -25,7 +25,6 @@ from numpy.typing import ArrayLike, NDArray
 from cib_ite import metrics as measure
 from cib_ite.calibration import check_alpha, normal_quantile
 from cib_ite.data import EffectTable
-from cib_ite.inference import draw_posterior, total_variance
 from cib_ite.metrics import DeferralCurve, Nuisances, Sparsification, WithholdingCurve
 from cib_ite.overlap import auc
 from shared_core.errors import InputError
@@ -33,9 +32,8 @@ from shared_core.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cib_ite.estimator import CIB
 
-__all__ = ["CalibrationCurve", "Evaluation", "as_rows", "evaluate_model", "is_training_table", "outcome_interval"]
+__all__ = ["CalibrationCurve", "Evaluation", "as_rows", "evaluate_model", "is_training_table"]
 
 Vector = NDArray[np.float64]
 _LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -282,43 +280,6 @@ def is_training_table(model: Any, uncertainty: Vector | None) -> bool:
     return bool(np.allclose(found, known, rtol=1e-5, atol=1e-12))
 
 
-def outcome_interval(model: CIB, X: Any, alpha: float = 0.1) -> tuple[Vector, Vector]:
-    """Return conformal intervals of both potential outcomes.
-
-    A :class:`~cib_ite.estimator.CIB` makes its interval of the individual difference at `alpha` of these at
-    ``alpha / 2``.
-
-    Parameters
-    ----------
-    model : fitted
-    X : (n, p) with the columns of ``fit``
-    alpha : share of misses allowed to each
-
-    Returns
-    -------
-    Lower and upper bounds, ``(n, 2)`` each, of the outcome without and with treatment; infinite where overlap is poor.
-    """
-    check_alpha(alpha)
-    x = model.preprocessor_.transform(np.asarray(X, dtype=np.float64))
-    made = draw_posterior(
-        model.stack_,
-        x,
-        binary=model.outcome_ == "binary",
-        samples=model.predict_samples,
-        seed=int(model.random_state),
-    )
-    scale = model.y_scale_
-    propensity = model.overlap_.propensity(x)
-    bounds: list[tuple[Vector, Vector]] = []
-    for arm in (0, 1):
-        spread = total_variance(made.outcome[:, arm], made.outcome_variance[:, arm]).total
-        variance = np.mean(np.square(made.noise[:, arm]), axis=0) + spread
-        sd = np.sqrt(np.maximum(variance * scale**2, 1e-12))
-        centre = model.y_mean_ + scale * made.outcome[:, arm].mean(0)
-        bounds.append(model.calibration_.conformal.outcome_interval(arm, centre, sd, propensity, alpha))
-    return np.column_stack([bounds[0][0], bounds[1][0]]), np.column_stack([bounds[0][1], bounds[1][1]])
-
-
 def _remembered(model: Any) -> Vector | None:
     return getattr(getattr(model, "calibration_", None), "uncertainty", None)
 
@@ -529,9 +490,8 @@ def _outcomes(
 
 
 def _outcome_coverage(model: Any, X: Any, table: EffectTable, alpha: float) -> dict[str, float]:
-    lower, upper = (
-        np.take_along_axis(end, table.treatment[:, None], 1)[:, 0] for end in outcome_interval(model, X, alpha)
-    )
+    arms = [model.outcome_interval(X, arm, alpha) for arm in (0, 1)]
+    lower, upper = (np.where(table.treatment == 1, arms[1][end], arms[0][end]) for end in (0, 1))
     finite = np.isfinite(lower) & np.isfinite(upper)
     level = round(100 * (1 - alpha))
     values = {f"outcome_coverage_{level}": measure.interval_coverage(lower, upper, table.y)}

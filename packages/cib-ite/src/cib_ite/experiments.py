@@ -51,6 +51,10 @@ NEURAL: Mapping[str, dict[str, Any]] = {
     "cib_none": _NO_TERMS,
     "cib_gamma": {"beta": 0.0, "lam": 0.0},
     "cib_lam": _NO_TERMS | {"lam": 0.01},
+    # Little compression leaves the independence term something to do.
+    "light": {"beta": 0.01, "gamma": 0.0},
+    "light_confusion": {"beta": 0.01, "gamma": 0.3, "disc_steps": 5},
+    "light_mi": {"beta": 0.01, "gamma": 0.3, "independence": "mi_gauss"},
     "tarnet": PRESETS["tarnet"] | _ONE,
     "cfr_wass": PRESETS["cfr_wass"] | _ONE,
     "cfr_mmd": PRESETS["cfr_mmd"] | _ONE,
@@ -334,7 +338,7 @@ def measure(model: Any, table: EffectTable, parts: Split, *, probe: bool = False
     if isinstance(model, CIB) and not model.deterministic and hasattr(model, "calibration_"):
         found["rate"] = float(model.calibration_.rate.mean())
     if probe and isinstance(model, CIB):
-        found["probe auc"] = probe_auc(model.transform(table.x)[test], table.treatment[test])
+        found["probe auc"] = probe_auc(model.sample_latent(table.x[test])[0], table.treatment[test])
     return {name: float(value) for name, value in found.items() if np.isfinite(value)}
 
 
@@ -541,7 +545,7 @@ def population_shift(table: EffectTable, column: str, *, seed: int = 0, **change
     x = np.delete(table.x, place, axis=1)
     seen = group == 1
     # Part of the seen group is kept out of training: what is compared must differ in the group only.
-    held = np.random.default_rng(seed).random(table.n) < 0.3
+    held = np.random.default_rng([seed, 3]).random(table.n) < 0.3
     fit = seen & ~held
     with one_thread():
         model = CIB(random_state=seed, **changes)
@@ -600,7 +604,6 @@ def sweep(
     )
     points: list[dict[str, float]] = []
     for model, (b, g) in zip(models, grid, strict=True):
-        z = model.transform(held.x)
         risk = metrics.tau_risk_r(
             model.effect(held.x), held.treatment, held.y, nuisances.outcome_mean, nuisances.propensity
         )  # fmt: skip
@@ -611,7 +614,7 @@ def sweep(
                 "factual loss": factual_loss(model, held),
                 "r loss": float(risk),
                 "rate": model.mean_rate(held.x),
-                "probe auc": probe_auc(z[:, : model.latent], held.treatment, seed=seed),
+                "probe auc": probe_auc(model.sample_latent(held.x)[0], held.treatment, seed=seed),
             }
         )
     return points

@@ -17,7 +17,7 @@ from cib_ite import losses
 from cib_ite.network import CIBStack
 from cib_ite.training import dropout_masks
 
-__all__ = ["Posterior", "Variance", "draw_posterior", "total_variance"]
+__all__ = ["Posterior", "Variance", "draw_latent", "draw_posterior", "total_variance"]
 
 _CELLS = 4_000_000
 
@@ -114,6 +114,27 @@ def draw_posterior(
     ]
     latent = joined.pop()
     return Posterior(*joined, latent=latent[:, 0])
+
+
+@torch.no_grad()
+def draw_latent(
+    stack: CIBStack, x: Float[np.ndarray, "n p"], *, seed: int = 0
+) -> Float[np.ndarray, "members n latent"]:
+    """Draw one z of each row from each member's q(z|x), ``(members, n, latent)``.
+
+    Parameters
+    ----------
+    stack : trained members
+    x : ``(n, p)`` standardised rows
+    seed : of the draw; a deterministic z needs none
+    """
+    first = next(stack.parameters())
+    rows = torch.as_tensor(x, dtype=first.dtype, device=first.device)
+    mean, scale = stack.encode(rows.expand(stack.size, *rows.shape))
+    found = mean.double().cpu().numpy()
+    if scale is None:
+        return found
+    return found + scale.double().cpu().numpy() * np.random.default_rng(seed).standard_normal(found.shape)
 
 
 def _draw(stack: CIBStack, x: Tensor, noise: Tensor, binary: bool, draws: int) -> tuple[Tensor, ...]:

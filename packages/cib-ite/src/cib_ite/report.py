@@ -363,9 +363,9 @@ def _caveats(facts: _Facts) -> str:
     approximate = (
         "Intervals of the average effect given the covariates are the model's, "
         + (
-            f"widened {inflation:.2f} times because held-out outcomes missed by more than the model had said"
+            f"widened {inflation:.2f} times because held-out outcomes are missed by so much more than those trained on"
             if inflation > 1.005
-            else "and held-out outcomes gave no cause to widen them"
+            else "and the misses of held-out outcomes gave no cause to widen them"
         )
         + "; they are approximate and carry no guarantee. Intervals of individual differences are conformal: valid on"
         " average over rows, if the first point holds and the propensities are right."

@@ -36,7 +36,8 @@ class Settings:
     samples : of z in training (K)
     batch_size, steps, lr, lr_decay, lr_every : Adam with lr multiplied by lr_decay each lr_every steps
     warmup : share of the steps in which beta, gamma and lam rise from 0
-    disc_steps : steps of the discriminator for each of the model
+    disc_steps, disc_lr : steps of the discriminator for each of the model, and how many times lr its step size is: the
+        bound that the adversary minimises means something only while the discriminator keeps up with z
     eval_every, patience, eval_samples : validation every so many steps, stop after so many without improvement
     clip : largest norm of a member's gradient
     kernel_width : of ``mmd_rbf``; None is the median distance
@@ -69,6 +70,7 @@ class Settings:
     lr_every: int = 100
     warmup: float = 0.1
     disc_steps: int = 1
+    disc_lr: float = 5.0
     eval_every: int = 25
     patience: int = 20
     eval_samples: int = 10
@@ -92,7 +94,7 @@ class Settings:
             raise InputError(f"trunk, heads, discriminator: widths >= 1, and one trunk layer, got {self.trunk}")
         if self.batch_size < 4:
             raise InputError(f"batch_size: must be at least 4 (two rows of each arm), got {self.batch_size}")
-        for name in ("lr", "lr_decay", "clip", "sharpness"):
+        for name in ("lr", "lr_decay", "clip", "sharpness", "disc_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}: must be > 0, got {getattr(self, name)}")
         for name in ("dropout_trunk", "dropout_head", "warmup"):

@@ -279,7 +279,7 @@ class Trainer:
     def _new_optimizers(self) -> tuple[_Adam, _Adam]:
         model = [p for name, p in self.stack.named_parameters() if self._is_model(name)]
         judge = [p for name, p in self.stack.named_parameters() if not self._is_model(name)]
-        return _Adam(model, self.settings.lr), _Adam(judge, self.settings.lr)
+        return _Adam(model, self.settings.lr), _Adam(judge, self.settings.lr * self.settings.disc_lr)
 
     def _moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Both moments of every parameter, by its name."""
@@ -655,8 +655,7 @@ class Trainer:
             return
         kept = torch.from_numpy(places).to(self.device)
         smaller = CIBStack(self._x.shape[1], self.settings, seeds=[0] * len(places)).to(self.device, self.dtype)
-        lr, steps = self._optimizers[0].lr, self._optimizers[0].steps
-        judged = self._optimizers[1].steps
+        before = [(optimizer.lr, optimizer.steps) for optimizer in self._optimizers]
         moments = {name: tuple(m[_rows(name, kept)] for m in pair) for name, pair in self._moments().items()}
         named = dict(smaller.named_parameters())
         for name, parameter in self.stack.named_parameters():
@@ -664,8 +663,8 @@ class Trainer:
         self.stack = smaller
         self._optimizers = self._new_optimizers()
         self._set_moments(moments)
-        for optimizer, count in zip(self._optimizers, (steps, judged), strict=True):
-            optimizer.lr, optimizer.steps = lr, count
+        for optimizer, (lr, steps) in zip(self._optimizers, before, strict=True):
+            optimizer.lr, optimizer.steps = lr, steps
         self._alive = self._alive[places]
         self._focus()
 
