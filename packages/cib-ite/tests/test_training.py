@@ -185,14 +185,16 @@ def test_reduction_to_tarnet_and_cfr():
 # ---- gradients written down
 
 
-@pytest.mark.parametrize("independence", ["confusion", "adversarial", "none"])
+@pytest.mark.parametrize("independence", ["confusion", "adversarial", "none", "mmd_lin", "wass", "mi_gauss"])
 @pytest.mark.parametrize("kind", ["gaussian", "mse", "binary"])
-def test_gradients_written_down_are_those_of_torch(independence, kind):
+@pytest.mark.parametrize("z", ["drawn", "steady", "itself", "unit"])
+def test_gradients_written_down_are_those_of_torch(independence, kind, z):
     """Members of two data sets of other shares of treated (so with padded slots), halfway through the warm-up."""
     binary = kind == "binary"
     first, second = rows(0, binary=binary), rows(1, n=90, treated=0.25, binary=binary)
     settings = replace(SMALL, independence=independence, gamma=0.7, lam=0.3, samples=3, trunk=(8, 7), heads=(8, 6))
-    settings = replace(settings, likelihood="mse" if kind == "mse" else "gaussian")
+    settings = replace(settings, likelihood="mse" if kind == "mse" else "gaussian", lam=0.0 if z == "steady" else 0.3)
+    settings = replace(settings, deterministic=z in ("itself", "unit"), normalize=z == "unit")
     members = [member(first, 0, 1), member(second, 1, 2, hyper={"beta": 0.02, "lam": 0.0})]
     trainer = Trainer([first, second], members, settings, binary=binary, dtype=torch.float64)
     assert trainer._closed
@@ -207,8 +209,9 @@ def test_gradients_written_down_are_those_of_torch(independence, kind):
     assert taped[0].keys() == written[0].keys()
     for name, value in taped[0].items():
         assert torch.allclose(written[0][name], value, atol=1e-12), name
-    for name, ours, theirs in zip(trainer._names[0], written[1], taped[1], strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-10), name
+    for buffer, ours, theirs in zip(trainer._buffers[0], written[1], taped[1], strict=True):
+        for name, value in buffer.split(ours).items():
+            assert torch.allclose(value, buffer.split(theirs)[name], atol=1e-10), name
     assert torch.allclose(written[2], taped[2])
 
 
@@ -219,9 +222,11 @@ def test_discriminator_gradients_written_down_are_those_of_torch():
     z = torch.randn(2, sum(trainer._slots), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logit = trainer.stack.treatment_logit(z)
     loss = trainer._over_rows(losses.bernoulli_nll(trainer._slot_treatment.expand(logit.shape), logit)).sum()
-    theirs = torch.autograd.grad(loss, trainer._optimizers[1].parameters)
+    named = {name: p for name, p in trainer.stack.named_parameters() if not trainer._is_model(name)}
+    theirs = torch.autograd.grad(loss, list(named.values()))
     ours = discriminator_gradients(trainer.stack, z, trainer._slot_treatment, trainer._now_row_share)
-    for name, value in zip(trainer._names[1], theirs, strict=True):
+    assert list(named) == trainer._buffers[1][0].names
+    for name, value in zip(named, theirs, strict=True):
         assert torch.allclose(ours[name], value, atol=1e-12), name
 
 
@@ -277,12 +282,15 @@ def test_validation_never_looks_at_the_adversary():
 
 def test_weight_decay_is_half_the_squared_weights_of_heads_only():
     trainer = one(replace(SMALL, head_l2=0.3))
-    named = [(name, p) for name, p in trainer.stack.named_parameters() if trainer._is_model(name)]
-    gradients = [torch.zeros_like(p) for _, p in named]
-    trainer._add_l2(trainer.stack, gradients)
-    for (name, parameter), gradient in zip(named, gradients, strict=True):
-        expected = 0.3 * parameter if name.startswith("heads.weights") else torch.zeros_like(parameter)
-        assert torch.allclose(gradient, expected), name
+    buffers = trainer._buffers[0]
+    gradients = [torch.zeros_like(buffer.values) for buffer in buffers]
+    trainer._add_l2(gradients)
+    found = {name: g for b, flat in zip(buffers, gradients, strict=True) for name, g in b.split(flat).items()}
+    for name, parameter in trainer.stack.named_parameters():
+        if trainer._is_model(name):
+            expected = 0.3 * parameter if name.startswith("heads.weights") else torch.zeros_like(parameter)
+            assert torch.allclose(found.pop(name), expected), name
+    assert not found
 
 
 def test_gradients_are_clipped_for_each_member_by_itself():

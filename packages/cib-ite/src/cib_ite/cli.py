@@ -277,7 +277,7 @@ def _shift(config: CompareConfig, session: Session, tables: dict[int, EffectTabl
     results: list[Result] = []
     for metric in cells[0]:
         values = [cell[metric] for cell in cells if metric in cell]
-        better: Literal["lower", "higher"] = "lower" if "pehe" in metric else "higher"
+        better: Literal["lower", "higher"] = "lower" if metric.endswith("_seen") or "pehe" in metric else "higher"
         results.append(
             summarize(
                 values, dataset=f"{config.data}, shift {config.shift}", method="cib", metric=metric, better=better
@@ -572,7 +572,7 @@ def tune(config: TuneConfig, session: Session) -> Outcome:
             dataset=table.name,
             method=f"beta {point['beta']:g} gamma {point['gamma']:g}",
             metric=name,
-            better="higher" if name in {"rate", "probe auc"} else "lower",
+            better="lower",
         )
         for point in points
         for name in ("factual loss", "r loss", "rate", "probe auc")

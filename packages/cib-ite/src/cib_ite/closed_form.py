@@ -1,13 +1,15 @@
-"""Gradients of the bottleneck's objective, written down: several times faster than taping them for networks so small.
+"""Gradients of the objective, written down: several times faster than taping them for networks so small.
 
 A step of a small stack is a few dozen kernels of some microseconds each, and recording and replaying them costs more
-than running them. What is here covers the default objective; anything else is differentiated by torch, and tests hold
-one against the other.
+than running them. Not covered are DragonNet's losses, dropout, noise that depends on z, and unlabelled rows: these are
+differentiated by torch, and tests hold one against the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +19,7 @@ from cib_ite import losses
 from cib_ite.network import CIBStack, StackedMLP
 from cib_ite.settings import Settings
 
-__all__ = ["Batch", "covers", "discriminator_gradients", "model_gradients"]
+__all__ = ["Batch", "Imbalance", "covers", "discriminator_gradients", "model_gradients"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,26 +46,30 @@ class Batch:
     treated_share: Float[Tensor, " stack"]
 
 
-def covers(settings: Settings, *, variance: bool, unlabeled: bool) -> bool:
-    """Whether these gradients are those of the objective that the settings describe.
+Imbalance = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def covers(settings: Settings) -> bool:
+    """Whether these gradients are those of the objective that the settings describe, without unlabelled rows.
 
     Parameters
     ----------
     settings : of the members
-    variance : the counterfactual variance is penalised
-    unlabeled : there are unlabelled rows
     """
-    return (
-        variance
-        and not unlabeled
-        and not settings.deterministic
-        and settings.dragon == 0
-        and settings.likelihood in {"gaussian", "mse"}
-        and settings.independence in {"confusion", "adversarial", "none"}
-    )
+    s = settings
+    return s.dragon == 0 and s.likelihood != "hetero" and not s.dropout_trunk and not s.dropout_head
 
 
-def _forward(part: StackedMLP, x: Tensor) -> list[Tensor]:
+@dataclass(frozen=True, eq=False)
+class _Layers:
+    """Weights and biases of some of the networks of a stack."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    final_activation: bool = False
+
+
+def _forward(part: StackedMLP | _Layers, x: Tensor) -> list[Tensor]:
     """Evaluate, keeping the inputs of every layer, and the output."""
     values, last = [x], len(part.weights) - 1
     for layer, (weight, bias) in enumerate(zip(part.weights, part.biases, strict=True)):
@@ -75,7 +81,7 @@ def _forward(part: StackedMLP, x: Tensor) -> list[Tensor]:
 
 
 def _backward(
-    part: StackedMLP, values: list[Tensor], gradient: Tensor, *, weights: bool = True, inputs: bool = True
+    part: StackedMLP | _Layers, values: list[Tensor], gradient: Tensor, *, weights: bool = True, inputs: bool = True
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Gradients of weights, biases and input from that of the output."""
     last = len(part.weights) - 1
@@ -97,64 +103,106 @@ def _backward(
 def model_gradients(
     net: CIBStack,
     batch: Batch,
-    noise: Float[Tensor, "stack rows samples latent"],
+    noise: Float[Tensor, "stack rows samples latent"] | None,
     *,
     binary: bool,
+    variance: bool,
+    imbalance: Imbalance | None,
     beta: Float[Tensor, " stack"],
     gamma: Float[Tensor, " stack"],
     lam: Float[Tensor, " stack"],
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Float[Tensor, "2 stack rows latent"]]:
-    """Terms of the objective ``(stack,)``, gradients of its weighted sum by parameter name, and mean and scale of z.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Float[Tensor, "..."]]:
+    """Terms of the objective ``(stack,)``, gradients of its weighted sum by parameter name, and z's distribution.
 
     Parameters
     ----------
     net : the stack
     batch : ``(stack, rows, ...)``
-    noise : ``(stack, rows, samples, latent)``
+    noise : ``(stack, rows, samples, latent)``; None for a deterministic z
     binary : heads give logits
+    variance : penalise the variance of the counterfactual prediction
+    imbalance : measure of dependence ``(z, mean, scale) -> (stack,)`` that torch differentiates; None for the
+        discriminator's
     beta, gamma, lam : ``(stack,)`` weights of the terms, warm-up included
+
+    Returns
+    -------
+    The last is what z is drawn from: mean and scale ``(2, stack, rows, latent)``, or z itself ``(stack, rows, width)``.
     """
-    s, k = net.settings, noise.shape[2]
-    g, rows, treated, share = len(batch.x), batch.x.shape[1], batch.treated, batch.share
+    s, share = net.settings, batch.share
     trunk = _forward(net.encoder, batch.x)
-    projected = _forward(net.projection, trunk[-1])
-    mean, rho = projected[-1].chunk(2, dim=-1)
-    scale = nn.functional.softplus(rho - 2).add_(1e-3)
-    z = torch.addcmul(mean.unsqueeze(2), scale.unsqueeze(2), noise)
-    latent = z.shape[3]
+    projected: list[Tensor] = []
+    rho = scale = None
+    if noise is None:
+        mean = trunk[-1]
+        if s.normalize:
+            mean = mean / _length(mean)
+        z = mean.unsqueeze(2)
+    else:
+        projected = _forward(net.projection, trunk[-1])
+        mean, rho = projected[-1].chunk(2, dim=-1)
+        scale = nn.functional.softplus(rho - 2).add_(1e-3)
+        z = torch.addcmul(mean.unsqueeze(2), scale.unsqueeze(2), noise)
+    terms: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {"epsilon": torch.zeros_like(net.epsilon), "log_sigma": torch.zeros_like(net.log_sigma)}
+    if variance and noise is not None:
+        of_z = _both_arms(net, batch, z, lam, terms, found, binary=binary)
+    else:
+        of_z = _own_arm(net, batch, z, terms, found, binary=binary)
+    of_mean = of_scale = None
+    if imbalance is not None:
+        terms["independence"], of_first, of_mean, of_scale = _measured(imbalance, z[:, :, 0], mean, scale, gamma)
+        of_z[:, :, 0] += of_first
+    elif s.independence != "none":
+        terms["independence"], of_first = _independence(net, z[:, :, 0], batch, gamma)
+        of_z[:, :, 0] += of_first
+    if noise is None or scale is None or rho is None:
+        gradient = of_z[:, :, 0] if of_mean is None else of_z[:, :, 0] + of_mean
+        if s.normalize:
+            gradient = (gradient - mean * (gradient * mean).sum(-1, keepdim=True)) / _length(trunk[-1])
+        of_weights, of_biases, _ = _backward(net.encoder, trunk, gradient, inputs=False)
+        _name(found, "encoder", of_weights, of_biases)
+        return terms, found, mean
+    terms["rate"] = (losses.kl_diag(mean, scale) * share).sum(1)
+    price = (beta.unsqueeze(1) * share).unsqueeze(2)
+    gradient = torch.addcmul(of_z.sum(2), price, mean)
+    spread = torch.addcmul((of_z * noise).sum(2), price, scale - 1 / scale)
+    if of_mean is not None:
+        gradient += of_mean
+    if of_scale is not None:
+        spread += of_scale
+    spread.mul_(torch.sigmoid(rho - 2))
+    of_weights, of_biases, of_trunk = _backward(net.projection, projected, torch.cat([gradient, spread], 2))
+    _name(found, "projection", of_weights, of_biases)
+    of_weights, of_biases, _ = _backward(net.encoder, trunk, of_trunk, inputs=False)
+    _name(found, "encoder", of_weights, of_biases)
+    return terms, found, torch.stack([mean, scale])
+
+
+def _length(h: Tensor) -> Tensor:
+    return h.square().sum(-1, keepdim=True).clamp(min=1e-10).sqrt()
+
+
+def _both_arms(
+    net: CIBStack,
+    batch: Batch,
+    z: Tensor,
+    lam: Tensor,
+    terms: dict[str, Tensor],
+    found: dict[str, Tensor],
+    *,
+    binary: bool,
+) -> Tensor:
+    """Prediction and counterfactual variance, and their gradient in z ``(stack, rows, samples, latent)``."""
+    g, rows, k, latent = z.shape
+    treated = batch.treated
     both = z.view(g, 1, rows * k, latent).expand(g, 2, rows * k, latent).reshape(2 * g, rows * k, latent)
     heads = _forward(net.heads, both)
     f = heads[-1].view(g, 2, rows, k)
     seen = torch.cat([f[:, 1, :treated], f[:, 0, treated:]], 1)
     other = torch.cat([f[:, 0, :treated], f[:, 1, treated:]], 1)
-    terms: dict[str, Tensor] = {}
-    found: dict[str, Tensor] = {"epsilon": torch.zeros_like(net.epsilon)}
-    each = (batch.weight * share).unsqueeze(2) / k
-    y = batch.y.unsqueeze(2)
-    found["log_sigma"] = torch.zeros_like(net.log_sigma)
-    if binary:
-        nll = losses.bernoulli_nll(y, seen)
-        of_seen = (torch.sigmoid(seen) - y) * each
-    elif s.likelihood == "mse":
-        nll = (seen - y).square()
-        of_seen = (seen - y) * (2 * each)
-    else:
-        log_scale = net.noise_log_scale
-        by_row = torch.cat(
-            [log_scale[:, 1:].expand(g, treated), log_scale[:, :1].expand(g, rows - treated)], 1
-        ).unsqueeze(2)  # fmt: skip
-        precise = torch.exp(-2 * by_row)
-        gap = seen - y
-        of_seen = gap * precise
-        squared = gap * of_seen
-        nll = 0.5 * squared + by_row
-        slope = ((1 - squared) * each).sum(2)
-        # Clamped scales stay where they are, as under torch's own rule.
-        free = (net.log_sigma >= -3) & (net.log_sigma <= 2)
-        found["log_sigma"] = torch.stack([slope[:, treated:].sum(1), slope[:, :treated].sum(1)], 1) * free
-        of_seen = of_seen * each
-    terms["variance"], of_other = _variance(other, share, lam, binary)
-    terms["prediction"] = (nll * each).sum((1, 2))
+    terms["variance"], of_other = _variance(other, batch.share, lam, binary)
+    of_seen = _prediction(net, batch, seen, terms, found, binary=binary)
     of_f = torch.stack(
         [
             torch.cat([of_other[:, :treated], of_seen[:, treated:]], 1),
@@ -164,20 +212,77 @@ def model_gradients(
     )
     of_weights, of_biases, of_both = _backward(net.heads, heads, of_f.view(2 * g, rows * k, 1))
     _name(found, "heads", of_weights, of_biases)
-    of_z = of_both.view(g, 2, rows, k, latent).sum(1)
-    if s.independence != "none":
-        terms["independence"], of_first = _independence(net, z[:, :, 0], batch, gamma)
-        of_z[:, :, 0] += of_first
-    terms["rate"] = (losses.kl_diag(mean, scale) * share).sum(1)
-    price = (beta.unsqueeze(1) * share).unsqueeze(2)
-    of_mean = torch.addcmul(of_z.sum(2), price, mean)
-    of_scale = torch.addcmul((of_z * noise).sum(2), price, scale - 1 / scale)
-    of_rho = of_scale.mul_(torch.sigmoid(rho - 2))
-    of_weights, of_biases, of_trunk = _backward(net.projection, projected, torch.cat([of_mean, of_rho], 2))
-    _name(found, "projection", of_weights, of_biases)
-    of_weights, of_biases, _ = _backward(net.encoder, trunk, of_trunk, inputs=False)
-    _name(found, "encoder", of_weights, of_biases)
-    return terms, found, torch.stack([mean, scale])
+    return of_both.view(g, 2, rows, k, latent).sum(1)
+
+
+def _own_arm(
+    net: CIBStack, batch: Batch, z: Tensor, terms: dict[str, Tensor], found: dict[str, Tensor], *, binary: bool
+) -> Tensor:
+    """As :func:`_both_arms` without the variance: each row goes through the head of its own arm only."""
+    g, _, k, latent = z.shape
+    treated = batch.treated
+    arms = [
+        _Layers([w[arm::2] for w in net.heads.weights], [b[arm::2] for b in net.heads.biases]) for arm in (1, 0)
+    ]  # fmt: skip
+    parts = [part.reshape(g, -1, latent) for part in (z[:, :treated], z[:, treated:])]
+    values = [_forward(arm, part) for arm, part in zip(arms, parts, strict=True)]
+    seen = torch.cat([value[-1].view(g, -1, k) for value in values], 1)
+    of_seen = _prediction(net, batch, seen, terms, found, binary=binary)
+    of_parts = [of.reshape(g, -1, 1) for of in (of_seen[:, :treated], of_seen[:, treated:])]
+    back = [_backward(arm, value, of) for arm, value, of in zip(arms, values, of_parts, strict=True)]
+    # Control is the first of a member's two networks.
+    weights, biases = (
+        [
+            torch.stack([control, treated_], 1).flatten(0, 1)
+            for control, treated_ in zip(back[1][kind], back[0][kind], strict=True)
+        ]
+        for kind in (0, 1)
+    )
+    _name(found, "heads", weights, biases)
+    return torch.cat([part[2].view(g, -1, k, latent) for part in back], 1)
+
+
+def _prediction(
+    net: CIBStack, batch: Batch, seen: Tensor, terms: dict[str, Tensor], found: dict[str, Tensor], *, binary: bool
+) -> Tensor:
+    """Weighted loss of the observed outcomes, its gradient in the predictions, and in the noise scales."""
+    g, rows, k = seen.shape
+    treated = batch.treated
+    each = (batch.weight * batch.share).unsqueeze(2) / k
+    y = batch.y.unsqueeze(2)
+    if binary:
+        terms["prediction"] = (losses.bernoulli_nll(y, seen) * each).sum((1, 2))
+        return (torch.sigmoid(seen) - y) * each
+    gap = seen - y
+    if net.settings.likelihood == "mse":
+        terms["prediction"] = (gap.square() * each).sum((1, 2))
+        return gap * (2 * each)
+    log_scale = net.noise_log_scale
+    by_row = torch.cat(
+        [log_scale[:, 1:].expand(g, treated), log_scale[:, :1].expand(g, rows - treated)], 1
+    ).unsqueeze(2)  # fmt: skip
+    of_seen = gap * torch.exp(-2 * by_row)
+    squared = gap * of_seen
+    terms["prediction"] = ((0.5 * squared + by_row) * each).sum((1, 2))
+    slope = ((1 - squared) * each).sum(2)
+    # Clamped scales stay where they are, as under torch's own rule.
+    free = (net.log_sigma >= -3) & (net.log_sigma <= 2)
+    found["log_sigma"] = torch.stack([slope[:, treated:].sum(1), slope[:, :treated].sum(1)], 1) * free
+    return of_seen * each
+
+
+def _measured(
+    imbalance: Imbalance, z: Tensor, mean: Tensor, scale: Tensor | None, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Evaluate a measure of dependence, and gamma times its gradients in z, mean and scale, which torch finds."""
+    leaves = [value.detach().requires_grad_() for value in (z, mean, scale) if value is not None]
+    with torch.enable_grad():
+        value = imbalance(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None)
+        if not value.requires_grad:
+            return value, torch.zeros_like(z), None, None
+        found: Any = torch.autograd.grad((gamma * value).sum(), leaves, allow_unused=True)
+    of_z, of_mean, *rest = found
+    return value.detach(), torch.zeros_like(z) if of_z is None else of_z, of_mean, rest[0] if rest else None
 
 
 def _variance(other: Tensor, share: Tensor, lam: Tensor, binary: bool) -> tuple[Tensor, Tensor]:

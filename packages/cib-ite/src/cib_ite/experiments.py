@@ -371,7 +371,7 @@ def _reliability(
     return found
 
 
-_HIGHER = ("auc", "spearman", "coverage", "rate", "probe")
+_HIGHER = ("auc", "spearman")
 
 
 def _better(metric: str) -> Any:

@@ -52,6 +52,39 @@ class _Adam:
             p.addcdiv_(m, v.sqrt().div_(second).add_(eps), value=first)
 
 
+class _Buffer:
+    """Parameters of a stack side by side in one tensor, a row for each network; the parameters become views of it.
+
+    An update is then a handful of kernels instead of a handful for each parameter.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], *, decayed: str) -> None:
+        # Those that weight decay is for come first, so that they are a slice.
+        ordered = sorted(named, key=lambda pair: not pair[0].startswith(decayed))
+        self.names = [name for name, _ in ordered]
+        self._shapes = [parameter.shape for _, parameter in ordered]
+        self._rows = self._shapes[0][0]
+        self.values = self.join({name: parameter.detach() for name, parameter in ordered})
+        widths = [shape[1:].numel() for shape in self._shapes]
+        self.decayed = sum(w for name, w in zip(self.names, widths, strict=True) if name.startswith(decayed))
+        for (_, parameter), view in zip(ordered, self.split(self.values).values(), strict=True):
+            parameter.data = view
+
+    def join(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Lay tensors with the parameters' names and shapes side by side, ``(rows, width)``."""
+        return torch.cat([named[name].reshape(self._rows, -1) for name in self.names], 1)
+
+    def split(self, values: Tensor) -> dict[str, Tensor]:
+        """Cut ``(rows, width)`` into views by the parameters' names."""
+        found: dict[str, Tensor] = {}
+        start = 0
+        for name, shape in zip(self.names, self._shapes, strict=True):
+            width = shape[1:].numel()
+            found[name] = values[:, start : start + width].view(shape)
+            start += width
+        return found
+
+
 class TrainingDiverged(ArithmeticError):  # noqa: N818
     """A loss was not finite, four times in a row with ever smaller steps; says at which step and in which term."""
 
@@ -232,11 +265,7 @@ class Trainer:
             for name in HYPERPARAMETERS
         }
         self._wants_variance = bool((self._hyper["lam"] > 0).any())
-        self._closed = closed_form.covers(
-            self.settings, variance=self._wants_variance, unlabeled=self._unlabeled is not None
-        )
-        named = [name for name, _ in self.stack.named_parameters()]
-        self._names = [[n for n in named if self._is_model(n)], [n for n in named if not self._is_model(n)]]
+        self._closed = self._unlabeled is None and closed_form.covers(self.settings)
         self._decays = {name: bool((self._hyper[name] > 0).any()) for name in ("head_l2", "trunk_l2")}
         most = max(len(member.validation) for member in self.members)
         index = np.zeros((len(self.members), most), dtype=np.int64)
@@ -265,10 +294,11 @@ class Trainer:
         self._now_row_share = self._present[ids] / self._now_rows.unsqueeze(1)
         balance = losses.reweight(self._slot_treatment, self._share[ids, None]) if self.settings.reweight else None
         self._now_balance = balance
-        self._now_decay = {
-            name: self._hyper[name][ids].repeat_interleave(repeat)[:, None, None]
+        # In the order of the buffers: heads have two networks a member.
+        self._now_decay = [
+            self._hyper[name][ids].repeat_interleave(repeat)[:, None] if self._decays[name] else None
             for name, repeat in (("head_l2", 2), ("trunk_l2", 1))
-        }
+        ]
 
     def _over_rows(self, values: Tensor) -> Tensor:
         """Mean over a batch's rows, padding left out, ``(stack,)``."""
@@ -277,17 +307,23 @@ class Trainer:
         return (values * self._now_present).sum(1) / self._now_rows
 
     def _new_optimizers(self) -> tuple[_Adam, _Adam]:
-        model = [p for name, p in self.stack.named_parameters() if self._is_model(name)]
-        judge = [p for name, p in self.stack.named_parameters() if not self._is_model(name)]
-        return _Adam(model, self.settings.lr), _Adam(judge, self.settings.lr * self.settings.disc_lr)
+        named = list(self.stack.named_parameters())
+        heads = [(name, p) for name, p in named if name.startswith("heads")]
+        others = [(name, p) for name, p in named if not name.startswith("heads") and self._is_model(name)]
+        judge = [(name, p) for name, p in named if not self._is_model(name)]
+        model = [_Buffer(heads, decayed="heads.weights"), _Buffer(others, decayed="encoder.weights")]
+        self._buffers = model, [_Buffer(judge, decayed="-")] if judge else []
+        lr = self.settings.lr
+        model_values, judge_values = ([buffer.values for buffer in part] for part in self._buffers)
+        return _Adam(model_values, lr), _Adam(judge_values, lr * self.settings.disc_lr)
 
     def _moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Both moments of every parameter, by its name."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        for optimizer, is_model in zip(self._optimizers, (True, False), strict=True):
-            names = [name for name, _ in self.stack.named_parameters() if self._is_model(name) == is_model]
-            for name, first, second in zip(names, optimizer.first, optimizer.second, strict=True):
-                found[name] = first, second
+        for optimizer, buffers in zip(self._optimizers, self._buffers, strict=True):
+            for buffer, first, second in zip(buffers, optimizer.first, optimizer.second, strict=True):
+                pair = buffer.split(first), buffer.split(second)
+                found |= {name: (pair[0][name], pair[1][name]) for name in buffer.names}
         return found
 
     def _set_moments(self, moments: Mapping[str, Sequence[Tensor]]) -> None:
@@ -517,7 +553,7 @@ class Trainer:
             terms, gradients, z = self._written_down(net, rows, offsets, warm)
         else:
             terms, gradients, z = self._taped(net, rows, offsets, unlabeled, warm)
-        self._add_l2(net, gradients)
+        self._add_l2(gradients)
         self._clip(gradients, net.size)
         self._optimizers[0].step(gradients)
         if s.dragon == 0 and s.independence in {"confusion", "adversarial"}:
@@ -532,22 +568,41 @@ class Trainer:
     def _taped(
         self, net: CIBStack, rows: Tensor, offsets: np.ndarray, unlabeled: Tensor | None, warm: float
     ) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
-        """Terms, gradients of the model's parameters and z's distribution, by automatic differentiation."""
+        """Terms, gradients of the model's buffers and z's distribution, by automatic differentiation."""
         terms, z = self._terms(net, rows, offsets, unlabeled)
-        parameters = self._optimizers[0].parameters
+        named = {name: p for name, p in net.named_parameters() if self._is_model(name)}
         # A term that is switched off leaves parameters (the noise scales, DragonNet's epsilon) without a gradient.
-        found: Any = torch.autograd.grad(self._total(terms, warm).sum(), parameters, allow_unused=True)
-        return terms, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], z
+        found: Any = torch.autograd.grad(self._total(terms, warm).sum(), list(named.values()), allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)
+        }
+        return terms, [buffer.join(gradients) for buffer in self._buffers[0]], z
 
     def _written_down(
         self, net: CIBStack, rows: Tensor, offsets: np.ndarray, warm: float
     ) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
         """As :meth:`_taped`, by the formulas of :mod:`cib_ite.closed_form`."""
-        batch = self._batch(rows)
-        noise = self._batch_noise(offsets[:, 0], rows.shape[1], (self.settings.samples, self.settings.latent))
+        s = self.settings
+        noise = None
+        if not s.deterministic:
+            noise = self._batch_noise(offsets[:, 0], rows.shape[1], (s.samples, s.latent))
         weights = {name: warm * self._now_hyper[name] for name in ("beta", "gamma", "lam")}
-        terms, found, z = closed_form.model_gradients(net, batch, noise, binary=self.binary, **weights)
-        return terms, [found[name] for name in self._names[0]], z
+        terms, gradients, z = closed_form.model_gradients(
+            net,
+            self._batch(rows),
+            noise,
+            binary=self.binary,
+            variance=self._wants_variance,
+            imbalance=self._imbalance_of(net),
+            **weights,
+        )
+        return terms, [buffer.join(gradients) for buffer in self._buffers[0]], z
+
+    def _imbalance_of(self, net: CIBStack) -> closed_form.Imbalance | None:
+        """How to measure dependence where that is not the discriminator's matter."""
+        if self.settings.independence in {"none", "confusion", "adversarial"}:
+            return None
+        return lambda z, mean, scale: self._independence(net, z, mean, scale)
 
     def _batch(self, rows: Tensor) -> closed_form.Batch:
         weight = self._w[rows]
@@ -567,17 +622,15 @@ class Trainer:
         if z.dim() == 4:
             z = torch.addcmul(z[0], z[1], self._batch_noise(offsets, z.shape[2], (z.shape[3],)))
         found = closed_form.discriminator_gradients(net, z, self._slot_treatment, self._now_row_share)
-        judge.step([found[name] for name in self._names[1]])
+        judge.step([buffer.join(found) for buffer in self._buffers[1]])
 
-    def _add_l2(self, net: CIBStack, gradients: Sequence[Tensor]) -> None:
-        place = {id(p): k for k, p in enumerate(self._optimizers[0].parameters)}
-        for part, name in ((net.heads, "head_l2"), (net.encoder, "trunk_l2")):
-            if self._decays[name]:
-                for parameter in part.weights:
-                    gradients[place[id(parameter)]].addcmul_(parameter.detach(), self._now_decay[name])
+    def _add_l2(self, gradients: Sequence[Tensor]) -> None:
+        for buffer, gradient, decay in zip(self._buffers[0], gradients, self._now_decay, strict=True):
+            if decay is not None:
+                gradient[:, : buffer.decayed].addcmul_(buffer.values[:, : buffer.decayed], decay)
 
     def _clip(self, gradients: Sequence[Tensor], size: int) -> None:
-        # The heads' tensors have two entries a member, side by side, so a reshape puts each member's values in a row.
+        # A member's two heads are two rows side by side, so a reshape puts each member's values in a row.
         flat = [gradient.view(size, -1) for gradient in gradients]
         norms = torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in flat])
         norm = torch.linalg.vector_norm(norms, dim=0)
@@ -724,8 +777,8 @@ class Trainer:
             "stale": self._stale,
             "diverged": {g: list(where) for g, where in self._diverged.items()},
             "best": self._best,
-            "weights": {name: p.detach() for name, p in self.stack.named_parameters()},
-            "moments": {name: list(pair) for name, pair in self._moments().items()},
+            "weights": {name: p.detach().contiguous() for name, p in self.stack.named_parameters()},
+            "moments": {name: [moment.contiguous() for moment in pair] for name, pair in self._moments().items()},
             "optimizers": [[optimizer.lr, optimizer.steps] for optimizer in self._optimizers],
             "history": [
                 [c.step, list(c.members), list(c.validation), {k: list(v) for k, v in c.terms.items()}, c.alive]
