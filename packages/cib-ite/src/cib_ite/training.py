@@ -31,9 +31,10 @@ Weights = dict[str, Tensor]
 
 
 class _Adam:
-    """Adam (Kingma and Ba, 2015) on lists of tensors: `torch.optim` takes seconds to import on its first use.
+    """Adam (Kingma and Ba, 2015) on tensors that change in place, by the kernel behind `torch.optim.Adam(fused=True)`.
 
-    Its state is one first and one second moment for each tensor, and the number of steps.
+    `torch.optim` itself takes seconds to import on its first use. The state is one first and one second moment for each
+    tensor, and the number of steps.
     """
 
     def __init__(self, parameters: Sequence[Tensor], lr: float) -> None:
@@ -42,14 +43,14 @@ class _Adam:
         self.second = [torch.zeros_like(p) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> None:
+    def step(self, gradients: Sequence[Tensor]) -> None:
         """Move the parameters along one set of gradients."""
         self.steps += 1
-        first, second = -self.lr / (1 - b1**self.steps), (1 - b2**self.steps) ** 0.5
-        for p, g, m, v in zip(self.parameters, gradients, self.first, self.second, strict=True):
-            m.lerp_(g, 1 - b1)
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            p.addcdiv_(m, v.sqrt().div_(second).add_(eps), value=first)
+        count = [torch.tensor(float(self.steps), device=p.device) for p in self.parameters]
+        torch._fused_adam_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            self.parameters, list(gradients), self.first, self.second, [], count,
+            lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 class _Buffer:
@@ -64,15 +65,17 @@ class _Buffer:
         self.names = [name for name, _ in ordered]
         self._shapes = [parameter.shape for _, parameter in ordered]
         self._rows = self._shapes[0][0]
-        self.values = self.join({name: parameter.detach() for name, parameter in ordered})
+        self.values = torch.cat([parameter.detach().reshape(self._rows, -1) for _, parameter in ordered], 1)
+        self._joined = torch.empty_like(self.values)
         widths = [shape[1:].numel() for shape in self._shapes]
         self.decayed = sum(w for name, w in zip(self.names, widths, strict=True) if name.startswith(decayed))
         for (_, parameter), view in zip(ordered, self.split(self.values).values(), strict=True):
             parameter.data = view
 
     def join(self, named: Mapping[str, Tensor]) -> Tensor:
-        """Lay tensors with the parameters' names and shapes side by side, ``(rows, width)``."""
-        return torch.cat([named[name].reshape(self._rows, -1) for name in self.names], 1)
+        """Lay gradients side by side as the parameters are, in memory that the next call overwrites."""
+        # Fresh memory of this size would cost more than filling it.
+        return torch.cat([named[name].reshape(self._rows, -1) for name in self.names], 1, out=self._joined)
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """Cut ``(rows, width)`` into views by the parameters' names."""
