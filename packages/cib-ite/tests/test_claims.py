@@ -15,7 +15,9 @@ import torch
 
 from cib_ite.data import EffectTable, confounded, ihdp, twins
 from cib_ite.estimator import CIB, Problem, fit_many
-from cib_ite.experiments import Cell, compare, population_shift
+from cib_ite.experiments import Cell, compare, population_shift, probe_auc
+from cib_ite.inference import draw_posterior
+from cib_ite.metrics import sqrt_pehe
 from shared_core.errors import InputError
 from shared_core.runs import Run
 
@@ -101,28 +103,79 @@ def test_a_group_never_seen_is_told_and_deferred():
     assert np.mean([shift["deferred_unseen"] - shift["deferred_seen"] for shift in found]) > 0
 
 
+# ---- the calibration trap (8.4 c)
+
+
+@pytest.mark.parametrize("lam", [0.01, 1.0])
+def test_calibration_repairs_a_network_that_is_far_too_sure_of_itself(lam):
+    """One member at beta = 1e-3: the raw interval covers less than half; lam = 1 shrinks it further."""
+    tables = [needs(ihdp, draw) for draw in range(10, 20)]
+    models = [
+        CIB(beta=1e-3, lam=lam, n_members=1, steps=STEPS, device="cpu", random_state=d) for d in range(len(tables))
+    ]
+    fit_many(models, [Problem(t.x, t.treatment, t.y) for t in tables])
+    raw, calibrated = [], []
+    for model, table in zip(models, tables, strict=True):
+        error = np.abs(model.effect(table.x) - table.effect)
+        std = model.effect_std(table.x)
+        raw.append(np.mean(error <= 1.96 * std / model.calibration_.inflation))
+        calibrated.append(np.mean(error <= 1.96 * std))
+    assert np.mean(raw) < (0.6 if lam < 1 else 0.5)
+    assert np.mean(calibrated) >= 0.85
+
+
 # ---- what each term does (8.3)
 
 
-def test_compression_lowers_what_is_kept_of_the_covariates():
-    tables = [confounded(800, kappa=2.0, seed=seed) for seed in range(2)]
+@pytest.fixture(scope="module")
+def confounded_tables() -> list[EffectTable]:
+    return [confounded(1500, kappa=2.0, seed=20 + seed) for seed in range(6)]
 
-    def fitted(**changes) -> list[CIB]:
-        plain = {
-            "beta": 0.0,
-            "gamma": 0.0,
-            "lam": 0.0,
-            "n_members": 1,
-            "steps": 500,
-            "interval": "none",
-            "device": "cpu",
-        }
-        models = [CIB(**{**plain, **changes, "random_state": k}) for k in range(2)]
-        return fit_many(models, [Problem(t.x[:500], t.treatment[:500], t.y[:500]) for t in tables])
 
-    rates = [np.mean([m.mean_rate(t.x[500:]) for m, t in zip(fitted(beta=b), tables, strict=True)])
+def fitted(tables: list[EffectTable], **changes) -> list[CIB]:
+    """One member for each table, trained on its first 500 rows."""
+    plain = {"beta": 0.0, "gamma": 0.0, "lam": 0.0, "n_members": 1, "steps": STEPS, "interval": "none", "device": "cpu"}
+    models = [CIB(**{**plain, **changes, "random_state": k}) for k in range(len(tables))]
+    return fit_many(models, [Problem(t.x[:500], t.treatment[:500], t.y[:500]) for t in tables])
+
+
+def probed(models: list[CIB], tables: list[EffectTable]) -> tuple[float, float]:
+    """Mean AUC of fresh probes for the treatment, and mean root PEHE, on rows not trained on."""
+    auc = [probe_auc(m.sample_latent(t.x[500:])[0], t.treatment[500:]) for m, t in zip(models, tables, strict=True)]
+    error = [sqrt_pehe(m.effect(t.x[500:]), t.mu0[500:], t.mu1[500:]) for m, t in zip(models, tables, strict=True)]
+    return float(np.mean(auc)), float(np.mean(error))
+
+
+def test_independence_lowers_what_a_fresh_probe_finds(confounded_tables):
+    """At beta = 0.01. Matching moments costs little accuracy; what the discriminator costs, the README tells."""
+    light = {"beta": 0.01, "lam": 0.01, "disc_steps": 5}
+    auc, error = probed(fitted(confounded_tables, **light), confounded_tables)
+    lower, other = probed(fitted(confounded_tables, **light, gamma=0.3, independence="mi_gauss"), confounded_tables)
+    assert lower <= auc - 0.03
+    assert other <= 1.1 * error
+    lower, _ = probed(fitted(confounded_tables, **light, gamma=0.3), confounded_tables)
+    assert lower <= auc - 0.02
+
+
+def test_compression_lowers_what_is_kept_of_the_covariates(confounded_tables):
+    tables = confounded_tables[:2]
+    rates = [np.mean([m.mean_rate(t.x[500:]) for m, t in zip(fitted(tables, beta=b), tables, strict=True)])
              for b in (1e-3, 1e-2, 0.1, 0.3)]  # fmt: skip
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_semi_supervised_term_steadies_counterfactual_predictions(confounded_tables):
+    tables = confounded_tables[:3]
+    variances: list[float] = []
+    for lam in (0.0, 0.1, 1.0):
+        found = []
+        for model, table in zip(fitted(tables, beta=0.01, lam=lam), tables, strict=True):
+            x = model.preprocessor_.transform(table.x[500:])
+            drawn = draw_posterior(model.stack_, x, binary=False).outcome_variance[0]
+            found.append(drawn[1 - table.treatment[500:], np.arange(drawn.shape[1])].mean())
+        variances.append(float(np.mean(found)))
+    assert variances == sorted(variances, reverse=True)
+    assert variances[-1] < 0.8 * variances[0]
 
 
 # ---- Twins
