@@ -2,8 +2,8 @@
 
 A place in the README is marked by a comment: ``<!-- results: PACKAGE/NAME.json [metric=..] [dataset=..] -->`` up to
 ``<!-- end -->``; spaces in names are written as underscores. ``layout=matrix`` makes a row a method and a column a data
-set (``format=.3g`` writes its numbers so), ``layout=metrics`` a column a metric. With ``--check`` nothing is written
-and the exit status says whether all tables are up to date.
+set (``format=.3g`` writes its numbers so), ``layout=metrics`` a column a metric (``metrics=a,b`` chooses and orders
+them). With ``--check`` nothing is written and the exit status says whether all tables are up to date.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def chosen(summary: dict, wanted: dict[str, str]) -> list[dict]:
     return [
         row
         for row in summary["results"]
-        if all(row[key] in {value, value.replace("_", " ")} for key, value in wanted.items())
+        if all(row[key].replace(" ", "_") == value for key, value in wanted.items())
     ]
 
 
@@ -81,7 +81,10 @@ def matrix(summary: dict, wanted: dict[str, str]) -> str:
 
 
 def by_metric(summary: dict, wanted: dict[str, str]) -> str:
+    only = [name for name in wanted.pop("metrics", "").split(",") if name]
     rows = chosen(summary, wanted)
+    if only:
+        rows = [row for name in only for row in rows if row["metric"].replace(" ", "_") == name]
     units = {row["metric"]: row["unit"] for row in reversed(rows)}
     heads = []
     for metric in dict.fromkeys(row["metric"] for row in rows):

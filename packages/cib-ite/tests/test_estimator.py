@@ -510,3 +510,22 @@ def test_few_rows_and_no_overlap_are_warned_of():
 def test_a_collapsed_bottleneck_is_told():
     with pytest.warns(UserWarning, match="bottleneck has collapsed .* lower beta"):
         CIB(**{**QUICK, "steps": 200}, beta=20.0).fit(*data())
+
+
+def test_answers_are_remembered_for_the_same_rows_and_the_same_fit_only(tmp_path):
+    random = np.random.default_rng(0)
+    X, t = random.normal(size=(120, 3)), np.arange(120) % 2
+    y = X[:, 0] + t * X[:, 1]
+    model = CIB(n_members=2, steps=50, predict_samples=20).fit(X, t, y)
+    model.save(tmp_path / "m.safetensors")
+    first = model.effect(X)
+    changed = X.copy()
+    changed[0, 0] += 1
+    for rows in (X, X[:60], changed, X):
+        # A model that was loaded just now remembers nothing.
+        np.testing.assert_array_equal(model.effect(rows), CIB.load(tmp_path / "m.safetensors").effect(rows))
+    X[0, 1] += 1
+    assert model.effect(X)[0] != first[0]
+    fewer = model.set_params(predict_samples=10).effect(X)
+    assert not np.array_equal(fewer, model.set_params(predict_samples=20).effect(X))
+    assert not np.array_equal(model.effect(X), model.fit(X, t, -y).effect(X))
