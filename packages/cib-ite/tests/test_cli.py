@@ -149,7 +149,8 @@ def inputs(frame: pd.DataFrame) -> pd.DataFrame:
 
 def test_fit_reads_a_messy_table_and_leaves_everything(fitted, home, table):
     assert set(fitted.artifacts) == {
-        "model.safetensors", "schema.json", "training.json", "effects.csv", "curves.csv", "history.png", "effects.png",
+        "model.safetensors", "schema.json", "training.json", "effects.csv", "curves.csv", "history.png",
+        "metrics.json", "effects.png",
         "overlap.png", "withholding.png", "report.html",
     }  # fmt: skip
     assert all((home / "m" / name).stat().st_size > 0 for name in fitted.artifacts)
