@@ -1,0 +1,1135 @@
+"""Classes of images, and the tasks drawn from them: named sets, users' folders and arrays, and pictures to adapt to.
+
+:func:`load` gives the classes of one split, :class:`TaskSource` draws tasks from them. No class is in two splits, so
+that validation and test tasks are about classes never seen. :func:`read_labelled` and :func:`read_unlabelled` read
+pictures from anywhere in the form that a trained network takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, Shaped, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from meta_dropout.engine import Tasks
+from shared_core.data import ImageData, MissingFilesError, data_root
+from shared_core.data import load as load_shared
+from shared_core.data._files import reading
+from shared_core.data._images import optional, resize_area
+from shared_core.episodes import Episode, EpisodeSampler, TooFewItemsError
+from shared_core.errors import InputError, UnknownKeyError
+
+__all__ = [
+    "NAMES",
+    "ClassImages",
+    "LabelledPictures",
+    "Pictures",
+    "TaskSource",
+    "load",
+    "read_labelled",
+    "read_unlabelled",
+]
+
+NAMES = ("glyphs", "omniglot", "mini-imagenet", "cifar-fs")
+"""Sources that :func:`load` knows by name."""
+
+Split = Literal["train", "validation", "test", "all"]
+SplitBy = Literal["class", "group", "script", "official"]
+
+_SPLITS = ("train", "validation", "test", "all")
+_SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training", "background"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing", "evaluation"), "test"),
+}
+_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+_SMALLEST_SIDE = 16
+_MOST_PIXELS = 1 << 26
+_Pixels = NDArray[np.uint8] | NDArray[np.float32]
+
+# The split of Bertinetto et al. (ICLR 2019); the other 64 classes are for training.
+_CIFAR_FS = {
+    "validation": (
+        *("beaver", "beetle", "butterfly", "camel", "cattle", "crab", "crocodile", "flatfish", "lamp", "maple_tree"),
+        *("motorcycle", "otter", "sea", "shark", "television", "tractor"),
+    ),
+    "test": (
+        *("baby", "bed", "bicycle", "chimpanzee", "fox", "leopard", "man", "pickup_truck", "plain", "poppy", "rocket"),
+        *("rose", "snail", "sweet_pepper", "table", "telephone", "wardrobe", "whale", "woman", "worm"),
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ClassImages:
+    """Images with the class of each; bytes where the source allows, since a class-indexed set is read at random.
+
+    Parameters
+    ----------
+    name : what to call it in results
+    images : ``(n, channels, height, width)``, bytes 0..255 or floats in [0, 1]
+    labels : ``(n,)`` positions in `class_names`
+    class_names : different ones
+    groups : ``(n,)`` positions in `group_names`, or None
+    group_names : of the alphabets, font faces or outer folders
+    group_kind : what a group is: ``alphabet``, ``face``, ``superclass``, ``folder``
+    provenance : where the images are from
+    notes : what a reader should know, in one line; empty where there is nothing
+
+    Raises
+    ------
+    InputError
+        When the shapes do not go together, or images are neither bytes nor floats in [0, 1].
+
+    Examples
+    --------
+    >>> data = ClassImages("toy", np.full((4, 1, 16, 16), 51, np.uint8), np.array([0, 0, 1, 1]), ("a", "b"))
+    >>> data.ways, data.shape, data.counts.tolist(), round(float(data.float_images(np.array([2])).mean()), 6)
+    (2, (1, 16, 16), [2, 2], 0.2)
+    """
+
+    name: str
+    images: UInt8[np.ndarray, "n channels height width"] | Float32[np.ndarray, "n channels height width"]
+    labels: Int64[np.ndarray, " n"]
+    class_names: tuple[str, ...]
+    groups: Int64[np.ndarray, " n"] | None = None
+    group_names: tuple[str, ...] = ()
+    group_kind: str = ""
+    provenance: str = ""
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        images, labels, classes = self.images, self.labels, len(self.class_names)
+        if images.ndim != 4 or not images.size or str(images.dtype) not in ("uint8", "float32"):
+            raise InputError(
+                f"{self.name}: images must be uint8 or float32 (n, channels, height, width), got {images.dtype}"
+                f" {images.shape}"
+            )
+        if labels.shape != (len(images),) or labels.dtype != np.int64:
+            raise InputError(
+                f"{self.name}: labels must be int64 ({len(images)},), one an image, got {labels.dtype} {labels.shape}"
+            )
+        if labels.min() < 0 or labels.max() >= classes or len(set(self.class_names)) != classes:
+            raise InputError(
+                f"{self.name}: labels {labels.min()}..{labels.max()} for {classes} class names; they must be positions"
+                " in different names"
+            )
+        if self.groups is not None and self.groups.shape != labels.shape:
+            raise InputError(f"{self.name}: groups have shape {self.groups.shape}, and labels {labels.shape}")
+        # Two passes instead of an array of booleans as large as the images.
+        if images.dtype == np.float32 and not (images.min() >= 0 and images.max() <= 1):
+            raise InputError(f"{self.name}: floats must be finite and in [0, 1]; scale the images")
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    @property
+    def ways(self) -> int:
+        """Number of classes: the most ways that a task from here can have."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)``."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @property
+    def counts(self) -> Int64[np.ndarray, " ways"]:
+        """Images of each class."""
+        return np.bincount(self.labels, minlength=self.ways).astype(np.int64)
+
+    @property
+    def mean(self) -> float:
+        """Mean pixel in [0, 1]: below 0.5 where light ink is on a dark ground."""
+        return float(self.images.mean(dtype=np.float64)) / (255 if self.images.dtype == np.uint8 else 1)
+
+    def float_images(self, index: Shaped[np.ndarray, " k"] | slice) -> Float32[np.ndarray, "k channels height width"]:
+        """Return some of the images, in [0, 1].
+
+        Parameters
+        ----------
+        index : positions, True for those to take, or a slice
+        """
+        chosen = self.images[index]
+        return chosen.astype(np.float32) / np.float32(255 if chosen.dtype == np.uint8 else 1)
+
+    def select(self, names: Sequence[str]) -> ClassImages:
+        """Return only some classes, in the order given.
+
+        Parameters
+        ----------
+        names : of the classes to keep
+
+        Raises
+        ------
+        UnknownKeyError
+            For a name that no class has.
+        """
+        place = {name: number for number, name in enumerate(self.class_names)}
+        if unknown := next((name for name in names if name not in place), None):
+            raise UnknownKeyError(f"{self.name}: has no class '{unknown}'")
+        number = np.full(self.ways, -1, dtype=np.int64)
+        number[[place[name] for name in names]] = np.arange(len(names))
+        rows = np.flatnonzero(number[self.labels] >= 0)
+        return replace(self.rows(rows), labels=number[self.labels[rows]], class_names=tuple(names))
+
+    def rows(self, index: Int64[np.ndarray, " k"]) -> ClassImages:
+        """Return only some of the images, with all the class names.
+
+        Parameters
+        ----------
+        index : positions
+        """
+        groups = None if self.groups is None else self.groups[index]
+        return replace(self, images=self.images[index], labels=self.labels[index], groups=groups)
+
+
+class TaskSource:
+    """Tasks from classes of images: episode number i depends on the seed and on i alone.
+
+    Parameters
+    ----------
+    images : the classes of one split
+    ways : classes of a task
+    shots : support images of each class
+    queries : query images of each class, never among the support
+    seed : with an episode's number, decides the episode
+    shared_classes : let all tasks of a batch have the same classes in the same order, with images of their own, as the
+        sampler of the authors' released code does; the batch's first episode decides which
+
+    Raises
+    ------
+    TooFewItemsError
+        For fewer classes than `ways`, or a class of fewer than `shots` + `queries` images, by name.
+
+    Examples
+    --------
+    >>> toy = ClassImages("toy", np.zeros((12, 1, 16, 16), np.uint8), np.repeat(np.arange(3), 4), ("a", "b", "c"))
+    >>> tasks = TaskSource(toy, ways=2, shots=1, queries=3, seed=0).batch(0, 5)
+    >>> tasks.support.shape, tasks.query.shape, tasks.support_labels[0].tolist()
+    (torch.Size([5, 2, 1, 16, 16]), torch.Size([5, 6, 1, 16, 16]), [0, 1])
+    """
+
+    def __init__(
+        self,
+        images: ClassImages,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int = 0,
+        shared_classes: bool = False,
+    ) -> None:
+        if ways < 2 or shots < 1 or queries < 1:
+            raise InputError(f"need ways >= 2, shots >= 1 and queries >= 1, got {ways}, {shots} and {queries}")
+        if images.ways < ways:
+            raise TooFewItemsError(
+                f"{images.name}: has {images.ways} classes, and {ways}-way tasks need {ways}; ask for fewer ways or"
+                " give more classes"
+            )
+        worst = int(images.counts.argmin())
+        if images.counts[worst] < shots + queries:
+            raise TooFewItemsError(
+                f"{images.name}: class '{images.class_names[worst]}' has {images.counts[worst]} images, needs"
+                f" {shots + queries} ({shots} support + {queries} query); add images, leave the class out or ask for"
+                " fewer"
+            )
+        self.images, self.ways, self.shots, self.queries = images, ways, shots, queries
+        self.seed, self.shared_classes = seed, shared_classes
+        pixels = np.ascontiguousarray(images.images)
+        self._pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+        self._sampler = EpisodeSampler(images.labels, ways=ways, shots=shots, queries=queries, seed=seed)
+
+    def batch(self, number: int, count: int) -> Tasks:
+        """Return the episodes ``number * count`` to ``number * count + count - 1`` as tasks, on the CPU.
+
+        Parameters
+        ----------
+        number : of the batch, 0, 1, ... without end
+        count : tasks in it
+
+        Returns
+        -------
+        Tasks, their images float32 in [0, 1], ``(count, ways * shots, channels, height, width)`` for the support, class
+        after class.
+        """
+        if number < 0 or count < 1:
+            raise InputError(f"need a batch number >= 0 and at least 1 task, got {number} and {count}")
+        picks = self._shared(number, count) if self.shared_classes else self._independent(number, count)
+        cut = self.ways * self.shots
+        labels = torch.arange(self.ways)
+        return Tasks(
+            self._gather(picks[:, :cut]),
+            labels.repeat_interleave(self.shots).expand(count, -1).contiguous(),
+            self._gather(picks[:, cut:]),
+            labels.repeat_interleave(self.queries).expand(count, -1).contiguous(),
+        )
+
+    def _gather(self, index: NDArray[np.int64]) -> Float32[Tensor, "tasks n channels height width"]:
+        chosen = self._pixels[torch.from_numpy(index)]
+        return chosen.float().div_(255) if chosen.dtype == torch.uint8 else chosen
+
+    def _independent(self, number: int, count: int) -> NDArray[np.int64]:
+        return np.stack([_indices(episode) for episode in self._sampler.episodes(count, number * count)])
+
+    def _shared(self, number: int, count: int) -> NDArray[np.int64]:
+        classes = self._sampler[number * count].classes
+        rows = np.flatnonzero(np.isin(self.images.labels, classes))
+        # Numbers in the order wanted; only such episodes have all of the classes, each in an order of its own.
+        position = np.empty(self.images.ways, dtype=np.int64)
+        position[classes] = np.arange(self.ways)
+        sampler = EpisodeSampler(
+            position[self.images.labels[rows]], ways=self.ways, shots=self.shots, queries=self.queries, seed=self.seed
+        )
+        episodes = sampler.episodes(count, number * count)
+        return rows[np.stack([_indices(episode, np.argsort(episode.classes)) for episode in episodes])]
+
+
+def _indices(episode: Episode, order: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """Return the support's indices and then the query's, class after class, the classes perhaps in another order."""
+    if order is None:
+        return np.concatenate([episode.support, episode.query])
+    ways = len(episode.classes)
+    return np.concatenate([part.reshape(ways, -1)[order].ravel() for part in (episode.support, episode.query)])
+
+
+def load(
+    source: str | Path,
+    *,
+    split: Split,
+    size: int | None = None,
+    seed: int = 0,
+    split_by: SplitBy | None = None,
+    classes: int | None = None,
+    instances: int | None = None,
+    rotations: bool = False,
+    channels: Literal[1, 3] | None = None,
+) -> ClassImages:
+    """Load the classes of one split; the splits of a source with one seed have no class in common.
+
+    Parameters
+    ----------
+    source : one of :data:`NAMES`; a folder of images, ``<class>/*.png`` or ``<group>/<class>/*.png``, perhaps inside
+        ``train``, ``val`` and ``test``; an NPZ with ``x`` ``(n, height, width[, channels])`` and ``y`` ``(n,)`` of
+        integers or text (and perhaps ``class_names``); an NPZ or NPY with ``x``
+        ``(classes, instances, height, width[, channels])``. A folder that is called like a set is meant by ``./name``
+    split : ``train``, ``validation``, ``test`` or ``all``
+    size : side in pixels; images are resized to it by averaging areas. Default: 28 for glyphs and Omniglot, 84 for
+        mini-ImageNet, else as they are
+    seed : of the split, of the choice of `classes` and `instances`, and of the drawing of glyphs
+    split_by : ``class``: classes are divided at random, 64/16/20 (the default for folders and arrays); ``group``: whole
+        groups are, about 60/20/20 (alphabets, the default for Omniglot; outer folders); ``official``: Omniglot's
+        evaluation set is for tests, and the background set's alphabets are for training and validation, 80/20;
+        ``script``: glyphs of Greek, Armenian and Georgian are for tests, and those of other scripts for training and
+        validation. Default for glyphs: the base letter decides, so that A, A with an accent and a are together; for
+        CIFAR-FS and mini-ImageNet the published split
+    classes : keep only so many classes, drawn by `seed`
+    instances : keep at most so many images of a class (of glyphs: draw so many, default 20)
+    rotations : add the classes turned by 90, 180 and 270 degrees as classes of their own, to ``train`` only
+    channels : 1 or 3; converts. Default: as they are; of a folder 3 as soon as any of its pictures has colour
+
+    Returns
+    -------
+    ClassImages, white at 255 (of Omniglot and glyphs: ink). A user's split depends on the names of the classes and on
+    the seed, and not on the files in them. Where a folder has ``train`` and no ``val``, a fifth of the classes in
+    ``train`` are for validation.
+
+    Raises
+    ------
+    InputError
+        One line that says what is wrong: an unknown name, an absent set, a damaged file, too few classes to divide.
+
+    Examples
+    --------
+    >>> data = load("glyphs", split="test", classes=5, instances=4, size=20)
+    >>> data.images.shape, data.ways
+    ((20, 1, 20, 20), 5)
+    """
+    if split not in _SPLITS:
+        raise InputError(f"split: must be one of {', '.join(_SPLITS)}, got '{split}'")
+    for option, value in (("size", size), ("classes", classes), ("instances", instances)):
+        if value is not None and value < 1:
+            raise InputError(f"{option}: must be at least 1, got {value}")
+    if channels not in (None, 1, 3):
+        raise InputError(f"channels: must be 1 or 3, got {channels}")
+    name = str(source).lower().replace("_", "-")
+    path = Path(source)
+    wanted = _Wanted(split, size, seed, split_by, classes, instances, channels)
+    if isinstance(source, str) and name in NAMES:
+        found = _named(name, wanted)
+    elif path.is_dir():
+        found = _folder(path, wanted)
+    elif path.suffix.lower() in (".npz", ".npy"):
+        found = _array_file(path, wanted)
+    elif path.exists():
+        raise InputError(f"{path}: cannot tell what '{path.suffix}' is; give a folder of images, .npz or .npy")
+    else:
+        raise UnknownKeyError(f"'{source}' is no file, no folder and no set; sets are {', '.join(NAMES)}")
+    found = _with_channels(found, channels)
+    return _rotated(found) if rotations and split == "train" else found
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The options of :func:`load`, by name."""
+
+    split: Split
+    size: int | None
+    seed: int
+    split_by: SplitBy | None
+    classes: int | None
+    instances: int | None
+    channels: Literal[1, 3] | None
+
+    def allow(self, name: str, *ways: SplitBy) -> None:
+        """Refuse a way to split that the source does not have."""
+        if self.split_by is not None and self.split_by not in ways:
+            known = ", ".join(ways) or "none: its split is fixed"
+            raise InputError(f"split_by: '{self.split_by}' is not for {name}, which takes {known}")
+
+    def limited(self, names: Sequence[str], where: str) -> list[str]:
+        """Return the classes to keep of those in the split."""
+        if self.classes is None:
+            return list(names)
+        if self.classes > len(names):
+            raise InputError(
+                f"classes: {self.classes} asked for, and the split '{self.split}' of {where} has {len(names)}"
+            )
+        drawn = set(_shuffled(names, f"{self.seed}/draw")[: self.classes])
+        return [name for name in names if name in drawn]
+
+    def thinned(self, count: int, name: str) -> NDArray[np.int64]:
+        """Return which of a class's images to keep."""
+        if self.instances is None or count <= self.instances:
+            return np.arange(count)
+        digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+        return np.sort(np.random.default_rng([self.seed, digest]).choice(count, self.instances, replace=False))
+
+    def part_of(self, found: ClassImages, names: Sequence[str]) -> ClassImages:
+        """Return what to keep of the named classes."""
+        chosen = found.select(self.limited(names, found.name))
+        if self.instances is None:
+            return chosen
+        members = [np.flatnonzero(chosen.labels == number) for number in range(chosen.ways)]
+        kept = [rows[self.thinned(len(rows), name)] for rows, name in zip(members, chosen.class_names, strict=True)]
+        return chosen.rows(np.sort(np.concatenate(kept)))
+
+
+def _shuffled(names: Sequence[str], salt: str) -> list[str]:
+    """Return the names in an order that depends on each name by itself: a new one moves no two others."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
+
+
+def _group(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _divided(names: Sequence[str], shares: tuple[float, float], least: int, seed: int) -> dict[str, list[str]]:
+    """Divide names into train, validation (by their shares) and test (the rest), none smaller than `least`."""
+    order, n = _shuffled(names, str(seed)), len(names)
+    train = min(max(round(shares[0] * n), least), n - 2 * least)
+    validation = min(max(math.floor(shares[1] * n + 1e-9), least), n - train - least)
+    return {
+        "train": order[:train],
+        "validation": order[train : train + validation],
+        "test": order[train + validation :],
+    }
+
+
+def _in_split(names: Sequence[str], split: Split, seed: int, where: str, *, by_group: bool = False) -> list[str]:
+    """Return the names of the classes in a split: 64/16/20 of all classes, or about 60/20/20 of all groups."""
+    if split == "all":
+        return list(names)
+    if not by_group:
+        if len(names) < 6:
+            raise InputError(
+                f"{where}: {len(names)} classes cannot be divided into train, validation and test; give at least 6 (and"
+                " 2 a split), or split 'all'"
+            )
+        part = set(_divided(names, (0.64, 0.16), 2, seed)[split])
+        return [name for name in names if name in part]
+    groups = sorted({_group(name) for name in names})
+    if groups == [""] or len(groups) < 3:
+        raise InputError(
+            f"{where}: {len(groups) - (groups[0] == '')} groups cannot be divided into train, validation and test; give"
+            " at least 3, each with its classes, <group>/<class>, or split by class"
+        )
+    chosen = set(_divided(groups, (0.6, 0.2), 1, seed)[split])
+    return [name for name in names if _group(name) in chosen]
+
+
+def _from_shared(found: ImageData, name: str, notes: str = "") -> ClassImages:
+    images = found.images[:, None] if found.images.ndim == 3 else found.images.transpose(0, 3, 1, 2)
+    origin = found.provenance
+    return ClassImages(
+        name,
+        np.ascontiguousarray(images),
+        found.labels.astype(np.int64),
+        found.class_names,
+        found.groups,
+        found.group_names,
+        found.group_kind,
+        f"{origin.source}; {origin.licence}; {origin.url}",
+        "; ".join(note for note in (origin.notes, notes) if note),
+    )
+
+
+def _joined(parts: Sequence[ClassImages], notes: str = "") -> ClassImages:
+    """Return sets of the same shape as one; classes of the same name are one class."""
+    names = dict.fromkeys(name for part in parts for name in part.class_names)
+    number = {name: place for place, name in enumerate(names)}
+    labels = [np.array([number[name] for name in part.class_names], np.int64)[part.labels] for part in parts]
+    groups = [part.groups for part in parts if part.groups is not None]
+    return replace(
+        parts[0],
+        images=np.concatenate([part.images for part in parts]),
+        labels=np.concatenate(labels),
+        class_names=tuple(names),
+        groups=np.concatenate(groups) if len(groups) == len(parts) else None,
+        notes="; ".join(dict.fromkeys(note for note in (*(part.notes for part in parts), notes) if note)),
+    )
+
+
+def _resized(found: ClassImages, size: int | None) -> ClassImages:
+    if size is None or found.shape[1:] == (size, size):
+        return found
+    if found.images.dtype == np.uint8:
+        images = resize_area(found.images.transpose(0, 2, 3, 1), size).transpose(0, 3, 1, 2)
+    else:
+        smaller = torch.nn.functional.interpolate(torch.from_numpy(found.images), (size, size), mode="area")
+        images = smaller.clamp_(0, 1).numpy()
+    return replace(found, images=np.ascontiguousarray(images))
+
+
+def _with_channels(found: ClassImages, channels: int | None) -> ClassImages:
+    if channels is None or found.shape[0] == channels:
+        return found
+    if channels == 3:
+        return replace(found, images=np.repeat(found.images, 3, axis=1))
+    # Luma of ITU-R BT.601, as Pillow has it.
+    weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    grey = np.einsum("nchw,c->nhw", found.images.astype(np.float32), weights)[:, None]
+    images = np.rint(grey).astype(np.uint8) if found.images.dtype == np.uint8 else np.clip(grey, 0, 1)
+    return replace(found, images=images)
+
+
+def _rotated(found: ClassImages) -> ClassImages:
+    """Add every class turned by 90, 180 and 270 degrees."""
+    if found.shape[1] != found.shape[2]:
+        raise InputError(f"rotations: need square images, and {found.name} has {found.shape[1]} x {found.shape[2]}")
+    names = [f"{name}@{90 * turn}" if turn else name for turn in range(4) for name in found.class_names]
+    return replace(
+        found,
+        images=np.concatenate([np.rot90(found.images, turn, axes=(2, 3)) for turn in range(4)]),
+        labels=np.concatenate([found.labels + turn * found.ways for turn in range(4)]),
+        class_names=tuple(names),
+        groups=None if found.groups is None else np.tile(found.groups, 4),
+        notes="; ".join(note for note in (found.notes, "with rotations by 90, 180 and 270 degrees as classes") if note),
+    )
+
+
+def _named(name: str, wanted: _Wanted) -> ClassImages:
+    match name:
+        case "glyphs":
+            wanted.allow(name, "script")
+            return _glyphs(wanted)
+        case "omniglot":
+            wanted.allow(name, "class", "group", "official")
+            return _omniglot(wanted)
+        case "mini-imagenet":
+            wanted.allow(name, "official")
+            return _mini_imagenet(wanted)
+        case _:
+            wanted.allow(name, "official")
+            return _cifar_fs(wanted)
+
+
+def _glyphs(wanted: _Wanted) -> ClassImages:
+    def drawn(split: str, classes: int | None = None) -> ClassImages:
+        size = 28 if wanted.size is None else wanted.size
+        instances = 20 if wanted.instances is None else wanted.instances
+        found = load_shared(
+            "glyphs", split=split, expect=ImageData, size=size, instances=instances, seed=wanted.seed, classes=classes
+        )
+        return _from_shared(found, "glyphs")
+
+    if wanted.split_by is None or wanted.split == "all":
+        return drawn(wanted.split, wanted.classes)
+    if wanted.split == "test":
+        return drawn("script-test", wanted.classes)
+    # Held out of the training scripts: the letters that are for validation in the other split too.
+    held_out = set(
+        load_shared("glyphs", split="validation", expect=ImageData, size=8, instances=1, seed=wanted.seed).class_names
+    )
+    found = drawn("script-train")
+    names = [name for name in found.class_names if (name in held_out) == (wanted.split == "validation")]
+    return wanted.part_of(found, names)
+
+
+# Every split needs all of the files, and 32,460 of them take seconds.
+@lru_cache(maxsize=2)
+def _read_omniglot(part: str, size: int, root: Path) -> ClassImages:
+    return _from_shared(load_shared("omniglot", split=part, expect=ImageData, root=root, size=size), "omniglot")
+
+
+def _omniglot(wanted: _Wanted) -> ClassImages:
+    size, root = 28 if wanted.size is None else wanted.size, data_root()
+    if wanted.split_by == "official" and wanted.split != "all":
+        found = _read_omniglot("evaluation" if wanted.split == "test" else "background", size, root)
+        if wanted.split == "test":
+            return wanted.part_of(found, found.class_names)
+        alphabets = _shuffled(sorted({_group(name) for name in found.class_names}), str(wanted.seed))
+        held_out = set(alphabets[: max(1, round(0.2 * len(alphabets)))])
+        names = [name for name in found.class_names if (_group(name) in held_out) == (wanted.split == "validation")]
+        return wanted.part_of(found, names)
+    found = _read_omniglot("all", size, root)
+    by_group = wanted.split_by != "class"
+    names = _in_split(found.class_names, wanted.split, wanted.seed, "omniglot", by_group=by_group)
+    return wanted.part_of(found, names)
+
+
+def _mini_imagenet(wanted: _Wanted) -> ClassImages:
+    size = 84 if wanted.size is None else wanted.size
+    splits = ("train", "validation", "test") if wanted.split == "all" else (wanted.split,)
+    parts: list[ClassImages] = []
+    for split in splits:
+        found = load_shared("mini_imagenet", split=split, expect=ImageData, size=size)
+        part = _from_shared(found, "mini-imagenet")
+        # Where the authors' arrays have no names, every split counts its classes from 0.
+        parts.append(replace(part, class_names=tuple(f"{split}/{name}" for name in part.class_names)))
+    found = _joined(parts) if len(parts) > 1 else parts[0]
+    return wanted.part_of(found, found.class_names)
+
+
+def _cifar_fs(wanted: _Wanted) -> ClassImages:
+    parts = [_from_shared(load_shared("cifar100", split="train", expect=ImageData), "cifar-fs")]
+    notes = ""
+    try:
+        parts.append(_from_shared(load_shared("cifar100", split="test", expect=ImageData), "cifar-fs"))
+    except MissingFilesError:
+        notes = "CIFAR-100's test file is absent: 500 images a class instead of 600"
+    found = _joined(parts, notes)
+    held_out = {name for names in _CIFAR_FS.values() for name in names}
+    if not held_out <= set(found.class_names):
+        raise InputError(
+            "cifar-fs: its split goes by the names of CIFAR-100's classes; put fine_label_names.txt (or meta) beside"
+            " the data files"
+        )
+    train = tuple(name for name in found.class_names if name not in held_out)
+    names = {**_CIFAR_FS, "train": train, "all": found.class_names}[wanted.split]
+    return _resized(wanted.part_of(found, names), wanted.size)
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What is below a folder: pictures by the folder they are in (``""``: in none), and what was passed over."""
+
+    pictures: dict[str, list[Path]]
+    empty: list[str]
+    hidden: int
+    others: list[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> _Scan:
+        pictures: dict[str, list[Path]] = {}
+        folders: list[str] = []
+        others: list[str] = []
+        hidden = 0
+        for path in sorted(folder.rglob("*")):
+            parts = path.relative_to(folder).parts
+            is_folder = path.is_dir()
+            if any(part.startswith((".", "__MACOSX")) for part in parts):
+                hidden += not is_folder
+            elif is_folder:
+                folders.append("/".join(parts))
+            elif path.suffix.lower() in _PICTURES:
+                pictures.setdefault("/".join(parts[:-1]), []).append(path)
+            else:
+                others.append("/".join(parts))
+        empty = [name for name in folders if not any(f"{held}/".startswith(f"{name}/") for held in pictures)]
+        return cls(pictures, empty, hidden, others)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was passed over."""
+        found: list[str] = []
+        if self.hidden:
+            found.append(f"skipped {self.hidden} hidden files")
+        if self.others:
+            found.append(f"skipped {len(self.others)} files that are no images, such as {self.others[0]}")
+        return found
+
+
+def _folder(path: Path, wanted: _Wanted) -> ClassImages:
+    wanted.allow("a folder", "class", "group")
+    scan = _Scan.of(path)
+    notes = scan.notes
+    classes = {name: files for name, files in scan.pictures.items() if name}
+    if not classes:
+        loose = f"; it holds {len(scan.pictures[''])} images in no class" if scan.pictures else ""
+        raise InputError(f"{path}: no classes of images; expected <class>/*.png, or train/<class>/*.png{loose}")
+    if "" in scan.pictures:
+        notes.append(f"left out {len(scan.pictures[''])} images that are in no class folder")
+    if scan.empty:
+        notes.append(f"left out {len(scan.empty)} folders without images, such as {scan.empty[0]}")
+    channels = wanted.channels or (3 if any(_has_colour(file) for files in classes.values() for file in files) else 1)
+    parts, left_out = _split_folders(classes)
+    if parts:
+        if wanted.split_by is not None:
+            raise InputError(f"split_by: {path} is divided by its folders {', '.join(parts)}; leave it out")
+        notes += [f"left out the folder {name}, which is beside train" for name in left_out]
+        classes = _divided_by_folders(path, parts, wanted, notes)
+        chosen = list(classes)
+    else:
+        by_group = wanted.split_by == "group"
+        chosen = _in_split(list(classes), wanted.split, wanted.seed, str(path), by_group=by_group)
+    names = wanted.limited(chosen, str(path))
+    files = [[classes[name][row] for row in wanted.thinned(len(classes[name]), name)] for name in names]
+    images, more = _decoded([file for part in files for file in part], wanted.size, channels, strict=True)
+    labels = np.repeat(np.arange(len(names)), [len(part) for part in files]).astype(np.int64)
+    groups = sorted({_group(name) for name in names})
+    number = np.array([groups.index(_group(name)) for name in names], dtype=np.int64)
+    grouping = (number[labels], tuple(groups), "folder") if groups != [""] else (None, (), "")
+    return ClassImages(path.name, images, labels, tuple(names), *grouping, str(path), "; ".join([*notes, *more]))
+
+
+def _split_folders(
+    classes: Mapping[str, list[Path]],
+) -> tuple[dict[str, dict[str, list[Path]]], list[str]]:
+    """Return the classes by split where there are such folders, and the names of folders beside them."""
+    # A class may be called "train"; it is one when pictures are right in it.
+    inner = {name.partition("/")[0] for name in classes if "/" in name} - set(classes)
+    if not any(_SPLIT_FOLDERS.get(name.lower()) == "train" for name in inner):
+        return {}, []
+    parts: dict[str, dict[str, list[Path]]] = {}
+    left_out: list[str] = []
+    for name, files in classes.items():
+        outer, _, rest = name.partition("/")
+        split = _SPLIT_FOLDERS.get(outer.lower())
+        if split is None or outer not in inner:
+            left_out.append(outer)
+        else:
+            parts.setdefault(split, {}).setdefault(rest, []).extend(files)
+    return {split: parts[split] for split in _SPLITS if split in parts}, sorted(set(left_out))
+
+
+def _divided_by_folders(
+    path: Path, parts: dict[str, dict[str, list[Path]]], wanted: _Wanted, notes: list[str]
+) -> dict[str, list[Path]]:
+    seen: dict[str, str] = {}
+    for split, classes in parts.items():
+        for name in classes:
+            if name in seen:
+                raise InputError(
+                    f"{path}: class '{name}' is in both {seen[name]} and {split}; tasks must be about new classes: put"
+                    " all classes into one folder, to have them divided, or rename one"
+                )
+            seen[name] = split
+    if "validation" not in parts and len(parts["train"]) >= 4:
+        order = _shuffled(list(parts["train"]), str(wanted.seed))
+        held_out = order[: max(2, round(0.2 * len(order)))]
+        parts = {**parts, "validation": {name: parts["train"][name] for name in held_out}}
+        parts["train"] = {name: files for name, files in parts["train"].items() if name not in held_out}
+        notes.append(f"no folder for validation: {len(held_out)} of the classes in train are for it")
+    if wanted.split == "all":
+        return {name: files for classes in parts.values() for name, files in classes.items()}
+    if wanted.split not in parts:
+        raise InputError(f"{path}: has the folders {', '.join(parts)}, and none for the split '{wanted.split}'; add it")
+    return parts[wanted.split]
+
+
+def _open(file: Path, use: Callable[[Any], Any]) -> Any:
+    """Return what `use` makes of an opened picture, or say in one line that it cannot be read."""
+    library = optional("PIL.Image")
+    try:
+        with library.open(file) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise InputError(f"{file}: {image.width} x {image.height} pixels is too large; shrink it")
+            return use(image)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file}: not a readable image ({reason}); remove or replace it") from error
+
+
+def _has_colour(file: Path) -> bool:
+    return bool(_open(file, lambda image: image.mode not in ("1", "L", "LA", "La", "F") and image.mode[:1] != "I"))
+
+
+def _eight_bit(image: Any) -> Any:
+    """Return the picture upright, with 8 bits a channel and nothing transparent."""
+    library = optional("PIL.Image")
+    image = optional("PIL.ImageOps").exif_transpose(image)
+    if image.mode[:1] == "I" or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds NaN or infinity")
+        top = 65535 if image.mode != "F" and (image.mode != "I" or values.max() > 255) else 255
+        top = 1 if image.mode == "F" and values.max() <= 1 else top
+        if values.min() < 0 or values.max() > top:
+            raise ValueError(f"its values are {values.min():g}..{values.max():g}, expected 0..{top}")
+        return library.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"), dtype=np.float64)
+        light = np.asarray(image.convert("L"), dtype=np.float64)
+        # Dark ink on nothing is meant for white paper, and light ink for a dark ground.
+        ground = 0 if alpha.any() and (alpha * light).sum() > 127.5 * alpha.sum() and (alpha < 255).any() else 255
+        paper = library.new("RGBA", image.size, (ground, ground, ground, 255))
+        return library.alpha_composite(paper, image)
+    return image
+
+
+def _border(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the median colour of the outermost pixels of ``(height, width, channels)``."""
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.median(edges, axis=0).astype(np.uint8)
+
+
+def _decode(file: Path, size: int | None, channels: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Return a picture as ``(side, side, channels)``, padded to a square, and its own width and height."""
+    library = optional("PIL.Image")
+
+    def use(image: Any) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        picture = _eight_bit(image)
+        # Pillow has no way from some colour spaces to grey but through RGB.
+        if channels == 1 and picture.mode not in ("1", "L", "RGB", "RGBA"):
+            picture = picture.convert("RGB")
+        picture = picture.convert("L" if channels == 1 else "RGB")
+        pixels = np.array(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels)
+        height, width = pixels.shape[:2]
+        side = max(height, width)
+        if height != width:
+            square = np.broadcast_to(_border(pixels), (side, side, channels)).copy()
+            top, left = (side - height) // 2, (side - width) // 2
+            square[top : top + height, left : left + width] = pixels
+            pixels = square
+        if size is not None and side != size:
+            kind = library.Resampling.BOX if side > size else library.Resampling.BILINEAR
+            resized = library.fromarray(pixels[:, :, 0] if channels == 1 else pixels).resize((size, size), kind)
+            pixels = np.array(resized, dtype=np.uint8).reshape(size, size, channels)
+        return pixels, (width, height)
+
+    return cast("tuple[NDArray[np.uint8], tuple[int, int]]", _open(file, use))
+
+
+def _decoded(
+    files: Sequence[Path], size: int | None, channels: int, *, strict: bool
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Decode files to ``(n, channels, side, side)``; `strict` refuses small pictures instead of enlarging them."""
+    images: NDArray[np.uint8] = np.zeros((0, channels, 0, 0), dtype=np.uint8)
+    padded: list[Path] = []
+    enlarged: list[Path] = []
+    for place, file in enumerate(files):
+        pixels, (width, height) = _decode(file, size, channels)
+        if strict and max(width, height) < _SMALLEST_SIDE:
+            raise InputError(
+                f"{file}: {width} x {height} pixels, at least {_SMALLEST_SIDE} are needed; use larger images"
+            )
+        if not place:
+            images = np.empty((len(files), channels, len(pixels), len(pixels)), dtype=np.uint8)
+        if pixels.shape[:2] != images.shape[2:]:
+            first = images.shape[2]
+            raise InputError(
+                f"{file}: {width} x {height} pixels, and {files[0]} is {first} on its longer side; give a size to"
+                " resize all to, such as 84"
+            )
+        images[place] = pixels.transpose(2, 0, 1)
+        if width != height:
+            padded.append(file)
+        if size is not None and max(width, height) < size:
+            enlarged.append(file)
+    if images.shape[2] < _SMALLEST_SIDE and strict:
+        raise InputError(f"size: images of {images.shape[2]} pixels a side, at least {_SMALLEST_SIDE} are needed")
+    notes: list[str] = []
+    if padded:
+        notes.append(f"padded {len(padded)} images to squares, such as {padded[0].name}")
+    if enlarged:
+        notes.append(f"enlarged {len(enlarged)} images to {size} pixels, such as {enlarged[0].name}")
+    return images, notes
+
+
+def _array_file(path: Path, wanted: _Wanted) -> ClassImages:
+    wanted.allow("an array", "class")
+    # Opened here: of a damaged file, NumPy leaves its own handle open.
+    with reading(path), path.open("rb") as stream:
+        loaded: Any = np.load(stream, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            arrays: dict[str, NDArray[Any]] = {"x": loaded}
+        else:
+            with loaded:
+                arrays = {name: loaded[name] for name in ("x", "y", "class_names") if name in loaded.files}
+                if "x" not in arrays:
+                    found = ", ".join(loaded.files) or "nothing"
+                    raise InputError(f"{path}: needs an array 'x' (and 'y'), found {found}")
+    images = _images_last(arrays["x"], path, labelled="y" in arrays)
+    labels, names = _array_labels(arrays, len(images), path)
+    pixels, notes = _checked_pixels(images, path, lambda row: f"image {row} (class '{names[labels[row]]}')")
+    channel_first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    found = ClassImages(path.stem, channel_first, labels, names, provenance=str(path), notes="; ".join(notes))
+    chosen = _in_split(names, wanted.split, wanted.seed, str(path))
+    return _resized(wanted.part_of(found, chosen), wanted.size)
+
+
+def _images_last(x: NDArray[Any], path: Path, *, labelled: bool) -> NDArray[Any]:
+    """Return ``(n, height, width, channels)``, whatever the layout of the array."""
+    axes = "(n, height, width[, channels])" if labelled else "(classes, instances, height, width[, channels])"
+    other = "" if labelled else ", or (n, height, width) with labels 'y' (n,)"
+    extra = x.ndim - (3 if labelled else 4)
+    if extra not in (0, 1) or not x.size:
+        raise InputError(f"{path}: 'x' has shape {x.shape}, expected {axes}{other}")
+    images = x if labelled else x.reshape(-1, *x.shape[2:])
+    if not extra:
+        images = images[..., None]
+    elif images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    _, height, width, channels = images.shape
+    if channels not in (1, 3):
+        raise InputError(f"{path}: 'x' has shape {x.shape}: {channels} channels, expected 1 or 3")
+    if height != width or height < _SMALLEST_SIDE:
+        raise InputError(
+            f"{path}: images are {height} x {width} pixels, expected squares of at least {_SMALLEST_SIDE} a side; pad"
+            " or resize them"
+        )
+    return images
+
+
+def _array_labels(
+    arrays: Mapping[str, NDArray[Any]], count: int, path: Path
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    x, y, given = arrays["x"], arrays.get("y"), arrays.get("class_names")
+    values: NDArray[Any] = np.repeat(np.arange(len(x)), x.shape[1]) if y is None else y
+    if values.shape not in ((count,), (count, 1)):
+        raise InputError(f"{path}: 'y' has shape {values.shape}, and 'x' has {count} images; it must be ({count},)")
+    if values.dtype.kind not in "iuU":
+        raise InputError(f"{path}: 'y' is {values.dtype}, expected integers or text; convert it")
+    kinds, labels = np.unique(values.reshape(-1), return_inverse=True)
+    names = [str(kind) for kind in kinds.tolist()]
+    if given is not None:
+        texts: list[str] = [str(text) for text in given.reshape(-1).tolist()]
+        if values.dtype.kind == "U" or not (kinds[0] >= 0 and kinds[-1] < len(texts) == len(set(texts))):
+            raise InputError(
+                f"{path}: 'class_names' has {len(texts)} names for labels {names[0]}..{names[-1]}; it must be the"
+                " different names of classes 0, 1, ..."
+            )
+        names = [texts[int(kind)] for kind in kinds]
+    return labels.reshape(-1).astype(np.int64), tuple(names)
+
+
+def _checked_pixels(x: NDArray[Any], path: Path, place: Callable[[int], str]) -> tuple[_Pixels, list[str]]:
+    """Return bytes where that loses nothing, else float32 in [0, 1]; and what was done to get there."""
+    if x.dtype == np.bool_:
+        return x.astype(np.uint8) * np.uint8(255), []
+    if x.dtype.kind not in "iuf":
+        raise InputError(f"{path}: 'x' is {x.dtype}, expected uint8 0..255 or floats in [0, 1]")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        row = int(np.argwhere(~np.isfinite(x))[0][0])
+        raise InputError(f"{path}: {place(row)} holds NaN or infinity; mend it or leave it out")
+    low, high = x.min(), x.max()
+    if x.dtype.kind in "iu":
+        if low < 0 or high > 255:
+            raise InputError(f"{path}: 'x' is {x.dtype} with values {low}..{high}; scale it to uint8 0..255")
+        if high == 1:
+            return x.astype(np.uint8) * np.uint8(255), ["values 0 and 1 were scaled by 255"]
+        return x.astype(np.uint8), []
+    # Interpolation may leave a whit more than 1. Far above it, values are bytes; in between, who knows.
+    if low < -1e-3 or 1 + 1e-3 < high < 16 or high > 255:
+        row = int(np.argwhere((x < -1e-3) | (x > 1 + 1e-3))[0][0])
+        raise InputError(
+            f"{path}: {place(row)}: values of 'x' are {low:g}..{high:g}; expected [0, 1] or 0..255, not standardised"
+        )
+    notes = [f"floats 0..{high:g} were divided by 255"] if high >= 16 else []
+    scaled = np.clip(x if high >= 16 else x * np.float32(255), 0, 255)
+    rounded = np.rint(scaled)
+    if float(np.abs(scaled - rounded).max()) < 1e-2:
+        return rounded.astype(np.uint8), notes
+    return (scaled / 255).astype(np.float32), notes
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures from anywhere, as a network takes them.
+
+    Parameters
+    ----------
+    images : ``(n, channels, size, size)`` in [0, 1]
+    files : n file names, relative to the folder
+    inverted : whether light and dark were exchanged
+    notes : what was done to them and what was passed over, a line each
+    """
+
+    images: Float32[Tensor, "n channels size size"]
+    files: tuple[str, ...]
+    inverted: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledPictures(Pictures):
+    """Pictures with their classes.
+
+    Parameters
+    ----------
+    labels : ``(n,)`` positions in `class_names`, ascending
+    class_names : names of the folders, in order
+    """
+
+    labels: Int64[Tensor, " n"]
+    class_names: tuple[str, ...]
+
+
+def read_labelled(
+    path: str | Path,
+    size: int,
+    channels: Literal[1, 3],
+    *,
+    invert: Literal["auto"] | bool = "auto",
+    training_mean: float | None = None,
+) -> LabelledPictures:
+    """Read the examples of a new task: a folder for each class.
+
+    Pictures are turned upright, put on white where they are transparent (on black if what shows is light), padded to
+    squares in the colour of their border, and resized by averaging areas.
+
+    Parameters
+    ----------
+    path : folder of ``<class>/*.png`` (or jpg, bmp, gif, webp, tif)
+    size : side of the network's images, in pixels
+    channels : of the network's images
+    invert : exchange light and dark. ``auto``: only in grey, where the training images are light on dark
+        (`training_mean` below 0.5) and most of the pictures' borders are bright
+    training_mean : mean pixel of the training images in [0, 1]; ``auto`` does nothing without it
+
+    Raises
+    ------
+    InputError
+        For no folder, fewer than two classes, a class without images or a damaged one, naming it.
+
+    Examples
+    --------
+    >>> import tempfile; from PIL import Image
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("left", "right"):
+    ...     (folder / name).mkdir()
+    ...     Image.new("L", (30, 30), 255).save(folder / name / "1.png")
+    >>> found = read_labelled(folder, 28, 1, training_mean=0.1)
+    >>> found.class_names, found.labels.tolist(), found.images.shape, found.inverted, float(found.images.max())
+    (('left', 'right'), [0, 1], torch.Size([2, 1, 28, 28]), True, 0.0)
+    """
+    folder = _existing_folder(path, "<class>/*.png")
+    scan = _Scan.of(folder)
+    notes = scan.notes
+    if scan.empty:
+        raise InputError(f"{folder}: class '{scan.empty[0]}' has no images; add some or remove the folder")
+    classes = {name: files for name, files in scan.pictures.items() if name}
+    if len(classes) < 2:
+        loose = f" and {len(scan.pictures[''])} images in no class" if "" in scan.pictures else ""
+        raise InputError(f"{folder}: has {len(classes)} classes of images{loose}; expected at least 2, <class>/*.png")
+    if "" in scan.pictures:
+        notes.append(f"left out {len(scan.pictures[''])} images that are in no class folder")
+    names = sorted(classes)
+    labels = [number for number, name in enumerate(names) for _ in classes[name]]
+    found = _read(
+        folder, [file for name in names for file in classes[name]], size, channels, invert, training_mean, notes
+    )
+    return LabelledPictures(
+        found.images, found.files, found.inverted, found.notes, torch.tensor(labels, dtype=torch.int64), tuple(names)
+    )
+
+
+def read_unlabelled(
+    path: str | Path,
+    size: int,
+    channels: Literal[1, 3],
+    *,
+    invert: Literal["auto"] | bool = "auto",
+    training_mean: float | None = None,
+) -> Pictures:
+    """Read pictures to classify, in the order of their names, prepared as :func:`read_labelled` does.
+
+    Parameters
+    ----------
+    path : a folder of pictures, whose own folders are passed over; or one picture
+    size, channels, invert, training_mean : as for :func:`read_labelled`; give ``invert=labelled.inverted`` so that both
+        are read alike
+
+    Raises
+    ------
+    InputError
+        For no folder, none that holds images or a damaged one, naming it.
+    """
+    single = Path(path)
+    if single.is_file():
+        return _read(single.parent, [single], size, channels, invert, training_mean, [])
+    folder = _existing_folder(path, "*.png")
+    entries = sorted(folder.iterdir())
+    files = [entry for entry in entries if entry.is_file()]
+    shown = [file for file in files if not file.name.startswith(".")]
+    pictures = [file for file in shown if file.suffix.lower() in _PICTURES]
+    others = [file.name for file in shown if file.suffix.lower() not in _PICTURES]
+    inner = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+    notes = _Scan({}, [], len(files) - len(shown), others).notes
+    if inner:
+        notes.append(f"passed over {len(inner)} folders, such as {inner[0]}")
+    if not pictures:
+        hint = f"; its folders, such as {inner[0]}, are not read" if inner else ""
+        raise InputError(f"{folder}: no images in it; expected {', '.join(sorted(_PICTURES))}{hint}")
+    return _read(folder, pictures, size, channels, invert, training_mean, notes)
+
+
+def _existing_folder(path: str | Path, layout: str) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; give a folder of {layout}")
+    return folder
+
+
+def _read(
+    folder: Path,
+    files: Sequence[Path],
+    size: int,
+    channels: Literal[1, 3],
+    invert: Literal["auto"] | bool,
+    training_mean: float | None,
+    notes: Sequence[str],
+) -> Pictures:
+    if size < 1 or channels not in (1, 3):
+        raise InputError(f"need size >= 1 and 1 or 3 channels, got {size} and {channels}")
+    pixels, more = _decoded(files, size, channels, strict=False)
+    inverted, why = _polarity(pixels, invert, training_mean)
+    if inverted:
+        pixels = 255 - pixels
+    return Pictures(
+        torch.from_numpy(pixels).float().div_(255),
+        tuple(file.relative_to(folder).as_posix() for file in files),
+        inverted,
+        (*notes, *more, *why),
+    )
+
+
+def _polarity(
+    pixels: NDArray[np.uint8], invert: Literal["auto"] | bool, training_mean: float | None
+) -> tuple[bool, list[str]]:
+    """Say whether to exchange light and dark, and why."""
+    if invert != "auto":
+        return invert, ["light and dark were exchanged, as asked"] if invert else []
+    if pixels.shape[1] != 1 or training_mean is None or training_mean >= 0.5:
+        return False, []
+    bright = np.array([_border(image.transpose(1, 2, 0))[0] > 127 for image in pixels])
+    inverted = bool(bright.mean() > 0.5)
+    notes = ["light and dark were exchanged: the borders are bright, and the training images are light on dark"]
+    odd = int((bright != inverted).sum())
+    mixed = [f"{odd} of {len(bright)} images have {'a dark' if inverted else 'a bright'} border, unlike the rest"]
+    return inverted, [*(notes if inverted else []), *(mixed if odd else [])]
