@@ -231,7 +231,7 @@ class PerturbedHead(nn.Module):
     ----------
     main : the head
     noise : the additive noise is drawn for ``multiplicative``, ``learned_variance`` and ``additive``. ``vib`` is
-        another head (variational information bottleneck, Alemi et al., 2017; a baseline): features are replaced by a draw
+        another head (variational information bottleneck, Alemi et al., 2017; a baseline): features become a draw
         from ``N(m(h), s(h)^2)``, or by ``m(h)`` without noise, and the inner loss pays for ``KL(. || N(0, I))``
 
     Examples

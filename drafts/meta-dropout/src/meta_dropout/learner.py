@@ -803,9 +803,14 @@ class MetaLearner:
             made = cls(module, name if name in METHODS else method, allow_first_order=True, device=device, **options)
             made.method = method
             leaves = made.parameters()
+            if unlike := set(leaves) ^ set(tree["parameters"]):
+                raise KeyError(min(unlike))
             for key, value in tree["parameters"].items():
-                if leaves[key].shape != value.shape:
+                if key.endswith(".level"):
+                    # Its shape is that of the layer's output, which no batch has shown yet.
                     leaves[key].data = torch.empty_like(value, device=made.device)
+                elif leaves[key].shape != value.shape:
+                    raise ValueError(f"{key} has shape {tuple(value.shape)}, the module's {tuple(leaves[key].shape)}")
                 leaves[key].data.copy_(value)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
