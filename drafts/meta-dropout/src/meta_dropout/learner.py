@@ -246,6 +246,14 @@ class MetaLearner:
         self.steps_done = 0
         self.skipped = 0
 
+    def to(self, device: torch.device | str) -> MetaLearner:
+        """Move everything that is learned."""
+        self.device = torch.device(device)
+        self.model.to(device)
+        for rate in self.rates.values():
+            rate.data = rate.data.to(device)
+        return self
+
     # ---- parts of a step
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -652,14 +660,26 @@ class MetaLearner:
         samples : Monte Carlo samples of each inner step; None is ``test_samples``
         sample : draw noise in the inner loop at all
         """
+        answer = self.answering(tasks, seeds, samples=samples, sample=sample)
+        with torch.no_grad():
+            return answer(tasks.query)
+
+    def answering(
+        self, tasks: Tasks, seeds: list[int], *, samples: int | None = None, sample: bool = True
+    ) -> Callable[[Tensor], Tensor]:
+        """Adapt to each task and return what maps queries ``(tasks, m, ...)`` to outputs, differentiable in them.
+
+        Parameters
+        ----------
+        tasks, seeds, samples, sample : as for :meth:`outputs`
+        """
         parameters = {name: p.detach() for name, p in self.model.named_parameters()}
         if self.method.algorithm == "protonet":
-            with torch.no_grad():
-                return self._prototype_logits(parameters, tasks, int(tasks.support_labels.max()) + 1)
+            ways = int(tasks.support_labels.max()) + 1
+            return lambda x: self._prototype_logits(parameters, replace(tasks, query=x), ways)
         plan = replace(self.plan, samples=samples or self.test_samples, sample=sample)
-        adapted = self.adapted(tasks, seeds, plan)
-        with torch.no_grad():
-            return engine.query(self.model, parameters, adapted, tasks.support, tasks.query, plan)
+        made = self.adapted(tasks, seeds, plan)
+        return lambda x: engine.query(self.model, parameters, made, tasks.support, x, plan)
 
     def adapted(self, tasks: Tasks, seeds: list[int], plan: Plan | None = None) -> engine.Adapted:
         """Parameters adapted to each task, without a graph.
