@@ -164,7 +164,7 @@ def test_comparisons_with_attacks_and_trials(done, home):
 def test_data_says_how_a_folder_is_divided(call):
     result = call("data", "own", "--size", 16)
     assert result.returncode == 0
-    assert "train: 12 classes, 60 images of 1 x 16 x 16, 5 to 5 of each" in result.stdout
+    assert "train: 13 classes, 65 images of 1 x 16 x 16, 5 to 5 of each" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def test_mixing_is_of_inputs():
         assert torch.allclose(layer(x), layer.main(0.3 * x + 0.7 * x[partner]))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_perturbed_is_refused():
     with pytest.raises(UnsupportedLayerError, match="cannot perturb a LSTM"):
         PerturbedLayer(nn.LSTM(2, 3))

@@ -86,7 +86,8 @@ def gates(
 
     Factors are there for the families ``multiplicative``, ``learned_variance``, ``independent`` and ``fixed``, and
     without spread for ``deterministic`` and ``more_params``. The head's entry, of shape ``(n,)``, is the standard
-    deviation ``s`` that all logits of a row share; ``additive`` layers have one for each unit. Other families are left out.
+    deviation ``s`` that all logits of a row share; ``additive`` layers have one for each unit. Other families have
+    none.
 
     Parameters
     ----------

@@ -297,7 +297,7 @@ def _pixels(splits: Splits, protocol: Protocol, seed: int) -> Cell:
     }
 
 
-def _silent(note: str, steps: float) -> None:
+def _silent(note: str, steps: int) -> None:
     del note, steps
 
 
@@ -310,7 +310,7 @@ def compare(
     protocol: Protocol,
     tuned: bool = False,
     device: torch.device | str = "cpu",
-    advance: Callable[[str, float], None] = _silent,
+    advance: Callable[[str, int], None] = _silent,
     on_learner: Callable[[str, int, MetaLearner, list[Step]], None] | None = None,
 ) -> tuple[list[Result], list[Claim], dict[str, dict[int, Cell]]]:
     """Train every method under every seed, and test all of a seed on the same episodes.

@@ -97,10 +97,10 @@ def _pay(penalty: Tensor) -> None:
         told.penalties.append(penalty)
 
 
-def _leave(site: PerturbedLayer | PerturbedHead, h: Tensor, shape: tuple[int, ...]) -> None:
+def _leave(site: PerturbedLayer | PerturbedHead, h: Tensor, unit: Tensor) -> None:
     told = current()
     if told.shapes is not None:
-        told.shapes[site.name] = shape
+        told.shapes[site.name] = tuple(unit.shape)
     if told.inputs is not None:
         told.inputs[site.name] = h
 
@@ -182,7 +182,7 @@ class PerturbedLayer(nn.Module):
         if self.noise == "weight":
             return self._noisy_weights(h, eps)
         mu = self.main(h)
-        _leave(self, h, tuple(mu.shape))
+        _leave(self, h, mu)
         if self.noise in _PLAIN:
             return mu
         if self.noise == "dropout":
@@ -216,7 +216,7 @@ class PerturbedLayer(nn.Module):
             made = functional.linear(h, weight, self.main.bias)
         else:
             made = self.main._conv_forward(h, weight, self.main.bias)  # pyright: ignore[reportPrivateUsage]
-        _leave(self, h, tuple(weight.shape))
+        _leave(self, h, weight)
         return made
 
 
@@ -260,7 +260,7 @@ class PerturbedHead(nn.Module):
         if self.noise == "vib":
             return self._bottleneck(h)
         logits = self.main(h)
-        _leave(self, h, tuple(logits.shape))
+        _leave(self, h, logits)
         eps = current().noise.get(self.name)
         if eps is None or not self.sampled:
             return logits
@@ -270,7 +270,7 @@ class PerturbedHead(nn.Module):
         mean, raw = self.code(h).chunk(2, dim=-1)
         # Little noise at the start, as everything else would be drowned.
         scale = functional.softplus(raw - 2)
-        _leave(self, h, tuple(mean.shape))
+        _leave(self, h, mean)
         _pay(0.5 * (mean.square() + scale.square() - 1 - 2 * scale.log()).sum(-1).mean())
         eps = current().noise.get(self.name)
         return self.main(mean if eps is None else mean + scale * eps)

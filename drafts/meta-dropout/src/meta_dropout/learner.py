@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class LabelError(InputError):
     """Labels of a task that are not what they must be."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where tasks come from; batch `number` is the same whenever it is asked for."""
 
@@ -819,6 +820,7 @@ class MetaLearner:
             name = tree["method"]
             attack = definition["attack"]
             definition["attack"] = None if attack is None else tuple(attack)
+            definition["tune"] = {key: tuple(options_) for key, options_ in definition["tune"].items()}
             method = Method(**definition)
             made = cls(module, name if name in METHODS else method, allow_first_order=True, device=device, **options)
             made.method = method

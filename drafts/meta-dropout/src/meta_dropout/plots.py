@@ -266,7 +266,7 @@ def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], ro
         shown = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
         first = cast("Axes", axes[0, 0])
         first.imshow(np.clip(shown, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        first.set_title(f"input\n{picture.shape[1]} × {picture.shape[2]}")
+        first.set_title(f"input\n{picture.shape[1]} x {picture.shape[2]}")
         cast("Axes", axes[1, 0]).set_axis_off()
         for place, (site, gate) in enumerate(maps.items(), start=1):
             channels, height, width = gate.mean.shape[1:]
@@ -280,7 +280,7 @@ def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], ro
                 bar.ax.yaxis.set_major_locator(MaxNLocator(4))
                 bar.ax.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
                 bar.outline.set_visible(False)  # type: ignore[operator]
-            axes[0, place].set_title(f"layer {place}: '{site}'\n{height} × {width}, {channels} channels")
+            axes[0, place].set_title(f"layer {place}: '{site}'\n{height} x {width}, {channels} channels")
         axes[0, 1].set_ylabel("mean factor")
         axes[1, 1].set_ylabel("noise: sd / mean")
         for axis in axes.ravel():
