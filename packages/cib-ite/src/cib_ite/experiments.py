@@ -46,6 +46,7 @@ _ONE: dict[str, Any] = {"n_members": 1}
 NEURAL: Mapping[str, dict[str, Any]] = {
     "cib": {},
     "cib_one": _ONE,
+    "cib_decay": {"head_l2": 1e-2, "trunk_l2": 1e-2},
     "cib_adversarial": {"independence": "adversarial"},
     "vib": PRESETS["vib"],
     "cib_none": _NO_TERMS,
@@ -74,9 +75,19 @@ _BETA: list[dict[str, Any]] = [
     {"beta": 0.1, "gamma": 1.0},
     {"beta": 0.1, "lam": 0.1},
 ]
+# What tuned deterministic networks choose nearly always, added to the bottleneck.
+_DECAY: list[dict[str, Any]] = [
+    {"beta": 0.1},
+    {"beta": 0.01},
+    {"beta": 0.03},
+    {"beta": 0.3},
+    {"beta": 0.1, "head_l2": 0.1},
+    {"beta": 0.1, "head_l2": 1e-4, "trunk_l2": 0.0},
+]
 NEURAL_GRIDS: Mapping[str, list[dict[str, Any]]] = {
     **dict.fromkeys(("tarnet", "cfr_wass", "cfr_mmd", "dragonnet", "mc_dropout", "tarnet_ensemble"), _L2),
     **dict.fromkeys(("cib", "cib_one", "cib_adversarial"), _BETA),
+    "cib_decay": _DECAY,
     "vib": [{"beta": beta} for beta in (0.1, 0.01, 0.03, 0.2, 0.3, 0.5)],
 }
 METHODS: tuple[str, ...] = (*NEURAL, *CLASSICAL, *EXTERNAL)
