@@ -19,9 +19,7 @@ PLACE = re.compile(r"(<!-- results: (\S+)((?: \w+=[^>]*?)?) -->\n).*?(<!-- end -
 
 def chosen(summary: dict, wanted: dict[str, str]) -> list[dict]:
     return [
-        row
-        for row in summary["results"]
-        if all(row[key].replace(" ", "_") == value for key, value in wanted.items())
+        row for row in summary["results"] if all(row[key].replace(" ", "_") == value for key, value in wanted.items())
     ]
 
 
