@@ -12,6 +12,7 @@ from typing import Literal, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -133,7 +134,7 @@ def _layer_gate(noise: str, branch: Callable[[str], Tensor], shape: tuple[int, .
         case "multiplicative":
             return _factor(branch("generator"), 1.0)
         case "learned_variance":
-            return _factor(branch("generator"), functional.softplus(branch("spread")).double())
+            return _factor(branch("generator"), functional.softplus(branch("spread")).cpu().double())
         case "independent" | "fixed":
             return _factor(level.expand(shape), 1.0)
         case "deterministic" | "more_params":
@@ -145,7 +146,9 @@ def _layer_gate(noise: str, branch: Callable[[str], Tensor], shape: tuple[int, .
 
 
 def _factor(mean: Tensor, sd: Tensor | float | None) -> Gate:
-    plugin = functional.softplus(mean.double())
+    # Some devices have no float64.
+    mean = mean.cpu().double()
+    plugin = functional.softplus(mean)
     if sd is None:
         return Gate("factor", _array(plugin), np.zeros(plugin.shape), _array(plugin))
     first, spread = softplus_moments(mean, sd)
@@ -374,7 +377,7 @@ def project(trace: Trace, a: int, b: int) -> list[Panel]:
     rows = np.isin(trace.labels, (a, b))
     known = trace.query_labels
     asked = np.ones(trace.query.shape[1], dtype=np.bool_) if known is None else np.isin(known, (a, b))
-    before: Float[np.ndarray, " features"] | None = None
+    before: NDArray[np.float64] | None = None
     panels: list[Panel] = []
     for step in range(len(trace.support)):
         across = trace.weight[step, a] - trace.weight[step, b]
@@ -387,11 +390,8 @@ def project(trace: Trace, a: int, b: int) -> list[Panel]:
         residual = whole - np.outer(whole @ normal, normal)
         residual -= residual.mean(0)
         main = np.linalg.svd(residual, full_matrices=False)[2][0]
-        if before is None:
-            before = np.zeros_like(main)
-            before[int(np.abs(main).argmax())] = 1.0
-        main = main if main @ before >= 0 else -main
-        before = main
+        towards = main[np.abs(main).argmax()] if before is None else main @ before
+        before = main = main if towards >= 0 else -main
         points = np.stack([whole @ normal + offset, residual @ main], 1)
         ends = np.cumsum([part.size // len(normal) for part in parts])
         support, noisy, query = np.split(points, ends[:-1])
@@ -455,9 +455,9 @@ def boundary_grid(
     support = support.to(learner.device)
     path = _trajectory(learner, support, labels, steps, seed)
     if extent is None:
-        low, high = support.amin(0), support.amax(0)
-        around = 0.5 * float((high - low).max()) or 1.0
-        extent = tuple(float(v) for v in (low[0] - around, high[0] + around, low[1] - around, high[1] + around))
+        (left, bottom), (right, top) = support.amin(0).tolist(), support.amax(0).tolist()
+        around = 0.5 * max(right - left, top - bottom) or 1.0
+        extent = left - around, right + around, bottom - around, top + around
     left, right, bottom, top = extent
     if not (left < right and bottom < top):
         raise InputError(f"extent: needs left < right and bottom < top, got {extent}")
@@ -468,5 +468,5 @@ def boundary_grid(
         record: dict[str, tuple[Tensor, Tensor]] = {}
         learner.model.call(values, support, Pass(record=record))
         logits = learner.model.call(values, grid, Pass(statistics=record))
-        found.append(_array(functional.softmax(logits.double(), -1)).reshape(resolution, resolution, -1))
+        found.append(_array(functional.softmax(logits.cpu().double(), -1)).reshape(resolution, resolution, -1))
     return Plane(x, y, np.stack(found))

@@ -261,7 +261,7 @@ def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], ro
     if picture.ndim != 3 or picture.shape[0] not in (1, 3):
         raise InputError(f"image: needs one or three channels, (channels, height, width), got {picture.shape}")
     with mpl.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(2.2 * (len(maps) + 1), 4.8), layout="constrained")
+        figure = Figure(figsize=(2.3 * (len(maps) + 1), 4.3), layout="constrained")
         axes = cast("NDArray[Any]", figure.subplots(2, len(maps) + 1))
         shown = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
         first = cast("Axes", axes[0, 0])
@@ -280,7 +280,7 @@ def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], ro
                 bar.ax.yaxis.set_major_locator(MaxNLocator(4))
                 bar.ax.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
                 bar.outline.set_visible(False)  # type: ignore[operator]
-            axes[0, place].set_title(f"layer {place}: '{site}'\n{height} x {width}, {channels} channels")
+            axes[0, place].set_title(f"layer {place}: '{site}'\n{height} x {width}, mean of {channels} channels")
         axes[0, 1].set_ylabel("mean factor")
         axes[1, 1].set_ylabel("noise: sd / mean")
         for axis in axes.ravel():
@@ -309,7 +309,7 @@ def plot_boundary(path: str | Path, panels: Sequence[Panel]) -> None:
     columns = min(len(panels), 3) if len(panels) != 4 else 4
     lines = -(-len(panels) // columns)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.1 * columns, 2.7 * lines + 0.6), layout="constrained")
+        figure = Figure(figsize=(max(3.1 * columns, 4.6), 2.7 * lines + 0.6), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False).ravel())
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
@@ -372,7 +372,7 @@ def plot_plane(
     query: ArrayLike,
     query_labels: ArrayLike | None = None,
 ) -> None:
-    """Draw the regions of classes in the plane at every inner step, with support and query.
+    """Draw the most probable class over the plane at every inner step, stronger where it is surer, with the points.
 
     Parameters
     ----------
@@ -395,13 +395,15 @@ def plot_plane(
     lines = -(-count // columns)
     limits = float(plane.x[0]), float(plane.x[-1]), float(plane.y[0]), float(plane.y[-1])
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(2.8 * columns, 2.8 * lines + 0.5), layout="constrained")
+        figure = Figure(figsize=(max(2.8 * columns, 4.0), 2.8 * lines + 0.5), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel())
         for axis in axes[count:]:
             axis.set_axis_off()
         for step, (axis, probability) in enumerate(zip(axes, plane.probability, strict=False)):
-            shade = 1 - 0.55 * (1 - probability @ palette)
-            axis.imshow(np.clip(shade, 0, 1), origin="lower", extent=limits, aspect="auto", interpolation="bilinear")
+            sure = (probability.max(-1) - 1 / ways) / max(1 - 1 / ways, 1e-9)
+            ink = (0.1 + 0.5 * np.clip(sure, 0, 1))[..., None]
+            shade = 1 - ink * (1 - palette[probability.argmax(-1)])
+            axis.imshow(shade, origin="lower", extent=limits, aspect="auto", interpolation="nearest")
             if ways > 1:
                 for k in range(ways):
                     lead = probability[..., k] - np.delete(probability, k, -1).max(-1)
@@ -423,7 +425,7 @@ def plot_plane(
             _mark("query", marker="o", markersize=4, color="#555555"),
             *(_mark(f"class {k}", marker="s", markersize=7, color=tuple(palette[k])) for k in range(min(ways, 8))),
         ]
-        figure.legend(handles=marks, loc="outside upper center", ncols=min(len(marks), 2 * columns), fontsize=9)
+        figure.legend(handles=marks, loc="outside upper center", ncols=min(len(marks), max(2 * columns, 3)), fontsize=9)
         _save(figure, path)
 
 
