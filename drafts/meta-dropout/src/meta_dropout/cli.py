@@ -490,7 +490,14 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
     if kind == "gates":
         plots.plot_gates(path, tasks.support[0, 0], diagnose.gates(learner, tasks.support[0]))
     else:
-        traced = diagnose.trace(learner, tasks.support[0], tasks.support_labels[0], tasks.query[0], seed=config.seed)
+        traced = diagnose.trace(
+            learner,
+            tasks.support[0],
+            tasks.support_labels[0],
+            tasks.query[0],
+            query_labels=tasks.query_labels[0],
+            seed=config.seed,
+        )
         plots.plot_boundary(path, diagnose.project(traced, 0, 1))
     return Outcome(notes=[f"wrote {path}"])
 
