@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -41,20 +41,7 @@ Noise = Literal[
     "information",
     "vib",
 ]
-NOISES: tuple[str, ...] = (
-    "none",
-    "multiplicative",
-    "deterministic",
-    "more_params",
-    "learned_variance",
-    "fixed",
-    "independent",
-    "weight",
-    "additive",
-    "dropout",
-    "information",
-    "vib",
-)
+NOISES: tuple[str, ...] = get_args(Noise)
 _GENERATED = frozenset(
     {"multiplicative", "deterministic", "more_params", "learned_variance", "additive", "information"}
 )

@@ -21,7 +21,7 @@ from meta_dropout.engine import Mix, Plan, Tasks
 from meta_dropout.layers import PerturbedHead, PerturbedLayer
 from meta_dropout.methods import METHODS, Method, find_method
 from meta_dropout.passes import Pass
-from meta_dropout.perturb import Perturbed
+from meta_dropout.perturb import Perturbed, require_finite
 from shared_core.device import World
 from shared_core.errors import InputError
 
@@ -268,11 +268,6 @@ class MetaLearner:
             self._shapes[key] = self.model.prepare(x), self.model.data_sites(x)
         return self._shapes[key]
 
-    def _noise(self, tasks: Tensor, plan: Plan, seeds: list[int]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        shapes, sites = self._known(tasks[0])
-        first = next(self.model.parameters())
-        return engine.draw_noise(shapes, plan, seeds=seeds, device=first.device, dtype=first.dtype), sites
-
     def _mixes(self, tasks: Tensor, plan: Plan, seeds: list[int]) -> list[Mix] | None:
         if not self.method.mixup:
             return None
@@ -354,7 +349,7 @@ class MetaLearner:
                 for (name, p), g in zip(parameters.items(), found, strict=True)
             }
             return engine.MetaGradients(gradients, loss.detach(), logits.detach())
-        noise, sites = self._noise(tasks.support, self.plan, seeds)
+        noise, sites = self._noise_for(parameters, tasks.support, self.plan, seeds)
         mixes = self._mixes(tasks.support, self.plan, seeds)
         if self.method.algorithm == "reptile":
             return self._towards_adapted(parameters, tasks, noise)
@@ -557,8 +552,7 @@ class MetaLearner:
         allow_missing : accept classes without an example
         seed : of the noise
         """
-        if not bool(torch.isfinite(support).all()):
-            raise InputError("support: holds NaN or infinite values")
+        require_finite(support, "support")
         ways = self._check_labels(labels, len(support), allow_missing=allow_missing)
         support, labels = support.to(self.device), labels.to(self.device)
         if self.task == "classification":
@@ -618,8 +612,6 @@ class MetaLearner:
     ) -> dict[str, Tensor]:
         if not plan.steps:
             return {}
-        if self._wide(parameters):
-            self.model.prepare(support[0])
         noise, sites = self._noise_for(parameters, support, plan, seeds)
         made = engine.adapt(
             self.model,

@@ -162,14 +162,12 @@ class Perturbed(nn.Module):
         with torch.no_grad():
             if fresh and any(layer.level.dim() == 1 for layer in fresh):
                 plain: dict[str, tuple[int, ...]] = {}
-                levels = {layer.name: layer.level for layer in fresh}
                 for layer in fresh:
                     layer.level = nn.Parameter(layer.level.new_zeros(()))
                 with running(Pass(shapes=plain)):
                     self(x)
                 for layer in fresh:
                     layer.shape_units(plain[layer.name])
-                del levels
             with running(Pass(shapes=shapes)):
                 self(x)
         sampled = {m.name for m in self.modules() if isinstance(m, PerturbedLayer | PerturbedHead) and m.sampled}

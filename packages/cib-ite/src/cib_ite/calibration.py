@@ -2,9 +2,8 @@
 
 Two targets that must not be confused. The conditional average effect ``mu_1(x) - mu_0(x)`` gets the model's standard
 deviation, widened by what the gap between training and held-out residuals tells of its error: approximate, without a
-guarantee. The individual
-difference ``Y(1) - Y(0)`` gets conformal intervals, weighted by the propensity (Lei and Candes, 2021): marginally
-valid, if there is no unmeasured confounding and the propensity is right.
+guarantee. The individual difference ``Y(1) - Y(0)`` gets conformal intervals, weighted by the propensity (Lei and
+Candes, 2021): marginally valid, if there is no unmeasured confounding and the propensity is right.
 """
 
 from __future__ import annotations
