@@ -24,7 +24,9 @@ from shared_core.runs import Run
 
 pytestmark = pytest.mark.claims
 
-STEPS = 600
+STEPS = 400
+# The traps that the specification describes are those of networks with hardly any weight decay.
+LOOSE = {"head_l2": 1e-4, "trunk_l2": 0.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,11 +50,20 @@ def run() -> Run:
     return Run(tempfile.mkdtemp(), package="cib-ite", version="0", command="claims", config={})
 
 
+def compared(draws: range, *methods: str) -> dict[str, dict[int, Cell]]:
+    tables = {draw: needs(ihdp, draw) for draw in draws}
+    return compare(run(), "ihdp", tables, methods=methods, tune=False, changes={"steps": STEPS, "device": "cpu"})[2]
+
+
 @pytest.fixture(scope="module")
 def cells() -> dict[str, dict[int, Cell]]:
-    tables = {draw: needs(ihdp, draw) for draw in range(10, 20)}
-    methods = ("cib", "tarnet", "tarnet_ensemble", "ols2", "rf_t")
-    return compare(run(), "ihdp", tables, methods=methods, tune=False, changes={"steps": STEPS, "device": "cpu"})[2]
+    return compared(range(10, 20), "cib", "tarnet", "tarnet_decay", "ols2", "rf_t")
+
+
+@pytest.fixture(scope="module")
+def ensemble() -> dict[str, dict[int, Cell]]:
+    """As many networks without a bottleneck, with the same weight decay; on the first five draws."""
+    return compared(range(10, 15), "tarnet_ensemble")
 
 
 def values(cells: dict[str, dict[int, Cell]], method: str, metric: str) -> np.ndarray:
@@ -62,11 +73,14 @@ def values(cells: dict[str, dict[int, Cell]], method: str, metric: str) -> np.nd
 # ---- accuracy (8.2)
 
 
-def test_effects_are_more_accurate_than_the_same_network_without_a_bottleneck(cells):
+def test_effects_are_more_accurate_than_the_same_network_without_a_bottleneck(cells, ensemble):
     ours, theirs = values(cells, "cib", "sqrt_pehe out"), values(cells, "tarnet", "sqrt_pehe out")
     assert ours.mean() <= 0.75 * theirs.mean()
     assert (ours < theirs).sum() >= 8
-    assert ours.mean() < values(cells, "tarnet_ensemble", "sqrt_pehe out").mean()
+    decayed = values(cells, "tarnet_decay", "sqrt_pehe out")
+    assert ours.mean() < decayed.mean()
+    assert (ours < decayed).sum() >= 8
+    assert ours[:5].mean() < values(ensemble, "tarnet_ensemble", "sqrt_pehe out").mean()
 
 
 def test_effects_are_more_accurate_than_regressions_and_forests(cells):
@@ -80,13 +94,13 @@ def test_effects_are_more_accurate_than_regressions_and_forests(cells):
 # ---- reliability: the point of the paper (8.4 a, c)
 
 
-def test_uncertainty_predicts_the_error(cells):
+def test_uncertainty_predicts_the_error(cells, ensemble):
     rho = values(cells, "cib", "spearman")
     assert rho.mean() >= 0.10
     assert (rho > 0).sum() >= 8
     assert values(cells, "cib", "withholding 20 %").mean() <= 0.95
     assert (values(cells, "cib", "ause / random") < 1).sum() >= 8
-    assert rho.mean() > values(cells, "tarnet_ensemble", "spearman").mean()
+    assert rho[:5].mean() > values(ensemble, "tarnet_ensemble", "spearman").mean()
 
 
 def test_intervals_cover_and_are_not_endless(cells):
@@ -110,9 +124,10 @@ def test_a_group_never_seen_is_told_a_little_better_than_by_chance():
 @pytest.mark.parametrize("lam", [0.01, 1.0])
 def test_calibration_repairs_a_network_that_is_far_too_sure_of_itself(lam):
     """One member at beta = 1e-3: the raw interval covers less than half; lam = 1 shrinks it further."""
-    tables = [needs(ihdp, draw) for draw in range(10)]
+    tables = [needs(ihdp, draw) for draw in range(6)]
     models = [
-        CIB(beta=1e-3, lam=lam, n_members=1, steps=STEPS, device="cpu", random_state=d) for d in range(len(tables))
+        CIB(beta=1e-3, lam=lam, **LOOSE, n_members=1, steps=600, device="cpu", random_state=d)
+        for d in range(len(tables))
     ]
     fit_many(models, [Problem(t.x, t.treatment, t.y) for t in tables])
     raw, calibrated = [], []
@@ -130,13 +145,13 @@ def test_calibration_repairs_a_network_that_is_far_too_sure_of_itself(lam):
 
 @pytest.fixture(scope="module")
 def confounded_tables() -> list[EffectTable]:
-    return [confounded(1500, kappa=2.0, seed=20 + seed) for seed in range(6)]
+    return [confounded(1500, kappa=2.0, seed=20 + seed) for seed in range(5)]
 
 
 def fitted(tables: list[EffectTable], **changes) -> list[CIB]:
     """One member for each table, trained on its first 500 rows."""
-    plain = {"beta": 0.0, "gamma": 0.0, "lam": 0.0, "n_members": 1, "steps": STEPS, "interval": "none", "device": "cpu"}
-    models = [CIB(**{**plain, **changes, "random_state": k}) for k in range(len(tables))]
+    plain = {"beta": 0.0, "gamma": 0.0, "lam": 0.0, "n_members": 1, "steps": 300, "interval": "none"}
+    models = [CIB(**{**plain, **LOOSE, **changes, "device": "cpu", "random_state": k}) for k in range(len(tables))]
     return fit_many(models, [Problem(t.x[:500], t.treatment[:500], t.y[:500]) for t in tables])
 
 
@@ -149,12 +164,12 @@ def probed(models: list[CIB], tables: list[EffectTable]) -> tuple[float, float]:
 
 def test_independence_lowers_what_a_fresh_probe_finds(confounded_tables):
     """At beta = 0.01. Matching moments costs little accuracy; what the discriminator costs, the README tells."""
-    light = {"beta": 0.01, "lam": 0.01, "disc_steps": 5}
+    light = {"beta": 0.01, "lam": 0.01}
     auc, error = probed(fitted(confounded_tables, **light), confounded_tables)
     lower, other = probed(fitted(confounded_tables, **light, gamma=0.3, independence="mi_gauss"), confounded_tables)
     assert lower <= auc - 0.03
     assert other <= 1.1 * error
-    lower, _ = probed(fitted(confounded_tables, **light, gamma=0.3), confounded_tables)
+    lower, _ = probed(fitted(confounded_tables, **light, gamma=0.3, disc_steps=5), confounded_tables)
     assert lower <= auc - 0.02
 
 

@@ -127,6 +127,8 @@ class Settings:
         return asdict(self)
 
 
+# cfrnet's own weight decay: on the heads alone.
+_CFR_DECAY: dict[str, Any] = {"head_l2": 1e-4, "trunk_l2": 0.0}
 _CFR: dict[str, Any] = {
     "beta": 0.0,
     "gamma": 0.0,
@@ -136,9 +138,10 @@ _CFR: dict[str, Any] = {
     "deterministic": True,
     "normalize": True,
     "samples": 1,
+    **_CFR_DECAY,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"independence": "adversarial", "n_members": 1},
+    "paper": {"independence": "adversarial", "n_members": 1, **_CFR_DECAY},
     "vib": {"gamma": 0.0, "lam": 0.0, "independence": "none"},
     "tarnet": _CFR | {"normalize": False},
     "cfr_wass": _CFR | {"independence": "wass", "gamma": 0.3, "balance_share": 0.5},
