@@ -696,6 +696,7 @@ class MetaLearner:
         batch: int = 20,
         samples: int | None = None,
         sample: bool = True,
+        noise_seed: int = 0,
         on_batch: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """Adapt to test episodes and measure their queries.
@@ -706,6 +707,7 @@ class MetaLearner:
         episodes : how many
         batch : at a time
         samples, sample : see :meth:`outputs`
+        noise_seed : another one is other noise on the same episodes
         on_batch : called with the number of episodes done
         """
         if episodes < 1:
@@ -718,7 +720,7 @@ class MetaLearner:
         while done < episodes:
             tasks = source.batch(done // batch, batch).to(self.device)
             tasks = tasks.part(0, min(batch, episodes - done))
-            seeds = [self._task_seed((1 << 40) + done + k) for k in range(len(tasks))]
+            seeds = [self._task_seed((1 << 40) + (noise_seed << 32) + done + k) for k in range(len(tasks))]
             found = self.outputs(tasks, seeds, samples=samples, sample=sample)
             loss = torch.vmap(self._loss)(found, tasks.query_labels)
             losses.append(loss)

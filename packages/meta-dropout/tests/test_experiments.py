@@ -1,4 +1,4 @@
-"""Comparisons: the same episodes for everybody, as many trials for everybody, nothing repeated after an interruption."""
+"""Comparisons: the same episodes and as many trials for everybody, nothing repeated after an interruption."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from meta_dropout.experiments import (
     Splits,
     compare,
     make_learner,
+    noise_use,
     paired,
     pixel_prototypes,
     robustness,
@@ -155,3 +156,37 @@ def test_names_and_seeds_are_checked(splits, tmp_path):
         compare(run(tmp_path), splits, methods=("noise",), seeds=(0,), protocol=PROTOCOL)
     with pytest.raises(InputError, match="need at least one"):
         compare(run(tmp_path), splits, methods=("maml",), seeds=(), protocol=PROTOCOL)
+
+
+def test_settings_are_chosen_once_and_used_under_every_seed(splits, tmp_path, monkeypatch):
+    chosen: list[tuple[str, int]] = []
+
+    def tune(name, splits, protocol, *, seed, device):
+        chosen.append((name, seed))
+        return {"outer_lr": 0.002}
+
+    monkeypatch.setattr(experiments, "tune", tune)
+    _, _, cells = compare(run(tmp_path), splits, methods=(PIXELS, "maml"), seeds=(3, 4), protocol=PROTOCOL, tuned=True)
+    assert chosen == [("maml", 3)]
+    assert [cell["setting"] for cell in cells["maml"].values()] == [{"outer_lr": 0.002}] * 2
+
+
+def test_what_noise_does_is_measured_on_the_same_episodes_and_changes_nothing(splits):
+    learner = make_learner("meta_dropout", PROTOCOL, 1, seed=0)
+    with torch.no_grad():
+        for parameter in learner.model.role("phi").values():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    before = {name: p.detach().clone() for name, p in learner.parameters().items()}
+    source = source_of(splits.test, PROTOCOL, seed=1, test=True)
+    done: list[int] = []
+    found = noise_use(learner, source, samples=(1, 3), draws=2, episodes=6, batch=4, on_batch=done.append)
+    assert {name: rows.shape for name, rows in found.items()} == {
+        "no noise": (1, 6), "S = 1": (2, 6), "S = 3": (2, 6), "generators shuffled": (1, 6)
+    }  # fmt: skip
+    assert done == sorted(done)
+    assert done[-1] == 36
+    assert all(torch.equal(p, before[name]) for name, p in learner.parameters().items())
+    np.testing.assert_array_equal(found["no noise"][0], learner.evaluate(source, episodes=6, sample=False).accuracy)
+    np.testing.assert_array_equal(found["S = 3"][0], learner.evaluate(source, episodes=6, samples=3).accuracy)
+    assert not np.array_equal(*found["S = 1"])
+    assert not np.array_equal(found["generators shuffled"], found["S = 3"][:1])

@@ -63,10 +63,10 @@ def _protocol(config: TaskOptions, **more: Any) -> Protocol:
     from meta_dropout.experiments import Protocol
 
     names = ("ways", "shots", "queries", "size", "filters", "blocks", "init", "norm", "inner_steps", "inner_lr")
-    plain: dict[str, Any] = {
-        name: getattr(config, name) for name in (*names, "samples", "steps", "meta_batch", "outer_lr", "episodes")
-    }
-    return Protocol(**{**plain, "test_queries": config.queries, **more})
+    names = (*names, "samples", "steps", "meta_batch", "outer_lr", "episodes")
+    values: dict[str, Any] = {name: getattr(config, name) for name in names}
+    values = {**values, "test_queries": config.queries, **more}
+    return Protocol(**values)
 
 
 def _splits(source: str, config: DataOptions) -> Splits:
@@ -138,8 +138,9 @@ class CompareConfig(TaskOptions):
     seeds: int = Field(3, ge=1, description="trainings of each method")
     tune: bool = Field(False, description="choose settings on validation classes, as many trials for every method")
     trials: int = Field(3, ge=1, description="settings to try for each method")
-    attack: Literal["none", "l1", "l2", "linf"] = Field("none", description="attack the test queries too, in this norm")
-    radii: tuple[float, ...] = Field((), description="radii of the attack (default: as in the paper's figure)")
+    test_queries: int | None = Field(None, ge=1, description="query images of each class in test tasks (as --queries)")
+    attack: tuple[Literal["l1", "l2", "linf"], ...] = Field((), description="attack test queries too, in these norms")
+    radii: tuple[float, ...] = Field((), description="radii of the attack, for one norm (default: as in the paper)")
     attack_episodes: int = Field(50, ge=1, description="test episodes to attack")
     attack_steps: int = Field(20, ge=1, description="steps of the attack")
 
@@ -147,62 +148,76 @@ class CompareConfig(TaskOptions):
 _RADII = {"l1": (20.0, 40.0, 60.0, 80.0, 100.0), "l2": (1.0, 2.0, 3.0, 4.0, 5.0), "linf": (0.02, 0.04, 0.06, 0.08, 0.1)}
 
 
+def _radii(norm: str, size: int) -> tuple[float, ...]:
+    """Radii of the paper's figure, which are for 28 x 28 pixels, for as much change of each pixel at another size."""
+    power = {"l1": 2, "l2": 1, "linf": 0}[norm]
+    return tuple(round(radius * (size / 28) ** power, 3) for radius in _RADII[norm])
+
+
 @line.command(CompareConfig)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Train methods alike and test them on the same episodes of classes that none of them saw."""
-    from meta_dropout import experiments
+    import numpy as np
+    import torch
 
-    protocol = _protocol(config, trials=config.trials)
+    from meta_dropout import experiments
+    from meta_dropout.attacks import RobustnessCurve
+    from meta_dropout.plots import plot_robustness
+
+    if config.radii and len(config.attack) > 1:
+        raise InputError("radii: they are for one norm; leave them out, or name one norm in --attack")
+    protocol = _protocol(config, trials=config.trials, test_queries=config.test_queries or config.queries)
     splits = _splits(config.data, config)
-    curves: dict[str, list[list[float]]] = {}
-    radii = config.radii or _RADII.get(config.attack, ())
+    radii = {norm: config.radii or _radii(norm, config.size) for norm in config.attack}
 
     def attack(name: str, seed: int, learner: MetaLearner, history: Any) -> None:
         del history
-        if config.attack == "none":
-            return
         source = experiments.source_of(splits.test, protocol, seed=seed + 1, test=True)
-        found = experiments.robustness(
-            learner, source, config.attack, radii, episodes=config.attack_episodes, steps=config.attack_steps, seed=seed
-        )
-        session.run.once(f"attack/{name}/{seed}", lambda: found.mean(1).tolist())
+        for norm in config.attack:
+            found = experiments.robustness(
+                learner, source, norm, radii[norm], episodes=config.attack_episodes, steps=config.attack_steps,
+                seed=seed,
+            )  # fmt: skip
+            session.run.once(f"attack/{norm}/{name}/{seed}", found.tolist)
 
+    seeds = range(config.seed, config.seed + config.seeds)
     with session.progress("compare", config.seeds * len(config.methods)) as advance:
         results, claims, cells = experiments.compare(
             session.run,
             splits,
             methods=config.methods,
-            seeds=range(config.seed, config.seed + config.seeds),
+            seeds=seeds,
             protocol=protocol,
             tuned=config.tune,
             device=session.device,
             advance=lambda note, steps: advance(steps, note=note),
             on_learner=attack,
         )
-    if config.attack != "none":
+    dataset = results[0].dataset
+    curves: dict[str, dict[str, Any]] = {norm: {} for norm in config.attack}
+    for norm in config.attack:
         for name in config.methods:
-            for seed in range(config.seed, config.seed + config.seeds):
-                if name != experiments.PIXELS:
-                    curves.setdefault(name, []).append(session.run.once(f"attack/{name}/{seed}", list))
-        results += _attack_rows(curves, (0.0, *radii), config.attack, results[0].dataset)
-    write_json(session.run.artifact("cells.json"), {m: {str(s): c for s, c in by.items()} for m, by in cells.items()})
-    return Outcome(_with_picture(session, results), claims)
-
-
-def _attack_rows(
-    curves: dict[str, list[list[float]]], radii: tuple[float, ...], norm: str, dataset: str
-) -> list[Result]:
-    import numpy as np
-
-    found: list[Result] = []
-    for name, by_seed in curves.items():
-        whole = [curve for curve in by_seed if curve]
-        areas = [float(np.trapezoid(curve, radii) / radii[-1]) for curve in whole]
-        if areas:
-            found.append(
-                summarize(areas, dataset=dataset, method=name, metric=f"area under accuracy, {norm}", better="higher")
+            if name == experiments.PIXELS:
+                continue
+            # (seeds, radii, episodes); all are done, each before the cell of its training was.
+            per_seed = [session.run.once(f"attack/{norm}/{name}/{seed}", list) for seed in seeds]
+            whole = np.asarray(per_seed, dtype=np.float64)
+            at = (0.0, *radii[norm])
+            areas = (np.trapezoid(whole.mean(2), at, axis=1) / at[-1]).tolist()
+            metric = f"area under accuracy, {norm}"
+            results.append(summarize(areas, dataset=dataset, method=name, metric=metric, better="higher"))
+            curves[norm][name] = RobustnessCurve(
+                norm,
+                torch.tensor(at, dtype=torch.float64),
+                torch.from_numpy(whole.mean((0, 2))),
+                torch.from_numpy(np.concatenate(list(whole), axis=1)),
             )
-    return found
+    write_json(session.run.artifact("cells.json"), {m: {str(s): c for s, c in by.items()} for m, by in cells.items()})
+    if any(curves.values()):
+        plot_robustness(session.run.artifact("robustness.png"), curves)
+    settings = {name: by[config.seed]["setting"] for name, by in cells.items()}
+    chosen = [f"{name}: {setting}" for name, setting in settings.items() if setting]
+    return Outcome(_with_picture(session, results), claims, [f"chosen on validation classes: {c}" for c in chosen])
 
 
 # ---- one learner
@@ -243,6 +258,7 @@ def train(config: TrainConfig, session: Session) -> Outcome:
             on_step=after,
             resume=state,
             on_state=session.run.save_checkpoint,
+            world=session.world,
         )
     network = protocol.network(splits.channels, config.seed)
     learner.save(session.run.artifact(_MODEL), network=network)
@@ -415,7 +431,7 @@ def attack(config: AttackConfig, session: Session) -> Outcome:
     from meta_dropout.plots import plot_robustness
 
     learner, source, facts = _test_source(config, session)
-    radii = config.radii or _RADII[config.norm]
+    radii = config.radii or _radii(config.norm, facts["size"])
     with session.progress("attack", config.episodes) as advance:
         done = 0
 
@@ -449,6 +465,52 @@ def attack(config: AttackConfig, session: Session) -> Outcome:
         torch.from_numpy(found).double(),
     )
     plot_robustness(session.run.artifact("robustness.png"), {config.norm: {learner.method_name: curve}})
+    return Outcome(results)
+
+
+class DiagnoseConfig(EvaluateConfig):
+    """Settings of ``diagnose``."""
+
+    episodes: int = Field(100, ge=1, description="test episodes")
+    draws: int = Field(3, ge=1, description="draws of all the noise")
+
+
+@line.command(DiagnoseConfig)
+def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
+    """Ask whether the learned noise does anything: adapt without it, with more samples, with shuffled generators."""
+    from meta_dropout.experiments import noise_use
+
+    learner, source, facts = _test_source(config, session)
+    counts = (1, 10, 30) if config.samples is None else (config.samples,)
+    with session.progress("diagnose", config.episodes * (2 + config.draws * len(counts))) as advance:
+        done = 0
+
+        def after(count: int) -> None:
+            nonlocal done
+            advance(count - done)
+            done = count
+
+        found = noise_use(
+            learner, source, samples=counts, draws=config.draws, episodes=config.episodes, seed=config.seed,
+            on_batch=after,
+        )  # fmt: skip
+    dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
+    results: list[Result] = []
+    for variant, accuracy in found.items():
+        rows = 100 * accuracy.mean(0)
+        mean, half = float(rows.mean()), 1.96 * float(rows.std()) / len(rows) ** 0.5
+        results.append(
+            Result(
+                dataset=dataset, method=variant, metric="accuracy", unit="%", better="higher",
+                mean=mean, low=mean - half, high=mean + half, n=len(rows), seconds=0.0,
+            )
+        )  # fmt: skip
+        if len(accuracy) > 1:
+            apart = 100 * float(accuracy.std(0, ddof=1).mean())
+            results.append(
+                summarize([apart], dataset=dataset, method=variant, metric="spread over draws of noise", unit="%",
+                          better="lower")
+            )  # fmt: skip
     return Outcome(results)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ __all__ = [
     "compare",
     "load_splits",
     "make_learner",
+    "noise_use",
     "paired",
     "pixel_prototypes",
     "robustness",
@@ -322,7 +324,7 @@ def compare(
     methods : names, :data:`PIXELS` among them if wanted
     seeds : of weights, episodes and noise
     protocol : what they have in common
-    tuned : choose each method's setting on validation classes, with the same number of trials
+    tuned : choose each method's setting on validation classes under the first seed, with the same number of trials
     device : where
     advance : called with a note after each piece
     on_learner : called with each trained learner and its history; not for what a resumed run had done before
@@ -340,13 +342,18 @@ def compare(
     for seed in seeds:
         for name in methods:
 
+            def choose(name: str = name) -> dict[str, float]:
+                with one_thread(str(device) == "cpu"):
+                    return tune(name, splits, protocol, seed=seeds[0], device=device)
+
             def compute(name: str = name, seed: int = seed) -> Cell:
                 if name == PIXELS:
                     return _pixels(splits, protocol, seed)
+                setting = run.once(f"setting/{name}", choose) if tuned else {}
                 with one_thread(str(device) == "cpu"):
-                    return _cell(name, splits, protocol, seed, tuned, device, on_learner)
+                    return _cell(name, splits, protocol, seed, setting, device, on_learner)
 
-            cells[name][seed] = run.once(f"{name}/{seed}/{tuned}", compute)
+            cells[name][seed] = run.once(f"{name}/{seed}", compute)
             advance(f"{name}: {100 * np.mean(cells[name][seed]['accuracy']):.1f} %", 1)
     return _rows(splits.test.name, protocol, cells), paired(cells), cells
 
@@ -356,11 +363,10 @@ def _cell(
     splits: Splits,
     protocol: Protocol,
     seed: int,
-    tuned: bool,
+    setting: Mapping[str, float],
     device: torch.device | str,
     on_learner: Callable[[str, int, MetaLearner, list[Step]], None] | None,
 ) -> Cell:
-    setting = tune(name, splits, protocol, seed=seed, device=device) if tuned else {}
     learner = make_learner(name, protocol, splits.channels, seed=seed, setting=setting, device=device)
     started = time.perf_counter()
     history = train(learner, splits.train, protocol, seed=seed, setting=setting)
@@ -479,3 +485,58 @@ def robustness(
         if on_batch is not None:
             on_batch(done)
     return np.concatenate(found, axis=1)
+
+
+def noise_use(
+    learner: MetaLearner,
+    source: TaskSource,
+    *,
+    samples: Sequence[int] = (1, 10, 30),
+    draws: int = 3,
+    episodes: int = 100,
+    batch: int = 20,
+    seed: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Float[np.ndarray, "draws episodes"]]:
+    """Accuracy of adaptations that use the learned noise in other ways, all on the same episodes.
+
+    Parameters
+    ----------
+    learner : trained
+    source : of test tasks
+    samples : Monte Carlo samples of the noise in each inner step
+    draws : of all the noise, to see how much the answer hangs on it
+    episodes, batch : how many, and at a time
+    seed : of the shuffling
+    on_batch : called with the number of episodes done, over all variants
+
+    Returns
+    -------
+    By variant: ``no noise``; ``S = 1`` and so on; ``generators shuffled``, whose weights are permuted within each
+    tensor, so that they are as large as before and know nothing.
+    """
+    whole = episodes * (2 + draws * len(samples))
+    done = 0
+
+    def measured(judged: MetaLearner, **options: Any) -> np.ndarray:
+        nonlocal done
+        before = done
+
+        def after(count: int) -> None:
+            nonlocal done
+            done = before + count
+            if on_batch is not None:
+                on_batch(min(done, whole))
+
+        return judged.evaluate(source, episodes=episodes, batch=batch, on_batch=after, **options).accuracy
+
+    found = {"no noise": measured(learner, sample=False)[None]}
+    for count in samples:
+        found[f"S = {count}"] = np.stack([measured(learner, samples=count, noise_seed=draw) for draw in range(draws)])
+    shuffled = copy.deepcopy(learner)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in shuffled.model.role("phi").values():
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.data = parameter.data.flatten()[order].view_as(parameter)
+    found["generators shuffled"] = measured(shuffled, samples=max(samples))[None]
+    return found

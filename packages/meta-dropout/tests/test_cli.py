@@ -7,10 +7,12 @@ import csv
 import io
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -114,6 +116,20 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(trained, call, home, 
     assert len((home / "again/metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_two_processes_share_the_tasks_and_learn_the_same(trained, home):
+    """``torchrun --nproc-per-node=2``: each takes its part of every batch of tasks."""
+    script = home / "main.py"
+    script.write_text("from meta_dropout.cli import main\n\nmain()\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    arguments = ["train", "own", *map(str, TASK), "--device", "cpu", "--out", "two"]
+    result = subprocess.run([*torchrun, *arguments], cwd=home, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    one, two = (MetaLearner.load(home / run / "model.safetensors").parameters() for run in ("m", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+    assert len((home / "two/metrics.jsonl").read_text().splitlines()) == 4
+
+
 def test_evaluation_is_over_classes_that_were_not_trained_on(trained, done, home):
     found = done("evaluate", "m", "--episodes", 8, "--out", "e")
     metrics = {row.metric: row for row in found.results}
@@ -147,14 +163,23 @@ def test_attacks_lower_accuracy(trained, done):
     assert "robustness.png" in found.artifacts
 
 
+def test_diagnosis_takes_the_noise_away(trained, done):
+    found = done("diagnose", "m", "--episodes", 4, "--draws", 2, "--out", "d")
+    accuracy = {row.method: row for row in found.results if row.metric == "accuracy"}
+    assert set(accuracy) == {"no noise", "S = 1", "S = 10", "S = 30", "generators shuffled"}
+    spread = {row.method: row.mean for row in found.results if row.metric == "spread over draws of noise"}
+    assert set(spread) == {"S = 1", "S = 10", "S = 30"}
+
+
 @pytest.mark.parametrize("kind", ["auto", "history", "gates", "boundary"])
 def test_plots_of_a_learner(trained, done, kind):
     assert len(done("plot", "m", "--kind", kind, "--out", f"p-{kind}").artifacts) == 1
 
 
 def test_comparisons_with_attacks_and_trials(done, home):
-    found = done("compare", "own", *TASK, "--methods", "pixels,maml,meta_dropout", "--seeds", 2, "--tune", "--trials", 2,
-                 "--attack", "linf", "--radii", "0.2", "--attack-episodes", 2, "--attack-steps", 2, "--out", "c")  # fmt: skip
+    attack = ("--attack", "linf", "--radii", "0.2", "--attack-episodes", 2, "--attack-steps", 2)
+    methods = ("--methods", "pixels,maml,meta_dropout")
+    found = done("compare", "own", *TASK, *methods, *attack, "--seeds", 2, "--tune", "--trials", 2, "--out", "c")
     assert {row.metric for row in found.results} >= {"accuracy", "meta-step", "area under accuracy, linf"}
     assert len(found.claims) == 2
     assert set(json.loads((home / "c/cells.json").read_text())) == {"pixels", "maml", "meta_dropout"}
@@ -180,6 +205,7 @@ def test_data_says_how_a_folder_is_divided(call):
         (("adapt", "m", "asked", "asked"), "0 classes"),
         (("adapt", "m", "new", "nothing"), "nothing"),
         (("plot", "own"), "own"),
+        (("compare", "own", *TASK, "--attack", "linf,l2", "--radii", "0.1"), "radii: they are for one norm"),
         (("compare", "own", *TASK, "--methods", "noise"), "no method 'noise'"),
     ],
 )
