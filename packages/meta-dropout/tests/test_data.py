@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -710,3 +712,87 @@ class TestPictures:
         nan = np.full((20, 20), np.nan, np.float32)
         Image.fromarray(nan).save(flat / "nan.tif")
         refused(read_unlabelled, flat, "nan.tif", "NaN")
+
+
+# ---- support and query from different groups
+
+
+def grouped(counts: list[int], classes: int = 4) -> ClassImages:
+    """Classes whose groups have so many images; an image's first pixel is its group, its second its class."""
+    groups = np.tile(np.repeat(np.arange(len(counts)), counts), classes).astype(np.int64)
+    labels = np.repeat(np.arange(classes), sum(counts)).astype(np.int64)
+    images = np.zeros((len(labels), 1, 16, 16), np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = groups, labels
+    names = tuple("abcdefgh"[:classes])
+    return ClassImages("grouped", images, labels, names, groups, tuple(map(str, range(len(counts)))), "face")
+
+
+def test_disjoint_queries_are_from_other_groups_than_the_support():
+    tasks = TaskSource(grouped([2, 2, 3, 1]), 3, 2, 3, seed=0, disjoint=True).batch(0, 40)
+    seen = set()
+    for t in range(40):
+        for label in range(3):
+            mine, asked = tasks.support_labels[t] == label, tasks.query_labels[t] == label
+            support = (255 * tasks.support[t][mine][:, 0, 0]).round().int()
+            query = (255 * tasks.query[t][asked][:, 0, 0]).round().int()
+            assert not set(support[:, 0].tolist()) & set(query[:, 0].tolist())
+            assert len(set(support[:, 1].tolist()) | set(query[:, 1].tolist())) == 1
+            seen |= set(support[:, 0].tolist())
+    assert seen == {0, 1, 2, 3}
+
+
+def test_disjoint_episodes_do_not_depend_on_the_batch():
+    source = TaskSource(grouped([2, 2, 3, 1]), 2, 1, 3, seed=5, disjoint=True)
+    assert torch.equal(source.batch(1, 2).query[0], source.batch(2, 1).query[0])
+    assert not torch.equal(source.batch(0, 1).query, source.batch(1, 1).query)
+
+
+def test_disjoint_needs_groups_that_can_be_divided():
+    with pytest.raises(InputError, match="class 'a' has 8 images in 3 groups; with 2 in the support, other groups may"):
+        TaskSource(grouped([4, 2, 2]), 2, 2, 4, disjoint=True)
+    with pytest.raises(InputError, match="says no group"):
+        TaskSource(replace(grouped([4, 4]), groups=None), 2, 1, 1, disjoint=True)
+    with pytest.raises(InputError, match="use one of the two"):
+        TaskSource(grouped([4, 4]), 2, 1, 1, disjoint=True, shared_classes=True)
+
+
+# ---- one array file a split, as the authors keep Omniglot
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    """Ten classes to train on and four to test on, three images each; the first pixel tells the class."""
+    for name, classes, first in (("train", 10, 0), ("test", 4, 10)):
+        x = np.zeros((classes, 3, 16, 16), np.uint8)
+        x[:, :, 0, 0] = first + np.arange(classes)[:, None]
+        np.save(tmp_path / f"{name}.npy", x)
+    return tmp_path
+
+
+def test_array_files_are_splits(arrays):
+    parts = {split: load(arrays, split=split) for split in ("train", "validation", "test", "all")}
+    classes = {split: set(part.images[:, 0, 0, 0].tolist()) for split, part in parts.items()}
+    assert len(classes["train"]) == 8
+    assert classes["train"] | classes["validation"] == set(range(10))
+    assert not classes["train"] & classes["validation"]
+    assert classes["test"] == {10, 11, 12, 13}
+    assert classes["all"] == set(range(14))
+    assert "2 of the classes in train.npy are for it" in parts["train"].notes
+
+
+def test_array_files_replace_omniglots_images_where_those_are_absent(arrays, monkeypatch, tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    shutil.copytree(arrays, root / "omniglot")
+    monkeypatch.setenv("SHARED_CORE_DATA", str(root))
+    found = load("omniglot", split="test", size=16)
+    assert (found.name, found.ways, found.shape) == ("omniglot", 4, (1, 16, 16))
+
+
+def test_array_files_cannot_be_split_otherwise(arrays):
+    with pytest.raises(InputError, match=r"is divided by its files test\.npy, train\.npy"):
+        load(arrays, split="train", split_by="class")
+    np.savez(arrays / "val.npz", x=np.zeros((3, 3, 16, 16), np.uint8))
+    assert load(arrays, split="validation").ways == 3
+    np.save(arrays / "validation.npy", np.zeros((3, 3, 16, 16), np.uint8))
+    with pytest.raises(InputError, match="are both for the split validation"):
+        load(arrays, split="train")

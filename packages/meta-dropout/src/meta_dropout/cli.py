@@ -44,6 +44,7 @@ class TaskOptions(DataOptions):
     ways: int = Field(5, ge=2, description="classes of a task")
     shots: int = Field(1, ge=1, description="support images of each class")
     queries: int = Field(15, ge=1, description="query images of each class")
+    disjoint: bool = Field(False, description="take queries from other typefaces (or folders) than the support")
     filters: int = Field(16, ge=1, description="filters of each block")
     blocks: int = Field(4, ge=1, description="convolutional blocks; each halves the size")
     init: Literal["tf", "kaiming"] = Field("tf", description="initial weights: as the authors' code, or kaiming")
@@ -62,7 +63,19 @@ class TaskOptions(DataOptions):
 def _protocol(config: TaskOptions, **more: Any) -> Protocol:
     from meta_dropout.experiments import Protocol
 
-    names = ("ways", "shots", "queries", "size", "filters", "blocks", "init", "norm", "inner_steps", "inner_lr")
+    names = (
+        "ways",
+        "shots",
+        "queries",
+        "disjoint",
+        "size",
+        "filters",
+        "blocks",
+        "init",
+        "norm",
+        "inner_steps",
+        "inner_lr",
+    )
     names = (*names, "samples", "steps", "meta_batch", "outer_lr", "episodes")
     values: dict[str, Any] = {name: getattr(config, name) for name in names}
     values = {**values, "test_queries": config.queries, **more}

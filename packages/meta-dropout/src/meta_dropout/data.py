@@ -208,11 +208,15 @@ class TaskSource:
     seed : with an episode's number, decides the episode
     shared_classes : let all tasks of a batch have the same classes in the same order, with images of their own, as the
         sampler of the authors' released code does; the batch's first episode decides which
+    disjoint : take a class's queries from other groups (typefaces of glyphs, folders) than its support, so that no
+        query is the support's picture turned a little
 
     Raises
     ------
     TooFewItemsError
         For fewer classes than `ways`, or a class of fewer than `shots` + `queries` images, by name.
+    InputError
+        For `disjoint` with images that have no groups, or a class whose groups cannot be divided so; it is named.
 
     Examples
     --------
@@ -230,6 +234,7 @@ class TaskSource:
         queries: int,
         seed: int = 0,
         shared_classes: bool = False,
+        disjoint: bool = False,
     ) -> None:
         if ways < 2 or shots < 1 or queries < 1:
             raise InputError(f"need ways >= 2, shots >= 1 and queries >= 1, got {ways}, {shots} and {queries}")
@@ -246,7 +251,9 @@ class TaskSource:
                 " fewer"
             )
         self.images, self.ways, self.shots, self.queries = images, ways, shots, queries
-        self.seed, self.shared_classes = seed, shared_classes
+        self.seed, self.shared_classes, self.disjoint = seed, shared_classes, disjoint
+        if disjoint:
+            self._require_groups()
         pixels = np.ascontiguousarray(images.images)
         self._pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
         self._sampler = EpisodeSampler(images.labels, ways=ways, shots=shots, queries=queries, seed=seed)
@@ -281,7 +288,44 @@ class TaskSource:
         return chosen.float().div_(255) if chosen.dtype == torch.uint8 else chosen
 
     def _independent(self, number: int, count: int) -> NDArray[np.int64]:
-        return np.stack([_indices(episode) for episode in self._sampler.episodes(count, number * count)])
+        episodes = self._sampler.episodes(count, number * count)
+        if self.disjoint:
+            return np.stack([self._apart(e.classes, number * count + k) for k, e in enumerate(episodes)])
+        return np.stack([_indices(episode) for episode in episodes])
+
+    def _require_groups(self) -> None:
+        groups, shared = self.images.groups, self.shared_classes
+        if groups is None or shared:
+            raise InputError(
+                "disjoint: tasks of shared classes are drawn as the authors' code does; use one of the two" if shared
+                else f"disjoint: {self.images.name} says no group (typeface, folder) of its images"
+            )  # fmt: skip
+        for number, name in enumerate(self.images.class_names):
+            _, sizes = np.unique(groups[self.images.labels == number], return_counts=True)
+            # At the worst the support's last image opens the largest group.
+            least = int(sizes.sum()) - (self.shots - 1) - int(sizes.max())
+            if least < self.queries:
+                raise InputError(
+                    f"disjoint: class '{name}' has {sizes.sum()} images in {len(sizes)} groups; with {self.shots} in"
+                    f" the support, other groups may leave {max(least, 0)} for {self.queries} queries; ask for fewer"
+                )
+
+    def _apart(self, classes: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+        """Return an episode's rows, the support first; a class's groups are used up one after another, in any order."""
+        groups = self.images.groups
+        assert groups is not None
+        random = np.random.default_rng([self.seed, 17, number])
+        support: list[NDArray[np.int64]] = []
+        query: list[NDArray[np.int64]] = []
+        for label in classes:
+            rows = random.permutation(np.flatnonzero(self.images.labels == label))
+            known, place = np.unique(groups[rows], return_inverse=True)
+            rows = rows[np.argsort(random.permutation(len(known))[place], kind="stable")]
+            first = rows[: self.shots]
+            rest = rows[~np.isin(groups[rows], groups[first])]
+            support.append(first)
+            query.append(random.permutation(rest)[: self.queries])
+        return np.concatenate([*support, *query])
 
     def _shared(self, number: int, count: int) -> NDArray[np.int64]:
         classes = self._sampler[number * count].classes
@@ -369,7 +413,8 @@ def load(
     if isinstance(source, str) and name in NAMES:
         found = _named(name, wanted)
     elif path.is_dir():
-        found = _folder(path, wanted)
+        arrays = _split_arrays(path)
+        found = _array_folder(path, arrays, wanted) if arrays else _folder(path, wanted)
     elif path.suffix.lower() in (".npz", ".npy"):
         found = _array_file(path, wanted)
     elif path.exists():
@@ -585,6 +630,11 @@ def _read_omniglot(part: str, size: int, root: Path) -> ClassImages:
 
 def _omniglot(wanted: _Wanted) -> ClassImages:
     size, root = 28 if wanted.size is None else wanted.size, data_root()
+    folder = root / "omniglot"
+    # The authors' arrays, with rotated characters as classes of their own; used where the images are absent.
+    arrays = _split_arrays(folder) if folder.is_dir() and not (folder / "images_background").is_dir() else {}
+    if arrays:
+        return replace(_array_folder(folder, arrays, replace(wanted, size=size)), name="omniglot")
     if wanted.split_by == "official" and wanted.split != "all":
         found = _read_omniglot("evaluation" if wanted.split == "test" else "background", size, root)
         if wanted.split == "test":
@@ -863,6 +913,12 @@ def _decoded(
 
 def _array_file(path: Path, wanted: _Wanted) -> ClassImages:
     wanted.allow("an array", "class")
+    found = _read_arrays(path)
+    chosen = _in_split(found.class_names, wanted.split, wanted.seed, str(path))
+    return _resized(wanted.part_of(found, chosen), wanted.size)
+
+
+def _read_arrays(path: Path) -> ClassImages:
     # Opened here: of a damaged file, NumPy leaves its own handle open.
     with reading(path), path.open("rb") as stream:
         loaded: Any = np.load(stream, allow_pickle=False)
@@ -878,9 +934,47 @@ def _array_file(path: Path, wanted: _Wanted) -> ClassImages:
     labels, names = _array_labels(arrays, len(images), path)
     pixels, notes = _checked_pixels(images, path, lambda row: f"image {row} (class '{names[labels[row]]}')")
     channel_first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-    found = ClassImages(path.stem, channel_first, labels, names, provenance=str(path), notes="; ".join(notes))
-    chosen = _in_split(names, wanted.split, wanted.seed, str(path))
-    return _resized(wanted.part_of(found, chosen), wanted.size)
+    return ClassImages(path.stem, channel_first, labels, names, provenance=str(path), notes="; ".join(notes))
+
+
+def _split_arrays(folder: Path) -> dict[str, Path]:
+    """Return the files ``train.npy``, ``val.npz`` and so on of a folder, by split; none without one for training."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        split = _SPLIT_FOLDERS.get(file.stem.lower())
+        if split is not None and file.suffix.lower() in (".npy", ".npz"):
+            if split in found:
+                raise InputError(f"{folder}: {found[split].name} and {file.name} are both for the split {split}")
+            found[split] = file
+    return found if "train" in found else {}
+
+
+def _array_folder(folder: Path, files: Mapping[str, Path], wanted: _Wanted) -> ClassImages:
+    """Read a folder whose split is one array file a part, as the authors' code keeps Omniglot."""
+    if wanted.split_by is not None:
+        raise InputError(f"split_by: {folder} is divided by its files {', '.join(f.name for f in files.values())}")
+
+    def part(split: str) -> ClassImages:
+        found = _read_arrays(files[split])
+        # Without names, every file counts its classes from 0.
+        return replace(found, name=folder.name, class_names=tuple(f"{split}/{name}" for name in found.class_names))
+
+    if wanted.split == "all":
+        found = _joined([part(split) for split in files])
+        return _resized(wanted.part_of(found, found.class_names), wanted.size)
+    held_out_of_train = "validation" not in files and wanted.split != "test"
+    source = "train" if held_out_of_train else wanted.split
+    if source not in files:
+        raise InputError(f"{folder}: has no array for the split '{wanted.split}'; add {wanted.split}.npy")
+    found = part(source)
+    names = list(found.class_names)
+    if held_out_of_train and len(names) >= 4:
+        order = _shuffled(names, str(wanted.seed))
+        held_out = set(order[: max(2, round(0.2 * len(order)))])
+        names = [name for name in names if (name in held_out) == (wanted.split == "validation")]
+        note = f"no array for validation: {len(held_out)} of the classes in {files['train'].name} are for it"
+        found = replace(found, notes="; ".join(filter(None, (found.notes, note))))
+    return _resized(wanted.part_of(found, names), wanted.size)
 
 
 def _images_last(x: NDArray[Any], path: Path, *, labelled: bool) -> NDArray[Any]:

@@ -50,6 +50,7 @@ class Protocol:
     Parameters
     ----------
     ways, shots, queries : of a task; `test_queries` at test time
+    disjoint : take queries from other groups (typefaces) than the support
     size, filters, blocks, init : of the network
     norm : how queries are normalised: ``batch`` by their own statistics (transductive, as in the authors' code),
         ``support`` by the support's (inductive)
@@ -65,6 +66,7 @@ class Protocol:
     shots: int = 1
     queries: int = 15
     test_queries: int = 15
+    disjoint: bool = False
     size: int = 20
     filters: int = 16
     blocks: int = 4
@@ -185,9 +187,8 @@ def source_of(images: ClassImages, protocol: Protocol, *, seed: int, test: bool 
     seed : of the episodes
     test : take the number of queries for tests
     """
-    return TaskSource(
-        images, protocol.ways, protocol.shots, protocol.test_queries if test else protocol.queries, seed=seed
-    )
+    queries = protocol.test_queries if test else protocol.queries
+    return TaskSource(images, protocol.ways, protocol.shots, queries, seed=seed, disjoint=protocol.disjoint)
 
 
 def train(
