@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from meta_dropout.backbones import conv4, mlp
+from meta_dropout.data import ClassImages, TaskSource
 from meta_dropout.engine import Tasks
 from meta_dropout.learner import LabelError, MetaLearner, calibration_error
 from meta_dropout.methods import METHODS
@@ -30,7 +31,10 @@ def values(made: MetaLearner) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in made.parameters().items()}
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("adversarial")])
+WITHOUT_TASKS = {"scratch", "pretrained"}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("adversarial") and m not in WITHOUT_TASKS])
 def test_every_method_trains_adapts_and_survives_the_disk(method, tmp_path):
     made = learner(method)
     before = values(made)
@@ -50,6 +54,68 @@ def test_every_method_trains_adapts_and_survives_the_disk(method, tmp_path):
     same = again.adapt(tasks.support[0], tasks.support_labels[0], spread=2).predict(tasks.query[0])
     np.testing.assert_array_equal(same.probability, answer.probability)
     np.testing.assert_array_equal(same.spread, answer.spread)
+
+
+def test_a_learner_from_scratch_stays_as_it_was_drawn():
+    made = learner("scratch")
+    before = values(made)
+    assert made.fit(TASKS, steps=5) == []
+    assert all(torch.equal(before[name], value) for name, value in values(made).items())
+
+
+def pictures(seed=0) -> TaskSource:
+    """Six classes of bars at an angle of their own."""
+    random = np.random.default_rng(seed)
+    images = np.zeros((6, 8, 1, 8, 8), np.uint8)
+    for k in range(6):
+        images[k, :, 0, k + 1] = 200
+    noisy = np.clip(images + random.integers(0, 50, images.shape), 0, 255).astype(np.uint8)
+    data = ClassImages("bars", noisy.reshape(-1, 1, 8, 8), np.repeat(np.arange(6), 8), tuple("abcdef"))
+    return TaskSource(data, ways=3, shots=1, queries=3, seed=seed)
+
+
+def pretrained() -> MetaLearner:
+    return MetaLearner(conv4(ways=3, size=8, filters=4, blocks=2, init="kaiming"), "pretrained", inner_steps=2)
+
+
+def test_pretraining_follows_the_gradient_of_one_classifier_of_all_classes():
+    made, source = pretrained(), pictures()
+    made._widen(source)
+    tasks, classes = source.batch(0, 2), source.classes(0, 2)
+    assert classes.shape == (2, 3)
+    found = made._classify(tasks, classes)
+    plain = copy.deepcopy(made.model.module)
+    wide = torch.nn.Linear(16, 6)
+    with torch.no_grad():
+        wide.weight.copy_(made._wide_head["wide.weight"])
+        wide.bias.zero_()
+    plain = torch.nn.Sequential(*list(plain.children())[:-1], wide)
+    x = torch.cat([torch.cat([tasks.support[t], tasks.query[t]]) for t in range(2)])
+    y = torch.cat([torch.cat([classes[t], classes[t].repeat_interleave(3)]) for t in range(2)])
+    loss = functional.cross_entropy(plain(x), y)
+    loss.backward()
+    assert found.loss.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(found.gradients["wide.weight"], wide.weight.grad, rtol=1e-4, atol=1e-6)
+    first = next(p for n, p in plain.named_parameters() if n == "0.main.weight")
+    torch.testing.assert_close(found.gradients["module.0.main.weight"], first.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_pretraining_learns_resumes_and_leaves_no_wide_head_behind(tmp_path):
+    source = pictures()
+    whole, states = pretrained(), []
+    history = whole.fit(source, steps=30, meta_batch=2, outer_lr=3e-2,
+                        on_state=lambda s: states.append(copy.deepcopy(s)), state_every=10)  # fmt: skip
+    assert history[-1].loss < 0.5 * history[0].loss
+    assert history[-1].accuracy > 0.9
+    resumed = pretrained()
+    resumed.fit(source, steps=30, meta_batch=2, outer_lr=3e-2, resume=states[0])
+    assert all(torch.equal(a, b) for a, b in zip(values(whole).values(), values(resumed).values(), strict=True))
+    network = {"ways": 3, "size": 8, "filters": 4, "blocks": 2, "init": "kaiming"}
+    whole.save(tmp_path / "m.safetensors", network=network)
+    again = MetaLearner.load(tmp_path / "m.safetensors")
+    assert not any("wide" in name for name in again.parameters())
+    with pytest.raises(InputError, match="'pretrained' needs to know the classes"):
+        learner("pretrained").fit(TASKS, steps=1)
 
 
 def test_training_finds_what_tasks_have_in_common():

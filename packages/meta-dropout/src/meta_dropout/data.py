@@ -283,6 +283,16 @@ class TaskSource:
             labels.repeat_interleave(self.queries).expand(count, -1).contiguous(),
         )
 
+    def classes(self, number: int, count: int) -> Int64[Tensor, "tasks ways"]:
+        """Return which classes of the split the tasks of a batch are about, in the order of their labels.
+
+        Parameters
+        ----------
+        number, count : as for :meth:`batch`
+        """
+        picks = self._shared(number, count) if self.shared_classes else self._independent(number, count)
+        return torch.from_numpy(self.images.labels[picks[:, : self.ways * self.shots : self.shots]])
+
     def _gather(self, index: NDArray[np.int64]) -> Float32[Tensor, "tasks n channels height width"]:
         chosen = self._pixels[torch.from_numpy(index)]
         return chosen.float().div_(255) if chosen.dtype == torch.uint8 else chosen

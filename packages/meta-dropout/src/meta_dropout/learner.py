@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from meta_dropout import engine
 from meta_dropout.backbones import conv4, mlp
+from meta_dropout.data import TaskSource
 from meta_dropout.engine import Mix, Plan, Tasks
 from meta_dropout.layers import PerturbedHead, PerturbedLayer
 from meta_dropout.methods import METHODS, Method, find_method
@@ -243,6 +244,8 @@ class MetaLearner:
             self.rates = {
                 name: nn.Parameter(torch.full_like(p, inner_lr)) for name, p in self.model.role("theta").items()
             }
+        # The head over all training classes, while there is one.
+        self._wide_head: dict[str, nn.Parameter] = {}
         self._shapes: dict[tuple[int, ...], tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {}
         self.steps_done = 0
         self.skipped = 0
@@ -367,6 +370,23 @@ class MetaLearner:
             disturb=self._disturb(),
         )
 
+    def _classify(self, tasks: Tasks, classes: Tensor) -> engine.MetaGradients:
+        """Gradients of telling all training classes apart, over all images of a batch of tasks, ``(tasks, ways)``."""
+        leaves = {**dict(self.model.named_parameters()), **self._wide_head}
+        images = torch.cat([tasks.support, tasks.query], 1)
+        labels = classes.gather(1, torch.cat([tasks.support_labels, tasks.query_labels], 1))
+        inputs: dict[str, Tensor] = {}
+        self.model.call(dict(self.model.named_parameters()), images.flatten(0, 1), Pass(inputs=inputs))
+        logits = functional.linear(inputs[self.model.head or ""], self._wide_head["wide.weight"])
+        logits = (logits + self._wide_head["wide.bias"]).unflatten(0, images.shape[:2])
+        loss = torch.vmap(self._loss)(logits, labels)
+        found: Any = torch.autograd.grad(loss.mean(), list(leaves.values()), allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(leaves.items(), found, strict=True)
+        }
+        asked = logits.detach()[:, tasks.support.shape[1] :]
+        return engine.MetaGradients(gradients, loss.detach(), asked.gather(2, _across(classes, asked)))
+
     def _towards_adapted(
         self, parameters: dict[str, nn.Parameter], tasks: Tasks, noise: Mapping[str, Tensor]
     ) -> engine.MetaGradients:
@@ -425,9 +445,13 @@ class MetaLearner:
             raise InputError(
                 f"{world.size} processes share {meta_batch} tasks a step; use fewer, or a larger meta_batch"
             )
+        if self.method.algorithm == "scratch":
+            return []
         first = source.batch(0, meta_batch)
         self._known(first.support[0].to(self.device))
-        leaves = self.parameters()
+        if self.method.algorithm == "pretrained":
+            self._widen(source)
+        leaves = {**self.parameters(), **self._wide_head}
         optimizer = torch.optim.Adam(list(leaves.values()), lr=outer_lr)
         history: list[Step] = []
         self.steps_done = self.skipped = 0
@@ -439,7 +463,10 @@ class MetaLearner:
             own = world.shard(meta_batch)
             part = tasks.part(own.start, own.stop - own.start).to(self.device)
             seeds = [self._task_seed(number * meta_batch + place) for place in range(own.start, own.stop)]
-            found = self._try(part, seeds)
+            known = None
+            if isinstance(source, TaskSource) and self._wide_head:
+                known = source.classes(number, meta_batch)[own].to(self.device)
+            found = self._try(part, seeds, known)
             share = len(part) / meta_batch
             summed = (
                 [share * found.gradients[name] for name in leaves]
@@ -474,9 +501,24 @@ class MetaLearner:
     def _task_seed(self, number: int) -> int:
         return int(np.random.default_rng([self.seed, 11, number]).integers(1 << 62))
 
-    def _try(self, tasks: Tasks, seeds: list[int]) -> engine.MetaGradients | None:
+    def _widen(self, source: Source) -> None:
+        """Make a head over all training classes; the task's own stays as it was drawn."""
+        if not isinstance(source, TaskSource) or not self.model.head:
+            raise InputError(
+                "method 'pretrained' needs to know the classes of the training set: give a TaskSource, and a network"
+                " whose last layer is linear"
+            )
+        width = dict(self.model.named_parameters())[self._head_names()[0]].shape[1]
+        generator = torch.Generator().manual_seed(self.seed)
+        weight = torch.randn(source.images.ways, width, generator=generator) / width**0.5
+        self._wide_head = {
+            "wide.weight": nn.Parameter(weight.to(self.device)),
+            "wide.bias": nn.Parameter(torch.zeros(source.images.ways, device=self.device)),
+        }
+
+    def _try(self, tasks: Tasks, seeds: list[int], known: Tensor | None = None) -> engine.MetaGradients | None:
         try:
-            return self.meta_step(tasks, seeds)
+            return self.meta_step(tasks, seeds) if known is None else self._classify(tasks, known)
         except engine.AdaptationError:
             return None
 
@@ -835,6 +877,11 @@ class MetaLearner:
                 f"{path} was written by another version of meta-dropout, or it is damaged ({error})"
             ) from error
         return made
+
+
+def _across(classes: Tensor, logits: Tensor) -> Tensor:
+    """Index of each task's classes in logits over all of them, ``(tasks, m, ways)``."""
+    return classes.unsqueeze(1).expand(-1, logits.shape[1], -1)
 
 
 def calibration_error(confidence: Float[np.ndarray, " n"], right: np.ndarray, bins: int = 15) -> float:

@@ -24,7 +24,8 @@ class Method:
     text : in a line
     noise : family of the noise in the layers
     algorithm : ``maml``; ``fomaml``, inner gradients taken for constants; ``metasgd``, a learned step size for every
-        parameter; ``anil``, only the head adapted; ``reptile``; ``protonet``, nothing adapted
+        parameter; ``anil``, only the head adapted; ``reptile``; ``protonet``, nothing adapted; without meta-learning:
+        ``scratch``, adapted from random weights, and ``pretrained``, from those of a classifier of all training classes
     mixup : parameter of the Beta distribution of mixing weights; 0 is no mixing
     manifold : mix at a layer drawn anew for each step, instead of at the input
     penalty : weight of the noise family's penalty in the inner loss
@@ -35,7 +36,7 @@ class Method:
 
     text: str
     noise: Noise = "none"
-    algorithm: Literal["maml", "fomaml", "metasgd", "anil", "reptile", "protonet"] = "maml"
+    algorithm: Literal["maml", "fomaml", "metasgd", "anil", "reptile", "protonet", "scratch", "pretrained"] = "maml"
     mixup: float = 0.0
     manifold: bool = False
     penalty: float = 0.0
@@ -87,6 +88,10 @@ METHODS: Mapping[str, Method] = {
     "anil": Method("only the head adapted", algorithm="anil"),
     "reptile": Method("moves towards the adapted parameters", algorithm="reptile"),
     "protonet": Method("distances to class means, nothing adapted", algorithm="protonet"),
+    "scratch": Method("adapted from random weights", algorithm="scratch", tune={"inner_lr": (0.03, 0.3, 1.0)}),
+    "pretrained": Method(
+        "adapted from a classifier of all training classes", algorithm="pretrained", tune={"inner_lr": (0.03, 0.3, 1.0)}
+    ),
 }
 
 
