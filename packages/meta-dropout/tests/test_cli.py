@@ -144,7 +144,7 @@ def test_evaluation_is_over_classes_that_were_not_trained_on(trained, done, home
 
 
 def test_adapting_names_the_class_of_each_picture(trained, done, home):
-    found = done("adapt", "m", "new", "asked", "--spread", 3, "--out", "a")
+    found = done("adapt", "m", "new", "asked", "--models", 3, "--out", "a")
     assert found.artifacts == ["predictions.csv"]
     rows = list(csv.DictReader((home / "a/predictions.csv").open()))
     assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]

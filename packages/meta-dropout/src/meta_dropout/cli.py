@@ -386,7 +386,7 @@ class AdaptConfig(CommandConfig):
     support: Path = argument("folder of labelled examples, <class>/*.png")
     query: Path = argument("folder of pictures to classify")
     output: Path | None = Field(None, description="CSV to write (default: predictions.csv in the run folder)")
-    spread: int = Field(10, ge=0, description="models adapted under other noise, for the spread of probabilities")
+    models: int = Field(10, ge=0, description="models adapted under other noise, for the spread of probabilities")
     steps: int | None = Field(None, ge=0, description="inner steps (default: as trained)")
     invert: Literal["auto", "yes", "no"] = Field("auto", description="exchange light and dark")
 
@@ -403,7 +403,7 @@ def adapt(config: AdaptConfig, session: Session) -> Outcome:
     known = read_labelled(config.support, facts["size"], channels, invert=invert, training_mean=facts["mean"])  # type: ignore[arg-type]
     asked = read_unlabelled(config.query, facts["size"], channels, invert=known.inverted)
     task = learner.adapt(
-        known.images.to(session.device), known.labels, spread=config.spread, steps=config.steps, seed=config.seed
+        known.images.to(session.device), known.labels, spread=config.models, steps=config.steps, seed=config.seed
     )
     found = task.predict(asked.images.to(session.device))
     path = config.output or session.run.artifact("predictions.csv")

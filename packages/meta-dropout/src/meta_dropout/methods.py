@@ -32,6 +32,7 @@ class Method:
     rate : share of units dropped
     attack : norm and radius of the attack on the support in the inner loop, or None
     standing : how sure it is that this is what the paper compared to
+    tune : values to try of its own options, where settings are chosen
     """
 
     text: str
