@@ -112,7 +112,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     from meta_dropout.experiments import Protocol, compare, load_splits
 
     protocol = Protocol(
-        size=14, blocks=3, filters=8, queries=5, test_queries=5, init="kaiming", inner_steps=2, outer_lr=3e-3,
+        size=14, blocks=3, queries=5, test_queries=5, init="kaiming", inner_steps=2, outer_lr=5e-3,
         steps=config.steps, episodes=config.episodes,
     )  # fmt: skip
     splits = load_splits("glyphs", protocol.size, seed=0)
