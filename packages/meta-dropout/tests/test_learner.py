@@ -139,6 +139,22 @@ def test_sine_waves_are_learned_to_be_learned():
     assert made.evaluate(SineTasks(seed=5), episodes=100, batch=50).mean < before / 1.5
 
 
+def test_noise_with_several_samples_works_in_a_regression():
+    made = MetaLearner(mlp(inputs=1, outputs=1), "meta_dropout", inner_lr=0.01, inner_steps=2, task="regression",
+                       test_samples=4)  # fmt: skip
+    made.fit(SineTasks(), steps=3, meta_batch=4)
+    tasks = SineTasks(seed=5).batch(0, 3)
+    found = made.evaluate(SineTasks(seed=5), episodes=3, batch=3)
+    seeds = [made._task_seed((1 << 40) + k) for k in range(3)]
+    answers = made.outputs(tasks, seeds)
+    expected = [functional.mse_loss(answers[t], tasks.query_labels[t]).item() for t in range(3)]
+    np.testing.assert_allclose(found.accuracy, expected, rtol=1e-5)
+    task = made.adapt(tasks.support[0], tasks.support_labels[0], spread=3)
+    answer = task.predict(tasks.query[0])
+    np.testing.assert_allclose(answer.probability, task(tasks.query[0]).detach().numpy(), rtol=1e-6)
+    assert (answer.spread > 0).all()
+
+
 def test_an_interrupted_training_goes_on_to_the_same_parameters(tmp_path):
     whole = learner()
     states: list[dict] = []

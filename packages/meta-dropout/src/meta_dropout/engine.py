@@ -35,6 +35,7 @@ __all__ = [
     "draw_noise",
     "meta_gradients",
     "query",
+    "squared_error",
 ]
 
 Parameters = dict[str, Tensor]
@@ -132,6 +133,11 @@ class Adapted:
 def cross_entropy(logits: Float[Tensor, "n ways"], labels: Int64[Tensor, " n"]) -> Float[Tensor, ""]:
     """Mean cross-entropy."""
     return functional.cross_entropy(logits, labels)
+
+
+def squared_error(outputs: Float[Tensor, "n outputs"], targets: Float[Tensor, "n outputs"]) -> Float[Tensor, ""]:
+    """Mean squared error; ``functional.mse_loss`` fails inside two ``vmap`` of which one batches only its outputs."""
+    return (outputs - targets).square().mean()
 
 
 def draw_noise(

@@ -89,7 +89,7 @@ class Prediction:
 
     Parameters
     ----------
-    probability : (n, ways)
+    probability : (n, ways); of a regression the outputs themselves
     spread : (n, ways) standard deviation over models adapted under noise of their own; 0 without noise
     """
 
@@ -112,6 +112,7 @@ class TaskModel(nn.Module):
     support : ``(n, ...)`` that it was adapted to
     plan : how
     members : parameters of models adapted under other noise, ``(members, ...)``, for the spread
+    regression : answers are outputs, not probabilities
     """
 
     def __init__(
@@ -121,8 +122,10 @@ class TaskModel(nn.Module):
         support: Tensor,
         plan: Plan,
         members: Mapping[str, Tensor] | None = None,
+        regression: bool = False,
     ) -> None:
         super().__init__()
+        self.regression = regression
         # Kept out of the registered submodules: its parameters are the learner's.
         self._model = [model]
         self.names = tuple(parameters)
@@ -147,6 +150,9 @@ class TaskModel(nn.Module):
         model.call(parameters, cast("Tensor", self.support), Pass(record=record))
         return model.call(parameters, x, Pass(statistics=record))
 
+    def _answers(self, outputs: Tensor) -> Tensor:
+        return outputs if self.regression else functional.softmax(outputs, -1)
+
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
         """Return probabilities, and how far they differ between models adapted under other noise.
@@ -156,13 +162,13 @@ class TaskModel(nn.Module):
         x : ``(n, ...)`` queries. Under ``statistics="batch"`` they are normalised by their own statistics, so that an
             answer depends on what is asked beside it.
         """
-        probability = functional.softmax(self(x), -1)
+        probability = self._answers(self(x))
         if not self.members:
             return Prediction(probability.double().cpu().numpy(), np.zeros(probability.shape))
         shared = {k: v for k, v in self.parameters_by_name().items() if k not in self.members}
 
         def one(own: dict[str, Tensor]) -> Tensor:
-            return functional.softmax(self._outputs({**shared, **own}, x), -1)
+            return self._answers(self._outputs({**shared, **own}, x))
 
         each = torch.vmap(one)(self.members)
         return Prediction(probability.double().cpu().numpy(), each.std(0).double().cpu().numpy())
@@ -225,7 +231,7 @@ class MetaLearner:
         self.model = Perturbed(module, sites=sites, noise=m.noise, rate=m.rate, seed=seed).to(device)
         self.task, self.chunk, self.seed, self.device = task, chunk, seed, torch.device(device)
         self.test_samples = test_samples
-        self._loss: engine.Loss = engine.cross_entropy if task == "classification" else functional.mse_loss
+        self._loss: engine.Loss = engine.cross_entropy if task == "classification" else engine.squared_error
         adapted: tuple[str, ...] | None = None
         if m.algorithm == "anil":
             prefix = f"module.{self.model.head}."
@@ -620,7 +626,8 @@ class MetaLearner:
             members = self._adapt_many(
                 parameters, support[None].expand(many), labels[None].expand(many_labels), plan, seeds
             )
-        return TaskModel(self.model, {**parameters, **{k: v[0] for k, v in found.items()}}, support, plan, members)
+        own = {**parameters, **{k: v[0] for k, v in found.items()}}
+        return TaskModel(self.model, own, support, plan, members, regression=self.task == "regression")
 
     def _noisy(self) -> bool:
         return any(m.sampled for m in self.model.modules() if isinstance(m, PerturbedLayer | PerturbedHead))
