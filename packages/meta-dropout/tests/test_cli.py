@@ -180,7 +180,7 @@ def test_comparisons_with_attacks_and_trials(done, home):
     attack = ("--attack", "linf", "--radii", "0.2", "--attack-episodes", 2, "--attack-steps", 2)
     methods = ("--methods", "pixels,maml,meta_dropout")
     found = done("compare", "own", *TASK, *methods, *attack, "--seeds", 2, "--tune", "--trials", 2, "--out", "c")
-    assert {row.metric for row in found.results} >= {"accuracy", "meta-step", "area under accuracy, linf"}
+    assert {row.metric for row in found.results} >= {"accuracy", "meta-step", "area under accuracy (linf)"}
     assert len(found.claims) == 2
     assert set(json.loads((home / "c/cells.json").read_text())) == {"pixels", "maml", "meta_dropout"}
     assert done("plot", "c", "--out", "pc").artifacts == ["comparison.png"]

@@ -128,7 +128,8 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
         )
     notes = [
         f"{splits.train.ways:,} characters to train on, {splits.test.ways} others to test on, drawn in 16 typefaces;",
-        f"'pixels' is the nearest class mean. {config.steps} meta-steps; the paper takes 60,000, and is then ahead of MAML.",
+        f"'pixels' is the nearest class mean. {config.steps} meta-steps here; the paper takes 60,000, and is then",
+        "ahead of MAML.",
     ]
     return Outcome(_with_picture(session, results), claims, notes)
 
@@ -218,7 +219,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
             whole = np.asarray(per_seed, dtype=np.float64)
             at = (0.0, *radii[norm])
             areas = (np.trapezoid(whole.mean(2), at, axis=1) / at[-1]).tolist()
-            metric = f"area under accuracy, {norm}"
+            metric = f"area under accuracy ({norm})"
             results.append(summarize(areas, dataset=dataset, method=name, metric=metric, better="higher"))
             curves[norm][name] = RobustnessCurve(
                 norm,
