@@ -116,6 +116,14 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(trained, call, home, 
     assert len((home / "again/metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_too_few_classes_for_validation_do_not_lose_a_training(done, home):
+    task = ("--size", 16, "--ways", 4, "--queries", 2, "--filters", 4, "--blocks", 2, "--steps", 1, "--episodes", 4)
+    drawn(home / "few", 12, 5, 7)
+    found = done("train", "few", *task, "--inner-steps", 1, "--samples", 2, "--device", "cpu", "--out", "w")
+    assert found.results[0].dataset == "few, training classes"
+    assert (home / "w/model.safetensors").exists()
+
+
 def test_two_processes_share_the_tasks_and_learn_the_same(trained, home):
     """``torchrun --nproc-per-node=2``: each takes its part of every batch of tasks."""
     script = home / "main.py"

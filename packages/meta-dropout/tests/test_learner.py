@@ -166,6 +166,37 @@ def test_an_interrupted_training_goes_on_to_the_same_parameters(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(values(whole).values(), values(resumed).values(), strict=True))
 
 
+@pytest.mark.parametrize("at", ["between steps", "amid a step"])
+def test_ctrl_c_keeps_every_whole_step(at, monkeypatch):
+    whole = learner()
+    whole.fit(TASKS, steps=6, meta_batch=2)
+    states: list[dict] = []
+
+    def stop(step):
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    stopped = learner()
+    with monkeypatch.context() as patch:
+        if at == "amid a step":
+            count = iter(range(9))
+            original = torch.optim.Adam.step
+
+            def half(self, *arguments):
+                original(self, *arguments)
+                if next(count) == 2:
+                    raise KeyboardInterrupt
+
+            patch.setattr(torch.optim.Adam, "step", half)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.fit(TASKS, steps=6, meta_batch=2, on_step=stop if at == "between steps" else None,
+                        on_state=lambda s: states.append(copy.deepcopy(s)), state_every=2)  # fmt: skip
+    assert [s["step"] for s in states] == ([2, 3] if at == "between steps" else [2])
+    resumed = learner()
+    resumed.fit(TASKS, steps=6, meta_batch=2, resume=states[-1])
+    assert all(torch.equal(a, b) for a, b in zip(values(whole).values(), values(resumed).values(), strict=True))
+
+
 def test_chunks_of_tasks_change_nothing_but_memory():
     results = []
     for options in ({}, {"chunk": 1}, {"chunk": 2}, {"recompute": True}):

@@ -257,6 +257,14 @@ def train(config: TrainConfig, session: Session) -> Outcome:
     learner = experiments.make_learner(
         config.method, protocol, splits.channels, seed=config.seed, device=session.device, chunk=config.chunk
     )
+    # What cannot be trained on is said at once.
+    experiments.source_of(splits.train, protocol, seed=config.seed)
+    judge, notes = None, list[str]()
+    try:
+        judge = experiments.source_of(splits.validation, protocol, seed=config.seed + 1, test=True)
+    except InputError as error:
+        notes.append(f"no validation, the accuracy is of training classes ({error})")
+        session.say(notes[0])
     state = session.run.load_checkpoint()
     done = 0 if state is None else int(state["step"])
     with session.progress("train", config.steps, done) as advance:
@@ -287,15 +295,14 @@ def train(config: TrainConfig, session: Session) -> Outcome:
     write_json(session.run.artifact(_FACTS), facts)
     if history:
         plot_history(session.run.artifact("history.png"), {config.method: history})
-    found = learner.evaluate(
-        experiments.source_of(splits.validation, protocol, seed=config.seed + 1, test=True),
-        episodes=min(config.episodes, 200),
-    )
+    kind = "training" if judge is None else "validation"
+    judge = judge or experiments.source_of(splits.train, protocol, seed=config.seed + 1, test=True)
+    found = learner.evaluate(judge, episodes=min(config.episodes, 200))
     row = summarize(
-        [100 * found.mean], dataset=f"{splits.validation.name}, validation classes", method=config.method,
+        [100 * found.mean], dataset=f"{splits.train.name}, {kind} classes", method=config.method,
         metric="accuracy", unit="%", better="higher",
     )  # fmt: skip
-    return Outcome([row], notes=[f"± {100 * found.half_width:.2f} over {len(found.accuracy)} episodes"])
+    return Outcome([row], notes=[*notes, f"± {100 * found.half_width:.2f} over {len(found.accuracy)} episodes"])
 
 
 def _open(run: Path) -> tuple[MetaLearner, dict[str, Any]]:

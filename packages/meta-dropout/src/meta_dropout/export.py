@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -65,8 +67,13 @@ def export_onnx(task: TaskModel, path: str | Path, *, example: Tensor, classes: 
         raise InputError("export needs onnx: pip install 'meta-dropout[onnx]'") from error
     plain = _Plain(task).eval()
     batch = torch.export.Dim("batch", min=1)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
+    # It warns of operators of packages that are not installed, and of itself.
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    with atomic_path(path) as temporary, warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        stack.callback(logger.setLevel, before)
         torch.onnx.export(
             plain, (example[:2],), str(temporary), input_names=["images"], output_names=["logits"],
             dynamic_shapes=({0: batch},), dynamo=True, verbose=False, external_data=False,

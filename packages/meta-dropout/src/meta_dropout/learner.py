@@ -434,7 +434,7 @@ class MetaLearner:
         clip : bound on every entry of the averaged meta-gradient
         on_step : called after each meta-step
         resume : a state that `on_state` was given
-        on_state : called with everything needed to go on, every `state_every` steps and at the end
+        on_state : called with everything needed to go on, every `state_every` steps, at the end and on Ctrl-C
         state_every : see `on_state`
         world : processes that share each batch of tasks, from :func:`shared_core.device.process_group`
 
@@ -463,45 +463,59 @@ class MetaLearner:
         self.steps_done = self.skipped = 0
         if resume is not None:
             self._load_state(resume, leaves, optimizer)
-        while self.steps_done < steps:
-            number = self.steps_done
-            tasks = first if number == 0 else source.batch(number, meta_batch)
-            own = world.shard(meta_batch)
-            part = tasks.part(own.start, own.stop - own.start).to(self.device)
-            seeds = [self._task_seed(number * meta_batch + place) for place in range(own.start, own.stop)]
-            known = None
-            if isinstance(source, TaskSource) and self._wide_head:
-                known = source.classes(number, meta_batch)[own].to(self.device)
-            found = self._try(part, seeds, known)
-            share = len(part) / meta_batch
-            summed = (
-                [share * found.gradients[name] for name in leaves]
-                if found
-                else [torch.zeros_like(p) for p in leaves.values()]
-            )
-            told = torch.tensor(
-                [0.0, 0.0, 1.0] if found is None else [float(found.loss.sum()), float(self._right(found, part)), 0.0],
-                device=self.device,
-            )
-            world.all_reduce([*summed, told])
-            good = bool(told[2] == 0) and all(bool(torch.isfinite(gradient).all()) for gradient in summed)
-            if good:
-                for leaf, gradient in zip(leaves.values(), summed, strict=True):
-                    leaf.grad = gradient.clamp(-clip, clip)
-                optimizer.step()
-            else:
-                self.skipped += 1
-                if self.skipped > max(20, steps // 10):
-                    raise engine.AdaptationError(
-                        f"{self.skipped} meta-steps were not finite; lower inner_lr or outer_lr, or look at the data"
-                    )
-            self.steps_done += 1
-            line = Step(self.steps_done, steps, float(told[0]) / meta_batch, float(told[1]) / meta_batch, self.skipped)
-            history.append(line)
-            if on_step is not None:
-                on_step(line)
-            if on_state is not None and (self.steps_done % state_every == 0 or self.steps_done == steps):
+        # Whether parameters, moments and the step's number belong together, so that an interruption may keep them.
+        whole = True
+        try:
+            while self.steps_done < steps:
+                number = self.steps_done
+                tasks = first if number == 0 else source.batch(number, meta_batch)
+                own = world.shard(meta_batch)
+                part = tasks.part(own.start, own.stop - own.start).to(self.device)
+                seeds = [self._task_seed(number * meta_batch + place) for place in range(own.start, own.stop)]
+                known = None
+                if isinstance(source, TaskSource) and self._wide_head:
+                    known = source.classes(number, meta_batch)[own].to(self.device)
+                found = self._try(part, seeds, known)
+                share = len(part) / meta_batch
+                summed = (
+                    [share * found.gradients[name] for name in leaves]
+                    if found
+                    else [torch.zeros_like(p) for p in leaves.values()]
+                )
+                told = torch.tensor(
+                    [0.0, 0.0, 1.0]
+                    if found is None
+                    else [float(found.loss.sum()), float(self._right(found, part)), 0.0],
+                    device=self.device,
+                )
+                world.all_reduce([*summed, told])
+                good = bool(told[2] == 0) and all(bool(torch.isfinite(gradient).all()) for gradient in summed)
+                whole = False
+                if good:
+                    for leaf, gradient in zip(leaves.values(), summed, strict=True):
+                        leaf.grad = gradient.clamp(-clip, clip)
+                    optimizer.step()
+                else:
+                    self.skipped += 1
+                    if self.skipped > max(20, steps // 10):
+                        raise engine.AdaptationError(
+                            f"{self.skipped} meta-steps were not finite; lower inner_lr or outer_lr, or look at the"
+                            " data"
+                        )
+                self.steps_done += 1
+                whole = True
+                line = Step(
+                    self.steps_done, steps, float(told[0]) / meta_batch, float(told[1]) / meta_batch, self.skipped
+                )
+                history.append(line)
+                if on_step is not None:
+                    on_step(line)
+                if on_state is not None and (self.steps_done % state_every == 0 or self.steps_done == steps):
+                    on_state(self._state(leaves, optimizer))
+        except KeyboardInterrupt:
+            if on_state is not None and whole and world.size == 1:
                 on_state(self._state(leaves, optimizer))
+            raise
         return history
 
     def _task_seed(self, number: int) -> int:
