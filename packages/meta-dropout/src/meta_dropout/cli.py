@@ -101,7 +101,7 @@ def _splits(source: str, config: DataOptions) -> Splits:
 class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
-    steps: int = Field(220, ge=1, description="meta-steps of each method")
+    steps: int = Field(180, ge=1, description="meta-steps of each method")
     methods: tuple[str, ...] = Field(("pixels", "maml", "meta_dropout"), description="methods to compare")
     episodes: int = Field(200, ge=1, description="test episodes")
 
