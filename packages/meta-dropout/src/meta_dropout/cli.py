@@ -14,8 +14,11 @@ from shared_core.errors import InputError
 from shared_core.runs import Result, atomic_path, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from meta_dropout.experiments import Protocol, Splits
     from meta_dropout.learner import MetaLearner
+    from shared_core.cli import Advance
 
 line = CommandLine(
     "meta-dropout",
@@ -318,6 +321,18 @@ def _open(run: Path) -> tuple[MetaLearner, dict[str, Any]]:
     return MetaLearner.load(run / _MODEL), facts
 
 
+def _counting(advance: Advance) -> Callable[[int], None]:
+    """Tell a progress bar of counts that are sums."""
+    done = 0
+
+    def after(count: int) -> None:
+        nonlocal done
+        advance(count - done)
+        done = count
+
+    return after
+
+
 class EvaluateConfig(CommandConfig):
     """Settings of ``evaluate``."""
 
@@ -339,14 +354,7 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     """Adapt to test episodes and measure the answers, with a confidence interval over episodes."""
     learner, source, facts = _test_source(config, session)
     with session.progress("evaluate", config.episodes) as advance:
-        done = 0
-
-        def after(count: int) -> None:
-            nonlocal done
-            advance(count - done)
-            done = count
-
-        found = learner.evaluate(source, episodes=config.episodes, samples=config.samples, on_batch=after)
+        found = learner.evaluate(source, episodes=config.episodes, samples=config.samples, on_batch=_counting(advance))
     dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
 
     def row(metric: str, values: Any, better: Literal["lower", "higher"], scale: float = 1.0) -> Result:
@@ -455,16 +463,9 @@ def attack(config: AttackConfig, session: Session) -> Outcome:
     learner, source, facts = _test_source(config, session)
     radii = config.radii or _radii(config.norm, facts["size"])
     with session.progress("attack", config.episodes) as advance:
-        done = 0
-
-        def after(count: int) -> None:
-            nonlocal done
-            advance(count - done)
-            done = count
-
         found = robustness(
             learner, source, config.norm, radii, episodes=config.episodes, steps=config.attack_steps,
-            seed=config.seed, kind=config.kind, on_batch=after,
+            seed=config.seed, kind=config.kind, on_batch=_counting(advance),
         )  # fmt: skip
     all_radii = (0.0, *radii)
     dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
@@ -505,16 +506,9 @@ def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
     learner, source, facts = _test_source(config, session)
     counts = (1, 10, 30) if config.samples is None else (config.samples,)
     with session.progress("diagnose", config.episodes * (2 + config.draws * len(counts))) as advance:
-        done = 0
-
-        def after(count: int) -> None:
-            nonlocal done
-            advance(count - done)
-            done = count
-
         found = noise_use(
             learner, source, samples=counts, draws=config.draws, episodes=config.episodes, seed=config.seed,
-            on_batch=after,
+            on_batch=_counting(advance),
         )  # fmt: skip
     dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
     results: list[Result] = []

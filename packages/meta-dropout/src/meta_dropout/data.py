@@ -486,6 +486,11 @@ def _shuffled(names: Sequence[str], salt: str) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
 
 
+def _fifth(names: Sequence[str], seed: int) -> list[str]:
+    """Return the training classes that are for validation, where a source divides only training from test."""
+    return _shuffled(names, str(seed))[: max(2, round(0.2 * len(names)))]
+
+
 def _group(name: str) -> str:
     return name.rpartition("/")[0]
 
@@ -797,8 +802,7 @@ def _divided_by_folders(
                 )
             seen[name] = split
     if "validation" not in parts and len(parts["train"]) >= 4:
-        order = _shuffled(list(parts["train"]), str(wanted.seed))
-        held_out = order[: max(2, round(0.2 * len(order)))]
+        held_out = _fifth(list(parts["train"]), wanted.seed)
         parts = {**parts, "validation": {name: parts["train"][name] for name in held_out}}
         parts["train"] = {name: files for name, files in parts["train"].items() if name not in held_out}
         notes.append(f"no folder for validation: {len(held_out)} of the classes in train are for it")
@@ -979,8 +983,7 @@ def _array_folder(folder: Path, files: Mapping[str, Path], wanted: _Wanted) -> C
     found = part(source)
     names = list(found.class_names)
     if held_out_of_train and len(names) >= 4:
-        order = _shuffled(names, str(wanted.seed))
-        held_out = set(order[: max(2, round(0.2 * len(order)))])
+        held_out = set(_fifth(names, wanted.seed))
         names = [name for name in names if (name in held_out) == (wanted.split == "validation")]
         note = f"no array for validation: {len(held_out)} of the classes in {files['train'].name} are for it"
         found = replace(found, notes="; ".join(filter(None, (found.notes, note))))
