@@ -333,6 +333,23 @@ def _counting(advance: Advance) -> Callable[[int], None]:
     return after
 
 
+def _over_episodes(
+    values: Any,
+    dataset: str,
+    method: str,
+    metric: str,
+    *,
+    unit: str = "%",
+    better: Literal["lower", "higher"] = "higher",
+) -> Result:
+    """Mean over episodes with its 95 % interval, 1.96 standard errors as in the paper's code."""
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
+    return Result(
+        dataset=dataset, method=method, metric=metric, unit=unit, better=better,
+        mean=mean, low=mean - half, high=mean + half, n=len(values), seconds=0.0,
+    )  # fmt: skip
+
+
 class EvaluateConfig(CommandConfig):
     """Settings of ``evaluate``."""
 
@@ -357,14 +374,11 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
         found = learner.evaluate(source, episodes=config.episodes, samples=config.samples, on_batch=_counting(advance))
     dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
 
-    def row(metric: str, values: Any, better: Literal["lower", "higher"], scale: float = 1.0) -> Result:
-        mean, half = scale * float(values.mean()), scale * 1.96 * float(values.std()) / len(values) ** 0.5
-        return Result(
-            dataset=dataset, method=learner.method_name, metric=metric, unit="%" if scale > 1 else "1", better=better,
-            mean=mean, low=mean - half, high=mean + half, n=len(values), seconds=0.0,
-        )  # fmt: skip
-
-    results = [row("accuracy", found.accuracy, "higher", 100.0), row("query loss", found.loss, "lower")]
+    method = learner.method_name
+    results = [
+        _over_episodes(100 * found.accuracy, dataset, method, "accuracy"),
+        _over_episodes(found.loss, dataset, method, "query loss", unit="1", better="lower"),
+    ]
     results.append(
         summarize([found.calibration_error], dataset=dataset, method=learner.method_name, metric="calibration error",
                   better="lower")
@@ -471,13 +485,8 @@ def attack(config: AttackConfig, session: Session) -> Outcome:
     dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
     results: list[Result] = []
     for radius, row in zip(all_radii, found, strict=True):
-        mean, half = 100 * float(row.mean()), 196 * float(row.std()) / len(row) ** 0.5
-        results.append(
-            Result(
-                dataset=dataset, method=learner.method_name, metric=f"accuracy at {config.norm} {radius:g}", unit="%",
-                better="higher", mean=mean, low=mean - half, high=mean + half, n=len(row), seconds=0.0,
-            )
-        )  # fmt: skip
+        metric = f"accuracy at {config.norm} {radius:g}"
+        results.append(_over_episodes(100 * row, dataset, learner.method_name, metric))
     area = float(np.trapezoid(found.mean(1), all_radii) / all_radii[-1])
     results.append(summarize([area], dataset=dataset, method=learner.method_name, metric="area under accuracy",
                              better="higher"))  # fmt: skip
@@ -513,14 +522,7 @@ def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
     dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
     results: list[Result] = []
     for variant, accuracy in found.items():
-        rows = 100 * accuracy.mean(0)
-        mean, half = float(rows.mean()), 1.96 * float(rows.std()) / len(rows) ** 0.5
-        results.append(
-            Result(
-                dataset=dataset, method=variant, metric="accuracy", unit="%", better="higher",
-                mean=mean, low=mean - half, high=mean + half, n=len(rows), seconds=0.0,
-            )
-        )  # fmt: skip
+        results.append(_over_episodes(100 * accuracy.mean(0), dataset, variant, "accuracy"))
         if len(accuracy) > 1:
             apart = 100 * float(accuracy.std(0, ddof=1).mean())
             results.append(
