@@ -13,6 +13,7 @@ from meta_dropout.experiments import (
     Protocol,
     Splits,
     compare,
+    load_splits,
     make_learner,
     noise_use,
     paired,
@@ -156,6 +157,12 @@ def test_names_and_seeds_are_checked(splits, tmp_path):
         compare(run(tmp_path), splits, methods=("noise",), seeds=(0,), protocol=PROTOCOL)
     with pytest.raises(InputError, match="need at least one"):
         compare(run(tmp_path), splits, methods=("maml",), seeds=(), protocol=PROTOCOL)
+
+
+@pytest.mark.parametrize("source", ["mnist", "digits", "CIFAR_10"])
+def test_a_source_whose_classes_are_in_every_split_is_no_source_of_training_tasks(source):
+    with pytest.raises(InputError, match=f"{source}: its classes are the same in every split.*; train on glyphs, "):
+        load_splits(source, 16)
 
 
 def test_settings_are_chosen_once_and_used_under_every_seed(splits, tmp_path, monkeypatch):

@@ -3,36 +3,43 @@
 After Lee et al., "Learning to Balance: Bayesian Meta-Learning for Imbalanced and Out-of-distribution Tasks", ICLR 2020.
 """
 
-from bayes_taml.data import AnyShotSource, ClassImages
-from bayes_taml.data import load_classes as load
-from bayes_taml.encoder import InferenceNetwork
-from bayes_taml.engine import Compat
-from bayes_taml.explain import Explanation, balance_table, counterfactual, explain
-from bayes_taml.learner import Evaluation, MetaLearner, TaskClassifier
-from bayes_taml.methods import METHODS, Method
-from bayes_taml.networks import BatchStatistics, conv_features, mlp_features
-from bayes_taml.posterior import Latents, Posterior
-from bayes_taml.ragged import Tasks
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "METHODS",
-    "AnyShotSource",
-    "BatchStatistics",
-    "ClassImages",
-    "Compat",
-    "Evaluation",
-    "Explanation",
-    "InferenceNetwork",
-    "Latents",
-    "MetaLearner",
-    "Method",
-    "Posterior",
-    "TaskClassifier",
-    "Tasks",
-    "balance_table",
-    "conv_features",
-    "counterfactual",
-    "explain",
-    "load",
-    "mlp_features",
-]
+from shared_core.lazy import attach
+
+if TYPE_CHECKING:
+    from bayes_taml.data import AnyShotSource as AnyShotSource
+    from bayes_taml.data import ClassImages as ClassImages
+    from bayes_taml.data import load as load
+    from bayes_taml.encoder import InferenceNetwork as InferenceNetwork
+    from bayes_taml.engine import Compat as Compat
+    from bayes_taml.explain import Explanation as Explanation
+    from bayes_taml.explain import balance_table as balance_table
+    from bayes_taml.explain import counterfactual as counterfactual
+    from bayes_taml.explain import explain as explain
+    from bayes_taml.learner import Evaluation as Evaluation
+    from bayes_taml.learner import MetaLearner as MetaLearner
+    from bayes_taml.learner import TaskClassifier as TaskClassifier
+    from bayes_taml.methods import METHODS as METHODS
+    from bayes_taml.methods import Method as Method
+    from bayes_taml.networks import BatchStatistics as BatchStatistics
+    from bayes_taml.networks import conv_features as conv_features
+    from bayes_taml.networks import mlp_features as mlp_features
+    from bayes_taml.posterior import Latents as Latents
+    from bayes_taml.posterior import Posterior as Posterior
+    from bayes_taml.ragged import Tasks as Tasks
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "data": ["AnyShotSource", "ClassImages", "load"],
+        "encoder": ["InferenceNetwork"],
+        "engine": ["Compat"],
+        "explain": ["Explanation", "balance_table", "counterfactual", "explain"],
+        "learner": ["Evaluation", "MetaLearner", "TaskClassifier"],
+        "methods": ["METHODS", "Method"],
+        "networks": ["BatchStatistics", "conv_features", "mlp_features"],
+        "posterior": ["Latents", "Posterior"],
+        "ragged": ["Tasks"],
+    },
+)

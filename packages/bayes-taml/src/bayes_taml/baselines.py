@@ -150,8 +150,9 @@ def fine_tune(
         name: parameters[name].detach().expand(count, *parameters[name].shape).clone().requires_grad_()
         for name in model.theta
     }
-    own[HEAD_WEIGHT] = torch.zeros(count, tasks.ways, model.features, device=tasks.support.device, requires_grad=True)
-    own[HEAD_BIAS] = torch.zeros(count, tasks.ways, device=tasks.support.device, requires_grad=True)
+    like = next(iter(own.values()))
+    own[HEAD_WEIGHT] = like.new_zeros((count, tasks.ways, model.features), requires_grad=True)
+    own[HEAD_BIAS] = like.new_zeros((count, tasks.ways), requires_grad=True)
     shared = {name: p.detach() for name, p in parameters.items() if name not in own}
     optimizer = torch.optim.Adam(list(own.values()), lr=lr)
     x, mask = _clean(tasks.support, tasks.support_mask), tasks.support_mask

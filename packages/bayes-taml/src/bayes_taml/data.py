@@ -15,7 +15,9 @@ from shared_core.classes import ClassImages, load_classes
 from shared_core.episodes import Episode, EpisodeSampler, TooFewItemsError
 from shared_core.errors import InputError
 
-__all__ = ["AnyShotSource", "ClassImages", "Mode", "WayError", "load_classes"]
+__all__ = ["AnyShotSource", "ClassImages", "Mode", "WayError", "load", "load_classes"]
+
+load = load_classes
 
 Mode = Literal["mixed", "class", "task", "step"]
 

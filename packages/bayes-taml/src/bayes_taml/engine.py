@@ -1,11 +1,11 @@
 """Adapt to ragged tasks, and differentiate through it, as pure functions of parameters, tasks and latents.
 
-Lee et al., ICLR 2020, section 3.1: from modulated initial parameters, steps of element-wise size, times a multiplier for
-each layer, along gradients in which each class has a weight. Tasks of similar size are computed together
+Lee et al., ICLR 2020, section 3.1: from modulated initial parameters, steps of element-wise size, times a multiplier
+for each layer, along gradients in which each class has a weight. Tasks of similar size are computed together
 (``torch.func.vmap``), padded to the largest of them under a mask; large ones alone and unpadded.
 
-The head starts at zero in every task. In the first step the gradient into the body is then exactly zero and that into the
-head has a closed form, so that it costs a forward pass only.
+The head starts at zero in every task. In the first step the gradient into the body is then exactly zero and that into
+the head has a closed form, so that it costs a forward pass only.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 Parameters = dict[str, Tensor]
+Rates = Mapping[str, Tensor] | float
 Observe = Callable[[int, Parameters, Tensor], None]
 
 HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
@@ -107,7 +108,7 @@ class Adapted:
     ----------
     parameters : adapted ones by name, and modulated ones, ``(tasks, ...)``
     weight, bias : of the head, ``(tasks, ways, F)`` and ``(tasks, ways)``
-    diverged : ``(tasks,)`` whether a step was not finite and the loop stopped before it
+    diverged : ``(tasks,)`` whether the support loss or a step was not finite; parameters are the last of a finite loss
     """
 
     parameters: Parameters
@@ -199,9 +200,11 @@ def _features(
     if len(x) == 1:
         alone = {name: value[0] for name, value in own.items()}
         return model.call({**shared, **alone}, x[0], told(None if mask is None else mask[0])).unsqueeze(0)
-    if mask is None:
-        return torch.vmap(lambda own, x: model.call({**shared, **own}, x, told(None)))(dict(own), x)
-    return torch.vmap(lambda own, x, mask: model.call({**shared, **own}, x, told(mask)))(dict(own), x, mask)
+
+    def one(own: Parameters, x: Tensor, mask: Tensor | None) -> Tensor:
+        return model.call({**shared, **own}, x, told(mask))
+
+    return torch.vmap(one, in_dims=(0, 0, None if mask is None else 0))(dict(own), x, mask)
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -230,7 +233,7 @@ def adapt(
     parameters: Mapping[str, Tensor],
     group: _Group,
     latents: Latents,
-    rates: Mapping[str, Tensor] | float,
+    rates: Rates,
     plan: Plan,
     *,
     graph: bool,
@@ -255,20 +258,18 @@ def adapt(
     if plan.compat.pad_in_norm:
         mask = None
     factor = _by_layer(model, latents)
-    weights = row_weights(
-        group.labels, group.mask, group.ways, latents.omega, group.x.dtype, group.length
-    )
+    weights = row_weights(group.labels, group.mask, group.ways, latents.omega, group.x.dtype, group.length)
     with torch.set_grad_enabled(graph):
         own: Parameters = {} if latents.z is None else model.modulate(parameters, latents.z)
         shared = {name: p for name, p in parameters.items() if name not in own}
 
         def step_of(name: str, gradient: Tensor) -> Tensor:
-            rate = rates if isinstance(rates, float) else rates[name]
-            moved = rate * gradient
+            moved = (rates[name] if isinstance(rates, Mapping) else rates) * gradient
             return moved if factor is None else moved * factor(name, gradient)
 
         zeros = group.x.new_zeros
         weight, bias = zeros((tasks, group.ways, model.features)), zeros((tasks, group.ways))
+        first = {HEAD_WEIGHT: weight, HEAD_BIAS: bias}
         begun = 0
         if plan.head == "proto" or plan.steps:
             h = _features(model, own, shared, group.x, mask)
@@ -276,23 +277,22 @@ def adapt(
             if plan.head == "proto":
                 centre = (chosen.mT @ h) / chosen.sum(1).unsqueeze(-1)
                 weight, bias = 2 * centre, -centre.square().sum(-1)
+                first = {HEAD_WEIGHT: weight, HEAD_BIAS: bias}
             else:
                 if observe is not None:
                     everything = {**shared, **own, HEAD_WEIGHT: weight, HEAD_BIAS: bias}
                     observe(0, everything, _row_losses(_logits(h, weight, bias), group.labels).detach())
                 pull = weights.unsqueeze(-1) * (1 / group.ways - chosen)
-                weight = -step_of(HEAD_WEIGHT, pull.mT @ h)
+                weight = -step_of(HEAD_WEIGHT, pull.mT @ (h.detach() if plan.first_order else h))
                 bias = -step_of(HEAD_BIAS, pull.sum(1))
                 begun = 1
-        # Views: a gradient with respect to them has an entry for each task.
-        theta = {
-            name: own[name] if name in own else parameters[name].expand(tasks, *parameters[name].shape)
-            for name in model.theta
-        }
+        # Views, apart from what the first head was made of: a gradient with respect to them has an entry for each task,
+        # and takes the head for a parameter of its own.
+        theta = {name: {**shared, **own}[name].expand(tasks, *parameters[name].shape) for name in model.theta}
         fixed_own = {name: value for name, value in own.items() if name not in theta}
     fixed = {name: p for name, p in shared.items() if name not in theta}
     names = (*theta, HEAD_WEIGHT, HEAD_BIAS)
-    state = {**theta, HEAD_WEIGHT: weight, HEAD_BIAS: bias}
+    before, state = {**theta, **first}, {**theta, HEAD_WEIGHT: weight, HEAD_BIAS: bias}
     diverged = torch.zeros(tasks, dtype=torch.bool, device=group.x.device)
 
     def losses_at(at: Mapping[str, Tensor]) -> Tensor:
@@ -328,19 +328,37 @@ def adapt(
             state = dict(zip(names, moved, strict=True))
             continue
         with torch.no_grad():
+            lost = _lost(per_row, group.mask)
             finite = torch.stack([torch.isfinite(v.flatten(1)).all(1) for v in moved]).all(0)
-            diverged |= ~finite
+            diverged |= lost | ~finite
             if bool(diverged.any()):
-                moved = [
-                    torch.where(diverged.view(-1, *[1] * (new.dim() - 1)), old, new)
-                    for old, new in zip(state.values(), moved, strict=True)
-                ]
-        state = dict(zip(names, moved, strict=True))
+                state = _where(lost, before, state)
+                moved = list(_where(diverged, state, dict(zip(names, moved, strict=True))).values())
+        before, state = state, dict(zip(names, moved, strict=True))
+    if not graph and plan.steps:
+        with torch.no_grad():
+            lost = _lost(losses_at(state), group.mask)
+            if bool(lost.any()):
+                diverged |= lost
+                state = _where(lost, before, state)
     if observe is not None:
         with torch.no_grad():
             observe(plan.steps, {**fixed, **fixed_own, **state}, losses_at(state))
     body = {name: state[name] for name in theta}
     return Adapted({**body, **fixed_own}, state[HEAD_WEIGHT], state[HEAD_BIAS], diverged)
+
+
+def _lost(per_row: Tensor, mask: Tensor) -> Tensor:
+    """Tasks whose loss is not finite."""
+    return (~torch.isfinite(per_row) & mask).any(1)
+
+
+def _where(chosen: Tensor, these: Parameters, others: Parameters) -> Parameters:
+    """Parameters of some tasks from one point, and of the rest from another."""
+    return {
+        name: torch.where(chosen.view(-1, *[1] * (value.dim() - 1)), these[name], value)
+        for name, value in others.items()
+    }
 
 
 def _gradients(
@@ -358,9 +376,7 @@ def _gradients(
     if not (graph and plan.first_order and latents.omega is not None):
         # A task's loss depends on its own copy only, so that the sum's gradient holds each task's.
         total = (per_row * weights).sum()
-        found: Any = torch.autograd.grad(
-            total, leaves, create_graph=graph and not plan.first_order, allow_unused=True
-        )
+        found: Any = torch.autograd.grad(total, leaves, create_graph=graph and not plan.first_order, allow_unused=True)
         return list(found)
     # The class gradients are constants, their weights are not: without this the weights would not learn.
     number = weights.new_tensor(group.length) if group.length else group.mask.sum(1).to(weights.dtype)
@@ -410,15 +426,12 @@ def query(
         model.call({**shared, **own}, rows, Pass(mask=rows_mask, record=record))
         return model.call({**shared, **own}, x, Pass(statistics=record))
 
-    if rows_mask is None:
-        h = torch.vmap(lambda own, rows, x: one(own, rows, None, x))(own, rows, x)
-    else:
-        h = torch.vmap(one)(own, rows, rows_mask, x)
+    h = torch.vmap(one, in_dims=(0, 0, None if rows_mask is None else 0, 0))(own, rows, rows_mask, x)
     return _logits(h, adapted.weight, adapted.bias)
 
 
 def _query_of(tasks: Tasks, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Queries, labels, mask (None where all rows are real) and the mask itself, of some tasks."""
+    """Return queries, labels, mask (None where all rows are real) and the mask itself, of some tasks."""
     mask = tasks.query_mask[index]
     x, labels = tasks.query[index], tasks.query_labels[index]
     if bool(mask.all()):
@@ -436,7 +449,7 @@ def answer(
     parameters: Mapping[str, Tensor],
     tasks: Tasks,
     latents: Latents,
-    rates: Mapping[str, Tensor] | float,
+    rates: Rates,
     plan: Plan,
     *,
     samples: int = 1,
@@ -474,7 +487,7 @@ def adapt_all(
     parameters: Mapping[str, Tensor],
     tasks: Tasks,
     latents: Latents,
-    rates: Mapping[str, Tensor] | float,
+    rates: Rates,
     plan: Plan,
     *,
     samples: int = 1,
@@ -534,27 +547,29 @@ def meta_gradients(
     parameters: Mapping[str, Tensor],
     tasks: Tasks,
     latents: Latents,
-    rates: Mapping[str, Tensor] | float,
+    rates: Rates,
     plan: Plan,
     *,
     most: int = 1 << 30,
 ) -> MetaGradients:
     """Differentiate the mean over tasks of the query loss after adaptation.
 
-    The latents are taken as leaves, and their gradients returned, so that groups of tasks can go one after another while
-    the inference network, which sees all supports in one pass, is differentiated once.
+    The latents are taken as leaves, and their gradients returned, so that groups of tasks can go one after another
+    while the inference network, which sees all supports in one pass, is differentiated once.
 
     Parameters
     ----------
     model, rates, plan : see :func:`adapt`
-    parameters : of the backbone, requiring gradients
+    parameters : of the backbone; those that require no gradient (frozen ones) have a gradient of 0
     tasks : the batch
     latents : of each task
     most : support rows to compute together at most
     """
-    leaves = {**parameters, **({} if isinstance(rates, float) else {f"rate.{k}": v for k, v in rates.items()})}
+    learned = rates if isinstance(rates, Mapping) else {}
+    leaves = {**parameters, **{f"rate.{name}": rate for name, rate in learned.items()}}
     inner = Latents(**{name: value.detach().requires_grad_() for name, value in latents.values().items()})
     wanted = {**leaves, **{f"latent.{name}": value for name, value in inner.values().items()}}
+    learning = {name: value for name, value in wanted.items() if value.requires_grad}
     total: Parameters = {name: torch.zeros_like(value) for name, value in wanted.items()}
     loss = parameters[model.theta[0]].new_zeros(len(tasks))
     right = torch.zeros_like(loss)
@@ -564,8 +579,8 @@ def meta_gradients(
         logits = query(model, parameters, made, x, mask, plan, _support_of(group))
         number = real.sum(1)
         per_task = (_row_losses(logits, labels) * real.to(logits.dtype)).sum(1) / number
-        found: Any = torch.autograd.grad(per_task.sum() / len(tasks), list(wanted.values()), allow_unused=True)
-        for name, gradient in zip(wanted, found, strict=True):
+        found: Any = torch.autograd.grad(per_task.sum() / len(tasks), list(learning.values()), allow_unused=True)
+        for name, gradient in zip(learning, found, strict=True):
             if gradient is not None:
                 total[name] += gradient
         loss[group.index] = per_task.detach()

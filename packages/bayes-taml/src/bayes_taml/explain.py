@@ -25,8 +25,8 @@ __all__ = ["Counterfactual", "Explanation", "balance_table", "counterfactual", "
 class Explanation:
     """The balancing of one task.
 
-    Intervals hold the middle 95 % of the posterior. Without an inference network the class weights are even (or those of
-    the method's rule), multipliers 1, and intervals points.
+    Intervals hold the middle 95 % of the posterior. Without an inference network the class weights are even (or those
+    of the method's rule), multipliers 1, and intervals points.
 
     Parameters
     ----------
@@ -60,14 +60,14 @@ class Explanation:
     def text(self) -> str:
         """Say it in lines of text."""
         even = 1 / len(self.counts)
-        lines = ["class weights (even: {:.3f})".format(even)]
+        lines = [f"class weights (even: {even:.3f})"]
         width = max(len(name) for name in self.class_names)
-        for k in np.argsort(-self.omega):
-            lines.append(
-                f"  {self.class_names[k]:<{width}}  {self.omega[k]:.3f} ({self.omega_low[k]:.3f} to"
-                f" {self.omega_high[k]:.3f})  {self.counts[k]} examples, {100 * self.pull[k]:.0f} % of the pull, loss"
-                f" {self.class_loss[0, k]:.2f} -> {self.class_loss[-1, k]:.2f}"
-            )
+        lines += [
+            f"  {self.class_names[k]:<{width}}  {self.omega[k]:.3f} ({self.omega_low[k]:.3f} to"
+            f" {self.omega_high[k]:.3f})  {self.counts[k]} examples, {100 * self.pull[k]:.0f} % of the pull, loss"
+            f" {self.class_loss[0, k]:.2f} -> {self.class_loss[-1, k]:.2f}"
+            for k in np.argsort(-self.omega)
+        ]
         lines.append("layers: step multiplier, relative distance moved, size of the modulation")
         for k, name in enumerate(self.layers):
             moved = "from zero" if np.isnan(self.moved[k]) else f"{100 * self.moved[k]:.2f} %"
@@ -113,7 +113,7 @@ def explain(
     Parameters
     ----------
     learner : trained; not ``protonet`` or ``scratch``, which balance nothing
-    x, y : the labelled data set
+    x, y : the labelled data set: ``(n, ...)`` rows and ``(n,)`` labels
     steps : inner steps; None is as at test time
     draws : from the posterior, for intervals
     seed : of the draws
@@ -254,7 +254,7 @@ def counterfactual(
     Parameters
     ----------
     learner : with an inference network
-    x, y : the data set
+    x, y : the data set: ``(n, ...)`` rows and ``(n,)`` labels
     label : whose number to change
     counts : numbers to try
     """

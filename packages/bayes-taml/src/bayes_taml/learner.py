@@ -110,7 +110,8 @@ class Evaluation:
     @property
     def loss(self) -> Float[np.ndarray, " tasks"]:
         """Mean negative log-likelihood of each task's queries."""
-        chosen = np.take_along_axis(self.probability, self.labels[..., None], 2)[..., 0]
+        labels = np.where(self.mask, self.labels, 0)
+        chosen = np.take_along_axis(self.probability, labels[..., None], 2)[..., 0]
         per_row = -np.log(np.maximum(chosen, np.finfo(np.float64).tiny))
         return (per_row * self.mask).sum(1) / self.mask.sum(1)
 
@@ -186,6 +187,20 @@ class TaskModel(nn.Module):
         values = [cast("Tensor", getattr(self, f"p{k}")) for k in range(len(self._shared) + len(self._own))]
         cut = len(self._shared)
         return dict(zip(self._shared, values[:cut], strict=True)), dict(zip(self._own, values[cut:], strict=True))
+
+    def under(self, sample: int) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Return all parameters under one sample, by name, and the moments to normalise by, where they are fixed.
+
+        Parameters
+        ----------
+        sample : its position
+        """
+        shared, own = self._parameters_of()
+        moments = {
+            name: (getattr(self, f"mean{k}")[sample], getattr(self, f"variance{k}")[sample])
+            for k, name in enumerate(self._moments)
+        }
+        return {**shared, **{name: v[sample] for name, v in own.items()}}, moments
 
     def _one(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor], x: Tensor, told: Pass) -> Tensor:
         body = {name: v for name, v in {**shared, **own}.items() if name not in (HEAD_WEIGHT, HEAD_BIAS)}
@@ -263,7 +278,7 @@ class TaskClassifier:
         return self._each(x, batch).mean(0)
 
     def spread(self, x: Any, *, batch: int = 512) -> Float[np.ndarray, "n ways"]:
-        """Standard deviation of the probabilities over samples of the balancing variables.
+        """Return the standard deviation of the probabilities over samples of the balancing variables.
 
         Parameters
         ----------
@@ -276,7 +291,7 @@ class TaskClassifier:
         alone = self.module.plan.statistics == "batch"
         step = len(rows) if alone else batch
         with torch.no_grad():
-            parts = [self.module.each(rows[k : k + step]).exp() for k in range(0, len(rows), max(step, 1))]
+            parts = [self.module.each(rows[k : k + step]).exp() for k in range(0, max(len(rows), 1), max(step, 1))]
         return torch.cat(parts, 1).double().cpu().numpy()
 
     def predict(self, x: Any) -> np.ndarray:
@@ -314,7 +329,9 @@ class MetaLearner:
     encoder : reads rows for the inference network: ``conv`` for images, ``mlp`` for vectors, ``features`` for features
         of the backbone; or a module that gives vectors of 64. ``auto`` takes one of the first two by the shape
     pooling : statistics of sets that it sees
-    groups : layers with a step multiplier each, see :class:`bayes_taml.networks.Modulated`
+    deviation : where the deviations of the balancing variables start; None is the paper's 0.69
+    groups, norm : layers with a step multiplier each, and what to do about batch norms with running statistics, see
+        :class:`bayes_taml.networks.Modulated`
     statistics : how queries are normalised: ``batch`` by their own (transductive, as published), ``support``
     first_order, recompute, backend, compat : see :class:`bayes_taml.engine.Plan`
     rows : support rows to compute together at most
@@ -342,6 +359,7 @@ class MetaLearner:
         max_shot: int = 50,
         encoder: Encoder | nn.Module = "auto",
         pooling: Sequence[str] = ("mean", "var", "n"),
+        deviation: float | None = None,
         groups: Groups | None = None,
         norm: Literal["replace", "keep"] = "replace",
         statistics: Literal["batch", "support"] = "batch",
@@ -362,11 +380,10 @@ class MetaLearner:
         self.device = torch.device(device)
         backbone.to(self.device)
         self.model = Modulated(backbone, input_shape, groups=groups, norm=norm)
-        self.plan = Plan(
-            inner_steps, first_order, self.method.head, statistics, backend, recompute, compat or Compat()
-        )
+        self.plan = Plan(inner_steps, first_order, self.method.head, statistics, backend, recompute, compat or Compat())
         self.inner_lr, self.test_steps, self.samples, self.max_shot = inner_lr, test_steps, samples, max_shot
         self.pooling, self.seed, self.rows = tuple(pooling), seed, rows
+        self.deviation = deviation
         self.encoder_kind = encoder if isinstance(encoder, str) else "own"
         self.inference = self._inference(encoder) if self.method.balance else None
         self.rates = self._rates() if self.method.alpha == "learned" and self.method.algorithm == "maml" else {}
@@ -397,13 +414,16 @@ class MetaLearner:
             variables=self.method.balance,
             max_shot=self.max_shot,
             statistics=self.pooling,
+            deviation=self.deviation,
             seed=self.seed + 1,
         ).to(self.device)
 
     def _rates(self) -> dict[str, Tensor]:
         shapes = {name: p.shape for name, p in self.model.backbone.named_parameters() if name in self.model.theta}
         shapes = {**shapes, HEAD_WEIGHT: (1, self.model.features), HEAD_BIAS: (1,)}
-        return {name: nn.Parameter(torch.full(shape, self.inner_lr, device=self.device)) for name, shape in shapes.items()}
+        return {
+            name: nn.Parameter(torch.full(shape, self.inner_lr, device=self.device)) for name, shape in shapes.items()
+        }
 
     def parameters(self) -> dict[str, Tensor]:
         """Everything that is learned over tasks, by name."""
@@ -436,7 +456,7 @@ class MetaLearner:
     # ---- balancing variables
 
     def posterior(self, tasks: Tasks, change_counts: Callable[[Tensor], Tensor] | None = None) -> Posterior:
-        """What the inference network says about the supports of tasks.
+        """Infer the balancing variables from the supports of tasks.
 
         Parameters
         ----------
@@ -461,8 +481,12 @@ class MetaLearner:
         x = torch.where(
             tasks.support_mask.view(*tasks.support_mask.shape, *[1] * (tasks.support.dim() - 2)), tasks.support, 0.0
         )
+
+        def one(x: Tensor, mask: Tensor) -> Tensor:
+            return self.model.call(body, x, Pass(mask=mask))
+
         with torch.no_grad():
-            return torch.vmap(lambda x, mask: self.model.call(body, x, Pass(mask=mask)))(x, tasks.support_mask)
+            return torch.vmap(one)(x, tasks.support_mask)
 
     def _latents(
         self, tasks: Tasks, seeds: Sequence[int], *, samples: int = 0, posterior: Posterior | None = None
@@ -633,7 +657,9 @@ class MetaLearner:
             raise InputError(f"outer_lr and clip must be > 0, got {outer_lr} and {clip}")
         world = world or World()
         if world.size > meta_batch:
-            raise InputError(f"{world.size} processes share {meta_batch} tasks a step; use fewer, or a larger meta_batch")
+            raise InputError(
+                f"{world.size} processes share {meta_batch} tasks a step; use fewer, or a larger meta_batch"
+            )
         if self.method.algorithm == "scratch":
             return []
         leaves = self.parameters()
@@ -641,11 +667,29 @@ class MetaLearner:
         history: list[Step] = []
         self.steps_done = self.skipped = 0
         best: tuple[float, dict[str, Tensor]] | None = None
+        judged = 0
         if resume is not None:
             best = self._load_state(resume, leaves, optimizer)
+            judged = int(resume.get("judged", resume["step"]))
+
+        def judge() -> None:
+            nonlocal best, judged
+            if validation is None or not validate_every or self.steps_done % validate_every:
+                return
+            if self.steps_done == judged:
+                return
+            found = self.evaluate(validation, tasks=validation_tasks, samples=0, steps=self.test_steps).mean
+            if best is None or found > best[0]:
+                best = (found, {name: leaf.detach().clone() for name, leaf in leaves.items()})
+            judged = self.steps_done
+            if on_validation is not None:
+                on_validation(self.steps_done, found)
+
         # Whether parameters, moments and the step's number belong together, so that an interruption may keep them.
         whole = True
         try:
+            # One that was due when the run was interrupted.
+            judge()
             while self.steps_done < steps:
                 number = self.steps_done
                 tasks = source.batch(number, meta_batch)
@@ -667,25 +711,21 @@ class MetaLearner:
                     self.skipped += 1
                     if self.skipped > max(20, steps // 10):
                         raise ArithmeticError(
-                            f"{self.skipped} meta-steps were not finite; lower inner_lr or outer_lr, or look at the data"
+                            f"{self.skipped} meta-steps were not finite; lower inner_lr or outer_lr, or look at the"
+                            " data"
                         )
                 self.steps_done += 1
                 whole = True
-                line = Step(self.steps_done, steps, *(float(v) for v in told), self.skipped)
+                line = Step(self.steps_done, steps, float(told[0]), float(told[1]), float(told[2]), self.skipped)
                 history.append(line)
                 if on_step is not None:
                     on_step(line)
-                if validation is not None and validate_every and self.steps_done % validate_every == 0:
-                    found = self.evaluate(validation, tasks=validation_tasks, samples=0, steps=self.test_steps).mean
-                    if best is None or found > best[0]:
-                        best = (found, {name: leaf.detach().clone() for name, leaf in leaves.items()})
-                    if on_validation is not None:
-                        on_validation(self.steps_done, found)
+                judge()
                 if on_state is not None and (self.steps_done % state_every == 0 or self.steps_done == steps):
-                    on_state(self._state(leaves, optimizer, best))
+                    on_state(self._state(leaves, optimizer, best, judged))
         except KeyboardInterrupt:
             if on_state is not None and whole and world.size == 1:
-                on_state(self._state(leaves, optimizer, best))
+                on_state(self._state(leaves, optimizer, best, judged))
             raise
         if best is not None:
             with torch.no_grad():
@@ -703,7 +743,11 @@ class MetaLearner:
             self.range = (float(real.min()), float(real.max()))
 
     def _state(
-        self, leaves: Mapping[str, Tensor], optimizer: torch.optim.Adam, best: tuple[float, dict[str, Tensor]] | None
+        self,
+        leaves: Mapping[str, Tensor],
+        optimizer: torch.optim.Adam,
+        best: tuple[float, dict[str, Tensor]] | None,
+        judged: int,
     ) -> dict[str, Any]:
         moments = optimizer.state
         return {
@@ -717,6 +761,7 @@ class MetaLearner:
                 if leaf in moments
             },
             "best": None if best is None else [best[0], best[1]],
+            "judged": judged,
         }
 
     def _load_state(
@@ -842,9 +887,7 @@ class MetaLearner:
             "tasks": tasks,
             "seed": self.seed,
         }
-        return Evaluation(
-            probability, labels, mask, np.concatenate([f[3] for f in found]), diverged, held, protocol
-        )
+        return Evaluation(probability, labels, mask, np.concatenate([f[3] for f in found]), diverged, held, protocol)
 
     # ---- one task
 
@@ -857,7 +900,10 @@ class MetaLearner:
         what : name for messages
         """
         if not isinstance(x, Tensor):
-            array = np.asarray(x)
+            try:
+                array = np.asarray(x)
+            except ValueError as error:
+                raise InputError(f"{what}: rows differ in shape, expected (n, {_shape(self.model)})") from error
             if array.dtype.kind not in "fiub":
                 raise InputError(f"{what}: holds {array.dtype}, expected numbers of shape (n, {_shape(self.model)})")
             x = torch.from_numpy(np.ascontiguousarray(array))
@@ -903,7 +949,9 @@ class MetaLearner:
             raise EmptyClassError("support: has no rows")
         classes, codes = np.unique(values, return_inverse=True)
         if len(classes) < 2:
-            raise NeedTwoClassesError(f"support: all labels are {classes[0]!r}; a task needs at least two classes")
+            raise NeedTwoClassesError(
+                f"support: all labels are {classes.tolist()[0]!r}; a task needs at least two classes"
+            )
         labels = torch.from_numpy(codes.reshape(-1).astype(np.int64)).to(self.device)
         task = Tasks(
             rows[None],
@@ -1012,6 +1060,7 @@ class MetaLearner:
             "max_shot": self.max_shot,
             "encoder": self.encoder_kind,
             "pooling": list(self.pooling),
+            "deviation": self.deviation,
             "statistics": self.plan.statistics,
             "first_order": self.plan.first_order,
             "compat": asdict(self.plan.compat),

@@ -1,7 +1,7 @@
 """Backbones that map rows to features, and normalisation by the statistics of the real rows of one task.
 
-Running averages would mix tasks, and rows that only pad a support must not enter a statistic. Layers are told of both by
-a context variable, so that a user's own module needs no extra arguments.
+Running averages would mix tasks, and rows that only pad a support must not enter a statistic. Layers are told of both
+by a context variable, so that a user's own module needs no extra arguments.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ class Modulated:
             raise InputError("the backbone has no parameters that could be adapted")
         self.layers, self.layer_of = _grouped(self.theta, groups)
         film = [name for name in named if name in outer and name.endswith("weight")]
-        if film and all(isinstance(m, BatchStatistics) and m.weight is not None for m in norms.values()):
+        if film and all(m.weight is not None for m in norms.values()):
             self.gains = tuple(film)
             self.shifts = tuple(name for name in named if name in outer and name.endswith("bias"))
         else:
@@ -401,9 +401,10 @@ def _stateless(backbone: nn.Module, *, replace: bool) -> nn.Module:
                     stacklevel=4,
                 )
                 made = BatchStatistics(child.num_features, eps=child.eps, scale=child.affine, shift=child.affine)
+                made.to(next(backbone.parameters()))
                 if child.affine:
                     made.load_state_dict({k: v for k, v in child.state_dict().items() if k in ("weight", "bias")})
-                setattr(module, key, made.to(next(backbone.parameters()).device))
+                setattr(module, key, made)
             elif isinstance(child, _DropoutNd) and child.p > 0:
                 warnings.warn(f"{path}: {type(child).__name__} is left out", BackboneNotice, stacklevel=4)
                 setattr(module, key, nn.Identity())

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from meta_dropout.attacks import robustness_curve
 from meta_dropout.backbones import conv4
-from meta_dropout.data import ClassImages, TaskSource, load
+from meta_dropout.data import NAMES, ClassImages, TaskSource, load
 from meta_dropout.engine import Tasks
 from meta_dropout.learner import MetaLearner, Step
 from meta_dropout.methods import METHODS, Method, find_method
+from shared_core.classes import OTHER_DOMAINS
 from shared_core.device import one_thread
 from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import Claim, Result, Run, summarize
@@ -131,7 +132,18 @@ def load_splits(source: str, size: int, *, seed: int = 0, **options: Any) -> Spl
     size : side in pixels
     seed : of the splits
     options : others of ``load``
+
+    Raises
+    ------
+    InputError
+        For a source that has the same classes in every split, and all that ``load`` refuses.
     """
+    name = source.lower().replace("_", "-")
+    if name in OTHER_DOMAINS and name != "hershey":
+        raise InputError(
+            f"{source}: its classes are the same in every split, and test tasks must be about new classes; train on"
+            f" {', '.join(NAMES)}, hershey, a folder or an NPZ, and test on {source} by 'evaluate --data'"
+        )
     first = load(source, split="train", size=size, seed=seed, **options)
     channels = first.shape[0]
     more: dict[str, Any] = {**options, "channels": channels if channels in (1, 3) else None}
