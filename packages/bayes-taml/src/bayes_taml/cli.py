@@ -765,4 +765,6 @@ def data(config: DataConfig, session: Session) -> Outcome:
         each = f"{int(counts.min())}-{int(counts.max())}"
         ways = ", ".join(str(int((counts >= shot + config.queries).sum())) for shot in shots)
         notes.append(f"{kind:12}{part.ways:>8,}{len(part):>9,}{each:>12}   {ways}")
+    if config.source.lower() in ("glyphs", "hershey"):
+        notes.append(f"{config.source} is drawn: as many images of each class as --instances asks for")
     return Outcome(notes=[*notes, *([parts[0][1].notes] if parts[0][1].notes else [])])
