@@ -95,7 +95,7 @@ def test_groups_are_the_cheapest_of_all_partitions(sizes, overhead, most):
     def allowed(group):
         return len(group) == 1 or max(sizes[k] for k in group) * len(group) <= most
 
-    found = group_by_size(sizes, overhead, most)
+    found = group_by_size(sizes, float(overhead), most)
     assert sorted(k for group in found for k in group) == list(range(len(sizes)))
     assert all(allowed(group) for group in found)
     best = min(cost(p) for p in partitions(list(range(len(sizes)))) if all(map(allowed, p)))
@@ -104,6 +104,6 @@ def test_groups_are_the_cheapest_of_all_partitions(sizes, overhead, most):
 
 def test_groups_at_the_extremes():
     assert group_by_size([7, 1, 4], 1e15) == [[1, 2, 0]]
-    assert group_by_size([7, 1, 4], 0) == [[1], [2], [0]]
-    assert group_by_size([], 5) == []
-    assert group_by_size([100], 5, most=10) == [[0]]
+    assert group_by_size([7, 1, 4], 0.0) == [[1], [2], [0]]
+    assert group_by_size([], 5.0) == []
+    assert group_by_size([100], 5.0, most=10) == [[0]]

@@ -68,7 +68,7 @@ class TaskOptions(DataOptions):
     test_queries: int = Field(10, ge=1, description="query images of each class in tests")
     mode: _Mode = Field("mixed", description=_MODES)
     filters: int = Field(16, ge=1, description="filters of each block")
-    blocks: int = Field(3, ge=1, description="convolutional blocks; each halves the size")
+    blocks: int = Field(2, ge=1, description="convolutional blocks; each halves the size")
     init: Literal["tf", "kaiming"] = Field("kaiming", description="initial weights: as the authors' code, or kaiming")
     norm: Literal["batch", "support"] = Field(
         "batch", description="normalise queries by their own batch (transductive, as published) or by the support"
@@ -78,18 +78,18 @@ class TaskOptions(DataOptions):
         description="normalisation layers: batch, with a shift; film, with a scale too, which z then acts on; group",
     )
     inner_lr: float = Field(0.1, gt=0, description="step size of adaptation, or the first value of a learned one")
-    inner_steps: int = Field(5, ge=0, description="gradient steps of an adaptation in training")
-    test_steps: int = Field(5, ge=0, description="gradient steps of an adaptation in tests")
+    inner_steps: int = Field(3, ge=0, description="gradient steps of an adaptation in training")
+    test_steps: int = Field(3, ge=0, description="gradient steps of an adaptation in tests")
     samples: int = Field(10, ge=1, description="samples of the balancing variables in tests")
     pooling: tuple[Literal["mean", "var", "n", "skew", "kurt"], ...] = Field(
         ("mean", "var", "n"), description="statistics of sets that the inference network sees"
     )
     deviation: float | None = Field(
-        None, gt=0, description="where the deviations of the balancing variables start (default: 0.69, as the paper's)"
+        0.1, gt=0, description="where the deviations of the balancing variables start; the paper's is 0.69"
     )
-    steps: int = Field(600, ge=0, description="meta-steps")
+    steps: int = Field(400, ge=0, description="meta-steps")
     meta_batch: int = Field(4, ge=1, description="tasks of a meta-step")
-    outer_lr: float = Field(3e-3, gt=0, description="step size of Adam over tasks")
+    outer_lr: float = Field(1e-2, gt=0, description="step size of Adam over tasks")
     episodes: int = Field(400, ge=1, description="test episodes")
     validate_every: int = Field(
         0, ge=0, description="meta-steps between judgements on validation classes, the best is kept (0: none)"
@@ -138,7 +138,7 @@ class DemoConfig(CommandConfig):
     methods: tuple[str, ...] = Field(("pixels", "metasgd", "bayesian_taml"), description="methods to compare")
     episodes: int = Field(200, ge=1, description="test episodes of each domain")
     inner_lr: float = Field(0.1, gt=0, description="first value of the learned step sizes of adaptation")
-    outer_lr: float = Field(3e-3, gt=0, description="step size of Adam over tasks")
+    outer_lr: float = Field(1e-2, gt=0, description="step size of Adam over tasks")
     inner_steps: int = Field(3, ge=1, description="gradient steps of an adaptation")
     samples: int = Field(5, ge=1, description="samples of the balancing variables in tests")
 
