@@ -233,9 +233,7 @@ def padding_error(filters: int) -> float:
     backbone = conv_features(size=16, filters=filters, init="kaiming").double()
     model = Modulated(backbone, (1, 16, 16))
     parameters = dict(backbone.named_parameters())
-    a, b = (
-        meta_gradients(model, parameters, t, Latents(), 0.05, Plan(steps=STEPS)).gradients for t in (tasks, padded)
-    )
+    a, b = (meta_gradients(model, parameters, t, Latents(), 0.05, Plan(steps=STEPS)).gradients for t in (tasks, padded))
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
@@ -266,7 +264,10 @@ def main() -> None:
         if not isinstance(value, dict):
             print(f"{name}: {value:.1e}")
             continue
-        print(name + (f" (gradients agree to {value['gradients differ by']:.0e})" if "gradients differ by" in value else ""))
+        print(
+            name
+            + (f" (gradients agree to {value['gradients differ by']:.0e})" if "gradients differ by" in value else "")
+        )
         for entrant, seconds in value["seconds"].items():
             print(f"  {entrant:<30} {seconds:8.3f} s a meta-step, {TASKS / seconds:6.2f} tasks/s")
         print(f"  ratio {value['ratio']:.2f}")

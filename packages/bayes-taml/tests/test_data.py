@@ -170,5 +170,5 @@ def test_what_cannot_be_drawn_is_refused_with_its_class():
 
 
 def test_an_unknown_mode_is_refused(unchecked):
-    with pytest.raises(InputError, match="imbalance must be class, task or mixed, got 'tail'"):
+    with pytest.raises(InputError, match="mode: one of mixed, class, task, step, got 'tail'"):
         source(mode="tail")

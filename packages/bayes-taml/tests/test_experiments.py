@@ -196,7 +196,7 @@ def test_a_protocol_reaches_the_learner():
     learner = make_learner("bayesian_taml", protocol, 1, setting={"inner_lr": 0.3, "outer_lr": 1.0})
     assert (learner.inner_lr, learner.plan.steps, learner.test_steps, learner.samples) == (0.3, 2, 2, 2)
     assert (learner.max_shot, learner.pooling, learner.plan.statistics) == (5, ("mean", "n"), "support")
-    assert learner.model.gains == ("0.norm.weight", "1.norm.weight")
+    assert learner.model.gains == ("conv1.norm.weight", "conv2.norm.weight")
     with pytest.raises(UnknownKeyError, match="no method 'noise'"):
         make_learner("noise", PROTOCOL, 1)
 
@@ -234,7 +234,13 @@ def test_tests_are_in_each_mode_and_on_each_other_domain(splits):
 
 @pytest.mark.parametrize(
     ("shots", "edges"),
-    [((1, 10), (1, 3, 10)), ((1, 50), (1, 3, 10, 30, 50)), ((4, 4), (4, 4)), ((3, 9), (3, 9)), ((1, 3), (1, 3))],
+    [
+        ((1, 10), (1, 3, 5, 10)),
+        ((1, 50), (1, 3, 5, 10, 30, 50)),
+        ((4, 4), (4, 4)),
+        ((3, 9), (3, 5, 9)),
+        ((1, 3), (1, 3)),
+    ],
 )
 def test_edges_are_those_that_a_bin_can_have(shots, edges):
     assert size_edges(shots) == edges

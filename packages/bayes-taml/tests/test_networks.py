@@ -105,7 +105,7 @@ def test_a_block_may_pool_before_it_normalises(norm):
 def test_the_backbone_is_the_papers():
     net = conv_features(channels=3, size=84)
     assert net(torch.rand(2, 3, 84, 84)).shape == (2, 800)
-    assert [tuple(p.shape) for n, p in net.named_parameters() if n.startswith("1.")] == [
+    assert [tuple(p.shape) for n, p in net.named_parameters() if n.startswith("conv2.")] == [
         (32, 32, 3, 3), (32,), (32,)]  # fmt: skip
     model = Modulated(conv_features(channels=3, size=32), (3, 32, 32))
     assert (model.features, len(model.layers), model.modulated) == (128, 4, 256)
@@ -122,14 +122,14 @@ def test_the_backbone_is_the_papers():
 def test_modulation_is_by_output_channel():
     """Three channels in and three out: along the wrong axis it would broadcast without an error."""
     model = Modulated(shaken(conv_features(channels=3, size=4, filters=3, blocks=2)), (3, 4, 4))
-    assert model.gains == ("0.conv.weight", "1.conv.weight")
-    assert model.shifts == ("0.conv.bias", "1.conv.bias")
+    assert model.gains == ("conv1.conv.weight", "conv2.conv.weight")
+    assert model.shifts == ("conv1.conv.bias", "conv2.conv.bias")
     z, parameters = drawn(2, 12), dict(model.backbone.named_parameters())
     found = model.modulate(parameters, z)
     for task in range(2):
         for layer in range(2):
             for k in range(3):
-                weight, bias = f"{layer}.conv.weight", f"{layer}.conv.bias"
+                weight, bias = f"conv{layer + 1}.conv.weight", f"conv{layer + 1}.conv.bias"
                 gain, shift = 1 + z[task, 3 * layer + k], z[task, 6 + 3 * layer + k]
                 torch.testing.assert_close(found[weight][task, k], parameters[weight][k] * gain)
                 torch.testing.assert_close(found[bias][task, k], parameters[bias][k] + shift)
@@ -137,9 +137,9 @@ def test_modulation_is_by_output_channel():
 
 def test_film_modulates_scales_and_shifts_of_the_normalisation():
     model = Modulated(conv_features(size=4, filters=3, blocks=2, norm="film"), (1, 4, 4))
-    assert model.gains == ("0.norm.weight", "1.norm.weight")
-    assert model.shifts == ("0.norm.bias", "1.norm.bias")
-    assert model.theta == ("0.conv.weight", "0.conv.bias", "1.conv.weight", "1.conv.bias")
+    assert model.gains == ("conv1.norm.weight", "conv2.norm.weight")
+    assert model.shifts == ("conv1.norm.bias", "conv2.norm.bias")
+    assert model.theta == ("conv1.conv.weight", "conv1.conv.bias", "conv2.conv.weight", "conv2.conv.bias")
 
 
 def test_layers_are_submodules_or_what_one_says():

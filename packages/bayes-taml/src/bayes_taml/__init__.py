@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from bayes_taml.data import load as load
     from bayes_taml.encoder import InferenceNetwork as InferenceNetwork
     from bayes_taml.engine import Compat as Compat
-    from bayes_taml.explain import Explanation as Explanation
-    from bayes_taml.explain import balance_table as balance_table
-    from bayes_taml.explain import counterfactual as counterfactual
+    from bayes_taml.explanation import Explanation as Explanation
+    from bayes_taml.explanation import balance_table as balance_table
+    from bayes_taml.explanation import counterfactual as counterfactual
+    from bayes_taml.explanation import explain as explain
     from bayes_taml.learner import Evaluation as Evaluation
     from bayes_taml.learner import MetaLearner as MetaLearner
     from bayes_taml.learner import TaskClassifier as TaskClassifier
@@ -34,7 +35,7 @@ __getattr__, __dir__, __all__ = attach(
         "data": ["AnyShotSource", "ClassImages", "load"],
         "encoder": ["InferenceNetwork"],
         "engine": ["Compat"],
-        "explain": ["Explanation", "balance_table", "counterfactual"],
+        "explanation": ["Explanation", "balance_table", "counterfactual", "explain"],
         "learner": ["Evaluation", "MetaLearner", "TaskClassifier"],
         "methods": ["METHODS", "Method"],
         "networks": ["BatchStatistics", "conv_features", "mlp_features"],

@@ -506,7 +506,7 @@ def _result(
 
 def _draw_balance(learner: MetaLearner, source: AnyShotSource, place: Callable[[str], Path], tasks: int) -> list[Path]:
     """Draw class weights over class sizes and step multipliers over task sizes, of what the method infers."""
-    from bayes_taml.explain import balance_table
+    from bayes_taml.explanation import balance_table
     from bayes_taml.plots import plot_gamma, plot_omega
 
     drawn: list[Path] = []
@@ -553,7 +553,7 @@ class AdaptConfig(SupportOptions):
 @line.command(AdaptConfig)
 def adapt(config: AdaptConfig, session: Session) -> Outcome:
     """Adapt to labelled examples, as many of each class as there are, and say what other pictures are."""
-    from bayes_taml.explain import explain as explained
+    from bayes_taml.explanation import explain as explained
     from bayes_taml.pictures import read_query
 
     learner, facts = _open(config.run)
@@ -607,8 +607,8 @@ class ExplainConfig(SupportOptions):
 def explain(config: ExplainConfig, session: Session) -> Outcome:
     """Say what the learner decides about a data set: weights of classes, steps of layers, and what came of them."""
     from bayes_taml import plots
-    from bayes_taml.explain import counterfactual
-    from bayes_taml.explain import explain as explained
+    from bayes_taml.explanation import counterfactual
+    from bayes_taml.explanation import explain as explained
 
     learner, facts = _open(config.run)
     learner.to(session.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -75,6 +75,8 @@ class AnyShotSource:
                 f"{images.name}: has {images.ways} classes, and tasks of {ways} need {ways}; ask for fewer ways or give"
                 " more classes"
             )
+        if mode not in get_args(Mode):
+            raise InputError(f"mode: one of {', '.join(get_args(Mode))}, got '{mode}'")
         if bucket < 0:
             raise InputError(f"bucket: must be at least 0, got {bucket}")
         self.images, self.ways, self.shots, self.queries = images, ways, shots, queries

@@ -1,8 +1,8 @@
 """The inference network: it reads a support set and says how to balance the adaptation to it.
 
-A set of sets, as in Lee et al., ICLR 2020, section 3.3: images of a class are pooled to statistics of the class,
-classes to statistics of the task; both with their cardinality, which neither mean nor variance can tell. All rows of all
-tasks go through in one pass, without padding.
+A set of sets (Lee et al., ICLR 2020, section 3.3): images of a class are pooled to statistics of the class,
+classes to statistics of the task; both with their cardinality, which neither mean nor variance can tell. All rows of
+all tasks go through in one pass, without padding.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ class InferenceNetwork(nn.Module):
     statistics : what sets are pooled to
     width : of the embedding
     direct_omega : read the class weights straight from the class's statistics (the paper's run over several data sets)
-    deviation : where the posterior's deviations start; None is the paper's ``softplus(0)``, 0.69. Ours: a small one makes
-        the first steps less noisy, which short training needs
+    deviation : where the posterior's deviations start; None is the paper's ``softplus(0)``, 0.69. Ours: a small one
+        makes the first steps less noisy, which short training needs
     seed : of the initial weights, normal with deviation 0.02 (convolutions: cut at two deviations), biases 0
 
     Examples

@@ -80,8 +80,8 @@ class Protocol:
     inner_steps, test_steps : of an adaptation in training and at test time
     samples : of the balancing variables at test time
     pooling : statistics that the inference network sees
-    deviation : where the deviations of the balancing variables start; None is the paper's 0.69, with which short training
-        is slow
+    deviation : where the deviations of the balancing variables start; None is the paper's 0.69, with which training of
+        this length is too noisy
     steps, meta_batch, outer_lr : of the training; Adam
     episodes : to test on, the same ones for every method
     trials : settings tried for every method, if it is tuned

@@ -1002,9 +1002,10 @@ class MetaLearner:
         """
         task, classes = self.task_of(x, y)
         body = {name: p.detach() for name, p in self._body().items()}
+        counts = task.counts()[0].cpu().numpy()
         if self.method.rule == "oversample":
             task = baselines.oversampled(task, [seed])
-        rows, counts = task.support[0], task.counts()[0].cpu().numpy()
+        rows = task.support[0]
         if self.method.algorithm == "protonet":
             return TaskClassifier(self._prototypes(task, body), classes, counts, self)
         if self.method.algorithm == "scratch":
@@ -1119,7 +1120,6 @@ class MetaLearner:
                 backbone = mlp_features(**network) if kind == "mlp" else conv_features(**network)
             definition: dict[str, Any] = json.loads(tree["definition"])
             definition["balance"] = tuple(definition["balance"])
-            definition["tune"] = {key: tuple(values) for key, values in definition["tune"].items()}
             options["compat"] = Compat(**options["compat"])
             if options["encoder"] == "own":
                 if encoder is None:

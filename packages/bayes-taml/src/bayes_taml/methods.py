@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from shared_core.errors import UnknownKeyError
@@ -27,7 +27,6 @@ class Method:
         ``oversample``: repeat rows of small classes at random until all have as many
     algorithm : ``maml``; ``protonet``, nothing adapted; ``scratch``, no meta-learning: Adam on the support
     standing : how sure it is that this is what the paper compared to
-    tune : values to try of its own options, where settings are chosen
     """
 
     text: str
@@ -39,7 +38,6 @@ class Method:
     rule: Literal["none", "inverse", "gamma", "oversample"] = "none"
     algorithm: Literal["maml", "protonet", "scratch"] = "maml"
     standing: Literal["code", "notes", "standard", "ours"] = "code"
-    tune: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
 
 
 _ALL = ("omega", "gamma", "z")

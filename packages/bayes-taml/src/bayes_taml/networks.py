@@ -7,6 +7,7 @@ by a context variable, so that a user's own module needs no extra arguments.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -207,8 +208,8 @@ def conv_features(
             f"size: {blocks} blocks halve images {blocks} times, and those of {size} pixels vanish; use at least"
             f" {1 << blocks} pixels or fewer blocks"
         )
-    made = [Block(channels if k == 0 else filters, filters, norm) for k in range(blocks)]
-    net = nn.Sequential(*made, nn.Flatten())
+    made = {f"conv{k + 1}": Block(channels if k == 0 else filters, filters, norm) for k in range(blocks)}
+    net = nn.Sequential(OrderedDict[str, nn.Module](**made, flatten=nn.Flatten()))
     _initialise(net, seed, init)
     return net
 

@@ -1,8 +1,8 @@
 """A family of tasks in which the best step is known: estimating a mean from N values.
 
 A task's mean is ``m ~ N(start, spread)``, its support N values ``x ~ N(m, 1)``. One step of gradient descent on
-``(x - w)^2 / 2``, from the start, with the size a, gives an excess risk whose best a is ``N spread / (N spread + 1)``: the
-posterior mean. What multiplies the step therefore has to grow with N, and how is known exactly.
+``(x - w)^2 / 2``, from the start, with the size a, gives an excess risk whose best a is ``N spread / (N spread + 1)``:
+the posterior mean. What multiplies the step therefore has to grow with N, and how is known exactly.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class StepStudy:
     number : N
     step : learned step sizes (the mean under the posterior, of the step's multiplier times the shared size)
     best : the best ones
-    risk, constant_risk, best_risk : mean excess risks over N: learned, of the best constant step (Meta-SGD's optimum), and
-        of the best steps
+    risk, constant_risk, best_risk : mean excess risks over N: learned, of the best constant step (Meta-SGD's optimum),
+        and of the best steps
     """
 
     number: Float[np.ndarray, " n"]

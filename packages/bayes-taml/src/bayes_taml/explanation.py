@@ -121,6 +121,7 @@ def explain(
     if learner.method.algorithm != "maml":
         raise InputError(f"method '{learner.method_name}' takes no weighted steps; there is nothing to explain")
     task, classes = learner.task_of(x, y)
+    counts = task.counts()[0].cpu().numpy()
     if learner.method.rule == "oversample":
         task = baselines.oversampled(task, [seed])
     with torch.no_grad():
@@ -130,7 +131,7 @@ def explain(
     pull, moved, losses = _followed(learner, task, latents, steps)
     return Explanation(
         class_names=tuple(str(name) for name in classes.tolist()),
-        counts=task.counts()[0].cpu().numpy(),
+        counts=counts,
         omega=omega[0],
         omega_low=omega[1],
         omega_high=omega[2],
