@@ -136,10 +136,10 @@ class DemoConfig(CommandConfig):
 
     steps: int = Field(100, ge=1, description="meta-steps of each method")
     methods: tuple[str, ...] = Field(
-        ("pixels", "metasgd", "omega_taml", "bayesian_taml"), description="methods to compare"
+        ("pixels", "metasgd", "deterministic_taml", "bayesian_taml"), description="methods to compare"
     )
     episodes: int = Field(100, ge=1, description="test episodes of each domain")
-    inner_lr: float = Field(0.1, gt=0, description="first value of the learned step sizes of adaptation")
+    inner_lr: float = Field(0.03, gt=0, description="first value of the learned step sizes of adaptation")
     outer_lr: float = Field(1e-2, gt=0, description="step size of Adam over tasks")
     inner_steps: int = Field(3, ge=1, description="gradient steps of an adaptation")
     samples: int = Field(5, ge=1, description="samples of the balancing variables in tests")

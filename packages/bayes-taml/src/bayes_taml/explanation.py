@@ -143,7 +143,9 @@ def explain(
         moved=moved,
         z_size=z,
         class_loss=losses,
-        kl={} if posterior is None else {k: float(v) for k, v in posterior.kl_by_variable().items()},
+        kl={}
+        if posterior is None or not learner.method.bayes
+        else {k: float(v) for k, v in posterior.kl_by_variable().items()},
     )
 
 
