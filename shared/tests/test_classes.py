@@ -94,6 +94,9 @@ class TestClassImages:
         one_line(caught, "mine", *words)
 
 
+STYLES = ("", "-Bold", "-Oblique", "-BoldOblique", "-Italic", "-BoldItalic")
+
+
 class TestNamedSets:
     def test_glyphs_have_the_splits_of_the_core(self):
         found = [load_classes("glyphs", split=split, classes=8, instances=3, size=20) for split in SPLITS]
@@ -108,6 +111,24 @@ class TestNamedSets:
         found = load_classes("glyphs", split="test", split_by="script", classes=8, instances=2, size=20)
         scripts = {unicodedata.name(name).split()[0] for name in found.class_names}
         assert scripts <= {"GREEK", "ARMENIAN", "GEORGIAN"}
+
+    def test_typefaces_of_glyphs_are_super_classes(self):
+        found = {
+            split: load_classes("glyphs", split=split, split_by="group", classes=12, instances=2, size=8)
+            for split in SPLITS
+        }
+        faces = {split: {name.split("/")[0] for name in part.class_names} for split, part in found.items()}
+        assert faces["train"] <= {n + s for n in ("DejaVuSans", "DejaVuSerif") for s in STYLES}
+        assert faces["validation"] <= {f"DejaVuSansMono{style}" for style in STYLES}
+        assert all(face.startswith("STIXGeneral") for face in faces["test"])
+        letters = [{name.split("/", 1)[1] for name in part.class_names} for part in found.values()]
+        assert not letters[0] & letters[2]
+        for part in found.values():
+            assert part.counts.tolist() == [2] * 12
+            assert part.groups is not None
+            for number, name in enumerate(part.class_names):
+                own = {part.group_names[k] for k in part.groups[part.labels == number]}
+                assert own == {name.split("/")[0]}
 
     def test_script_validation_takes_letters_out_of_the_training_scripts(self, monkeypatch):
         names = {"script-train": "abcdef", "validation": "bxd"}
@@ -214,7 +235,7 @@ class TestNamedSets:
         (tmp_path / "table.csv").write_text("a,b\n")
         for arguments, words in (
             ({"source": "glyphs", "split": "tset"}, ["split", "tset"]),
-            ({"source": "glyphs", "split": "test", "split_by": "group"}, ["split_by", "glyphs", "script"]),
+            ({"source": "glyphs", "split": "test", "split_by": "official"}, ["split_by", "glyphs", "script"]),
             ({"source": "cifar-fs", "split": "test", "split_by": "class"}, ["split_by", "cifar-fs"]),
             ({"source": "glyphs", "split": "test", "classes": 0}, ["classes", "0"]),
             ({"source": "glyphs", "split": "test", "channels": 2}, ["channels", "2"]),

@@ -34,6 +34,7 @@ from shared_core._pictures import (
 from shared_core.data import ImageData, MissingFilesError, data_root
 from shared_core.data import load as load_shared
 from shared_core.data._files import reading
+from shared_core.data._glyphs import FACES
 from shared_core.data._images import resize_area
 from shared_core.errors import InputError, UnknownKeyError
 
@@ -237,8 +238,9 @@ def load_classes(
         84 for mini-ImageNet, else as they are
     seed : of the split, of the choice of `classes` and `instances`, and of the drawing of glyphs and Hershey's
     split_by : ``class``: classes are divided at random, 64/16/20 (the default for folders and arrays); ``group``: whole
-        groups are, about 60/20/20 (alphabets, the default for Omniglot; outer folders); ``official``: Omniglot's
-        evaluation set is for tests, and the background set's alphabets are for training and validation, 80/20;
+        groups are, about 60/20/20 (alphabets, the default for Omniglot; outer folders; typefaces of glyphs, where a
+        class is then a character in one face: DejaVu Sans and Serif, the monospaced faces, STIX); ``official``:
+        Omniglot's evaluation set is for tests, and the background set's alphabets are for training and validation, 80/20;
         ``script``: glyphs of Greek, Armenian and Georgian are for tests, and those of other scripts for training and
         validation, or Hershey's Japanese, astrology and music. Default for glyphs: the base letter decides, so that A,
         A with an accent and a are together; for Hershey the typeface; for CIFAR-FS and mini-ImageNet the published
@@ -461,8 +463,8 @@ def _rotated(found: ClassImages) -> ClassImages:
 def _named(name: str, wanted: _Wanted) -> ClassImages:
     match name:
         case "glyphs":
-            wanted.allow(name, "script")
-            return _glyphs(wanted)
+            wanted.allow(name, "group", "script")
+            return _glyphs_by_face(wanted) if wanted.split_by == "group" else _glyphs(wanted)
         case "omniglot":
             wanted.allow(name, "class", "group", "official")
             return _omniglot(wanted)
@@ -503,6 +505,33 @@ def _glyphs(wanted: _Wanted) -> ClassImages:
     found = drawn("script-train")
     names = [name for name in found.class_names if (name in held_out) == (wanted.split == "validation")]
     return wanted.part_of(found, names)
+
+
+_MONOSPACED, _OTHER_MAKER = (tuple(f for f in FACES if f.startswith(name)) for name in ("DejaVuSansMono", "STIX"))
+_FACES_OF = {
+    "train": tuple(face for face in FACES if face not in (*_MONOSPACED, *_OTHER_MAKER)),
+    "validation": _MONOSPACED,
+    "test": _OTHER_MAKER,
+    "all": FACES,
+}
+_CHARACTERS_OF_A_FACE = 60
+
+
+def _glyphs_by_face(wanted: _Wanted) -> ClassImages:
+    """Make typefaces the super-classes: a class is a character in one face, as Omniglot's are of one alphabet."""
+    size = 28 if wanted.size is None else wanted.size
+    instances = 20 if wanted.instances is None else wanted.instances
+    parts: list[ClassImages] = []
+    for face in _FACES_OF[wanted.split]:
+        # Another seed a face: other characters, and other affine maps of those that two faces share.
+        drawn = load_shared(
+            "glyphs", split=wanted.split, expect=ImageData, size=size, instances=instances, faces=(face,),
+            seed=wanted.seed * len(FACES) + FACES.index(face), classes=_CHARACTERS_OF_A_FACE,
+        )  # fmt: skip
+        part = _from_shared(drawn, "glyphs")
+        parts.append(replace(part, class_names=tuple(f"{face}/{name}" for name in part.class_names)))
+    found = _joined(parts)
+    return wanted.part_of(found, found.class_names)
 
 
 # Every split needs all of the files, and 32,460 of them take seconds.
