@@ -382,11 +382,11 @@ class TestFolder:
         for options in ({}, {"size": 28}):
             with pytest.raises(InputError) as caught:
                 load_classes(
-                    picture_folder(tmp_path / f"tiny{len(options)}", self.names, side=15), split="all", **options
+                    picture_folder(tmp_path / f"tiny{len(options)}", self.names, side=7), split="all", **options
                 )
-            one_line(caught, "0.png", "15 x 15", "16")
-        with pytest.raises(InputError, match="8 pixels"):
-            load_classes(picture_folder(tmp_path / "small", self.names, side=40), split="all", size=8)
+            one_line(caught, "0.png", "7 x 7", "8")
+        with pytest.raises(InputError, match="7 pixels"):
+            load_classes(picture_folder(tmp_path / "small", self.names, side=40), split="all", size=7)
         folder = picture_folder(tmp_path / "broken", self.names)
         whole = (folder / "class03" / "1.png").read_bytes()
         (folder / "class03" / "1.png").write_bytes(whole[:40])
@@ -479,7 +479,7 @@ class TestArrays:
             ({"x": x[:, 0], "y": np.arange(12) > 3}, ["'y' is bool"]),
             ({"x": x[:, 0], "y": np.arange(12), "class_names": np.array(["a", "b"])}, ["2 names", "0..11"]),
             ({"images": x}, ["needs an array 'x'", "images"]),
-            ({"x": x[:, :, :12, :12]}, ["12 x 12", "16"]),
+            ({"x": x[:, :, :6, :6]}, ["6 x 6", "8"]),
             ({"x": np.zeros((6, 2, 16, 20), np.uint8)}, ["16 x 20", "squares"]),
             ({"x": np.zeros((6, 2, 16, 16, 2), np.uint8)}, ["2 channels"]),
             ({"x": np.zeros((0, 2, 16, 16), np.uint8)}, ["(0, 2, 16, 16)"]),

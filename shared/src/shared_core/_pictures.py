@@ -17,7 +17,7 @@ from shared_core.data._images import optional
 from shared_core.errors import InputError
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"))
-SMALLEST_SIDE = 16
+SMALLEST_SIDE = 8
 _MOST_PIXELS = 1 << 26
 
 

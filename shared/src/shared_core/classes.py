@@ -240,7 +240,7 @@ def load_classes(
     split_by : ``class``: classes are divided at random, 64/16/20 (the default for folders and arrays); ``group``: whole
         groups are, about 60/20/20 (alphabets, the default for Omniglot; outer folders; typefaces of glyphs, where a
         class is then a character in one face: DejaVu Sans and Serif, the monospaced faces, STIX); ``official``:
-        Omniglot's evaluation set is for tests, and the background set's alphabets are for training and validation, 80/20;
+        Omniglot's evaluation set is for tests, and the alphabets of its background set for training and validation;
         ``script``: glyphs of Greek, Armenian and Georgian are for tests, and those of other scripts for training and
         validation, or Hershey's Japanese, astrology and music. Default for glyphs: the base letter decides, so that A,
         A with an accent and a are together; for Hershey the typeface; for CIFAR-FS and mini-ImageNet the published
@@ -529,7 +529,8 @@ def _glyphs_by_face(wanted: _Wanted) -> ClassImages:
             seed=wanted.seed * len(FACES) + FACES.index(face), classes=_CHARACTERS_OF_A_FACE,
         )  # fmt: skip
         part = _from_shared(drawn, "glyphs")
-        parts.append(replace(part, class_names=tuple(f"{face}/{name}" for name in part.class_names)))
+        names = tuple(f"{face}/{name}" for name in part.class_names)
+        parts.append(replace(part, class_names=names, notes=part.notes.rsplit(", seed", 1)[0]))
     found = _joined(parts)
     return wanted.part_of(found, found.class_names)
 
