@@ -347,6 +347,8 @@ def test_data_says_which_tasks_a_source_allows(call):
         (("adapt", "m", "support.npz", "nan.npz"), "row 2 of 'x' holds NaN or infinity"),
         (("adapt", "m", "support.npz", "wide.npz"), "values of 'x' are 0..200; expected"),
         (("adapt", "m", "support.npz", "text.npz"), "expected (n, height, width[, channels])"),
+        (("adapt", "m", "support.npz", "support.npz", "--favour", "fox=2"), "--favour: no class 'fox' in the support"),
+        (("adapt", "m", "support.npz", "support.npz", "--favour", "fox"), "'fox' is no CLASS=FACTOR"),
         (("explain", "m", "new", "--label", "fox"), "no class 'fox' in the support"),
         (("explain", "m", "new", "--counts", "0"), "--counts: must be 1 or more"),
         (("explain", "proto", "new"), "takes no weighted steps"),

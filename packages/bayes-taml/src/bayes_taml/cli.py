@@ -552,11 +552,34 @@ class AdaptConfig(SupportOptions):
     invert: Literal["auto", "yes", "no"] = Field(
         "auto", description="exchange light and dark; auto: as the training's images, never in NPZ files"
     )
+    favour: tuple[str, ...] = Field(
+        (), description="class weights to multiply, such as owl=2, for costs or for shares where the model will be used"
+    )
+
+
+def _factors(given: Sequence[str], classes: Sequence[Any]) -> dict[Any, float] | None:
+    """Read ``owl=2`` as factors by label."""
+    labels = {str(name): name for name in classes}
+    found: dict[Any, float] = {}
+    for text in given:
+        name, _, value = text.rpartition("=")
+        try:
+            factor = float(value)
+        except ValueError:
+            factor = 0.0
+        if not 0 < factor < float("inf"):
+            raise InputError(f"--favour: '{text}' is no CLASS=FACTOR with a factor > 0, such as owl=2")
+        if name not in labels:
+            raise InputError(f"--favour: no class '{name}' in the support; there are {', '.join(labels)}")
+        found[labels[name]] = factor
+    return found or None
 
 
 @line.command(AdaptConfig)
 def adapt(config: AdaptConfig, session: Session) -> Outcome:
     """Adapt to labelled examples, as many of each class as there are, and say what other pictures are."""
+    import numpy as np
+
     from bayes_taml.explanation import explain as explained
     from bayes_taml.pictures import read_query
 
@@ -568,7 +591,12 @@ def adapt(config: AdaptConfig, session: Session) -> Outcome:
     assert known.labels is not None
     with _noting(notes):
         task = learner.adapt(
-            known.images, known.labels, steps=config.test_steps, samples=config.samples, seed=config.seed
+            known.images,
+            known.labels,
+            steps=config.test_steps,
+            samples=config.samples,
+            class_weight=_factors(config.favour, np.unique(known.labels).tolist()),
+            seed=config.seed,
         )
         probability, spread = task.predict_proba(asked.images), task.spread(asked.images)
     path = config.output or session.run.artifact("predictions.csv")
