@@ -49,6 +49,9 @@ HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
 
 # What a group costs besides its rows, in multiply-adds: calls, not arithmetic.
 _OVERHEAD = 6e6
+# Multiply-adds of a forward pass from which a task is computed alone: convolutions with weights of each task (``vmap``)
+# are slower than one after another there.
+_LARGE = 2e7
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,10 @@ def _groups(tasks: Tasks, model: Modulated, plan: Plan, *, most: int) -> list[_G
     elif plan.backend == "vmap" or tasks.support.device.type != "cpu":
         divided = group_by_size(sizes, 1e15, most)
     else:
-        divided = group_by_size(sizes, _OVERHEAD / model.work, most)
+        alone = [k for k in everything if sizes[k] * model.work > _LARGE]
+        small = [k for k in everything if sizes[k] * model.work <= _LARGE]
+        grouped = group_by_size([sizes[k] for k in small], _OVERHEAD / model.work, most)
+        divided = [*([small[k] for k in members] for members in grouped), *([k] for k in alone)]
     found: list[_Group] = []
     for members in divided:
         longest = tasks.support.shape[1] if plan.compat.on else max(sizes[k] for k in members)
