@@ -300,6 +300,8 @@ def test_comparisons_with_trials_modes_and_other_domains(done, home):
     assert set(cells) == {"pixels", "metasgd", "naive_taml", "bayesian_taml"}
     assert cells["naive_taml"]["0"]["setting"] == cells["bayesian_taml"]["0"]["setting"] != {}
     assert done("plot", "c", "--out", "pc").artifacts == ["comparison.png"]
+    some = ("--kind", "sizes", "--methods", "metasgd")
+    assert done("plot", "c", *some, "--out", "ps").artifacts == ["sizes.png"]
 
 
 def test_exporting_an_adapted_model(plain, done, home):
@@ -355,6 +357,7 @@ def test_data_says_which_tasks_a_source_allows(call):
         (("explain", "sgd", "new", "--label", "class00"), "infers nothing about a task"),
         (("plot", "own"), "own"),
         (("plot", "sgd", "--kind", "balance"), "infers nothing"),
+        (("plot", "sgd", "--kind", "sizes"), "has no cells.json"),
         (("compare", "own", *TASK, "--methods", "noise"), "no method 'noise'"),
         (("compare", "own", *TASK, "--others", "other,other"), "two of them are called 'other'"),
     ],

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from bayes_taml import networks
 from bayes_taml.networks import (
     BackboneNotice,
     BatchStatistics,
@@ -255,3 +256,17 @@ def test_a_module_that_gives_no_features_is_refused(net, message):
 def test_the_work_of_a_row_is_counted():
     assert Modulated(nn.Linear(10, 4), (10,)).work == 40
     assert Modulated(conv_features(size=8, filters=3, blocks=1), (1, 8, 8)).work == 8 * 8 * 9 * 3
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (5, 3, 2, 3)])
+def test_moments_have_first_and_second_gradients(shape):
+    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    moments = networks._Moments.apply
+    assert torch.autograd.gradcheck(moments, (x,))
+    assert torch.autograd.gradgradcheck(moments, (x,))
+    axes = (0, *range(2, x.dim()))
+    variance, mean = torch.var_mean(x, axes, correction=0)
+    for found, expected in zip(moments(x), (mean, variance), strict=True):
+        torch.testing.assert_close(found, expected)
+    many = torch.stack([x, 2 * x]).detach().requires_grad_()
+    assert torch.autograd.gradgradcheck(torch.vmap(moments), (many,))

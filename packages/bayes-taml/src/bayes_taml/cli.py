@@ -673,9 +673,10 @@ class PlotConfig(CommandConfig):
     """Settings of ``plot``."""
 
     run: Path = argument("run folder of train or compare, or a summary.json")
-    kind: Literal["auto", "history", "comparison", "balance"] = Field(
+    kind: Literal["auto", "history", "comparison", "sizes", "balance"] = Field(
         "auto", description="what to draw; auto is the history of a training and the comparison of anything else"
     )
+    methods: tuple[str, ...] = Field((), description="of a comparison, draw only these methods (default: all)")
     output: Path | None = Field(
         None, description="PNG, SVG or PDF to write (default: in the run folder of plot); of balance two, by its name"
     )
@@ -691,7 +692,11 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
     path = config.output or session.run.artifact(f"{kind}.png")
     if kind == "comparison":
         rows = [row for row in read_summary(config.run).results if row.metric in _DRAWN_METRICS]
-        plots.plot_comparison(path, rows)
+        shown = [row for row in rows if not config.methods or row.method in config.methods]
+        plots.plot_comparison(path, shown)
+        return Outcome(notes=[f"wrote {path}"])
+    if kind == "sizes":
+        _draw_sizes(config.run, config.methods, path)
         return Outcome(notes=[f"wrote {path}"])
     learner, facts = _open(config.run)
     if kind == "history":
@@ -715,6 +720,26 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
         return output.with_name(f"{output.stem}-{Path(name).stem.partition('-')[2]}{output.suffix}")
 
     return Outcome(notes=[f"wrote {drawn}" for drawn in _draw_balance(learner, source, place, 200)])
+
+
+def _draw_sizes(run: Path, methods: Sequence[str], path: Path) -> None:
+    """Accuracy by class size from the cells that ``compare`` left."""
+    from bayes_taml.experiments import pooled_bins
+    from bayes_taml.plots import plot_sizes
+
+    kept = run / "cells.json"
+    if not kept.exists():
+        raise InputError(f"{run}: has no cells.json; give the run folder of 'bayes-taml compare'")
+    try:
+        cells: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+        first = next(iter(next(iter(next(iter(cells.values())).values()))["tests"]))
+        bins = {m: pooled_bins(cell["tests"][first] for cell in by.values()) for m, by in cells.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise InputError(f"{kept}: is not what compare writes ({error!r})") from error
+    if unknown := [name for name in methods if name not in bins]:
+        raise InputError(f"--methods: no method '{unknown[0]}' in {run}; there are {', '.join(bins)}")
+    shown = {name: bins[name] for name in methods or bins if bins[name]}
+    plot_sizes(path, shown, reference="metasgd" if "metasgd" in shown else None)
 
 
 def _history(run: Path) -> list[Any]:

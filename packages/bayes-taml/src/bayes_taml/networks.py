@@ -83,8 +83,8 @@ def running(told: Pass) -> Generator[None]:
 class _Moments(torch.autograd.Function):
     """Mean and population variance of each channel, by two passes.
 
-    Twice differentiable by hand: a gradient is one affine map of each channel, where plain operations write half a dozen
-    arrays of the input's size, and these are what second-order steps spend half of their time on.
+    Twice differentiable by hand: a gradient is one affine map of each channel, where plain operations write half a
+    dozen arrays of the input's size, and these are what second-order steps spend half of their time on.
     """
 
     generate_vmap_rule = True

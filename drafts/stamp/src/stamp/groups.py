@@ -1,0 +1,322 @@
+"""Channel groups of a network, found by tracing it (spec 2.2).
+
+Channels whose tensors are added or multiplied belong together; a depthwise convolution ties what enters it to what leaves it;
+flattening gives each channel a block of columns; concatenations, also nested ones, keep track of where each channel went.
+What cannot be removed exactly is frozen, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from stamp.labels import Axis, Labeller, Reshaped
+from stamp.structure import Attribute, ChannelGroups, Group, GroupsError, Slot
+from stamp.surgery import Masked, cut
+
+__all__ = ["Attribute", "ChannelGroups", "Group", "GroupsError", "Slot", "TraceError", "trace"]
+
+HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads")
+HEAD_TOTALS = ("all_head_size", "inner_dim", "attn_dim", "attention_dim", "total_head_dim")
+EMBEDDINGS = ("embed_dim", "dim", "hidden_size", "d_model", "width", "emb_dim")
+
+
+class TraceError(RuntimeError):
+    """A network that `torch.fx` cannot follow; the message names the module and the ways out."""
+
+
+def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor], *, opaque: Collection[str] = ()) -> ChannelGroups:
+    """Find the channels of a network that must be kept or removed together.
+
+    The network is traced in eval mode on a copy, run once on the example, and never changed. A group whose channels pass
+    through a reshape that could write sizes out (``x.view(-1, 400)``, a split, attention heads made by hand) is cut on
+    trial, and frozen if the result differs.
+
+    Parameters
+    ----------
+    model : of convolutions, linear layers, norms, attention and what lies between them
+    example_input : a batch of any size, or the tensors of several inputs
+    opaque : names of modules not to look into; what touches them is frozen
+
+    Returns
+    -------
+    All groups, in the order in which the network computes them, the frozen ones included.
+
+    Raises
+    ------
+    TraceError
+        If the forward pass depends on values, or fails on the example.
+
+    Notes
+    -----
+    Removal is exact, not approximate: channels that a LayerNorm averages over are frozen, those of a GroupNorm go in whole
+    groups, those of a grouped convolution too.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    >>> trace(net, torch.rand(1, 3, 8, 8)).widths()
+    {'0': 8}
+    """
+    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    copied = copy.deepcopy(model).eval()
+    labeller = Labeller(_traced(copied, opaque))
+    try:
+        with torch.no_grad():
+            labeller.run(*inputs)
+    except Exception as error:
+        raise TraceError(
+            f"the model was traced but failed on the example of shapes {[tuple(x.shape) for x in inputs]}: {error}\n"
+            f"Check the shape of example_input; {_WAY_OUT}"
+        ) from error
+    groups, touched = _grouped(labeller)
+    return _tried(copied, inputs, groups, touched)
+
+
+_WAY_OUT = (
+    "or make a ChannelGroups by hand and give it as groups=, or name the module in opaque= to freeze what touches it."
+)
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that knows in which module it is when something fails, and takes some modules as they are."""
+
+    def __init__(self, opaque: Collection[str]) -> None:
+        super().__init__()
+        self.opaque = frozenset(opaque)
+        self.inside = [""]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Take torch's own modules, parametrized ones and the opaque ones as leaves."""
+        return module_qualified_name in self.opaque or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Note the module while its forward pass is traced."""
+        self.inside.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside.pop()
+        return result
+
+
+def _traced(model: nn.Module, opaque: Collection[str]) -> fx.GraphModule:
+    unknown = sorted(set(opaque) - {name for name, _ in model.named_modules()})
+    if unknown:
+        raise TraceError(f"opaque={unknown} names no module of the model")
+    if type(model).__module__.startswith("torch.nn") and not isinstance(model, nn.Sequential):
+        model = nn.Sequential(model)
+    tracer = _Tracer(opaque)
+    try:
+        return fx.GraphModule(model, tracer.trace(model))
+    except Exception as error:
+        name = tracer.inside[-1]
+        kind = type(model.get_submodule(name)).__name__
+        where = f"module {name!r} ({kind})" if name else f"the model's own forward ({kind})"
+        raise TraceError(
+            f"torch.fx cannot trace {where}: {error}\nMake its forward pass independent of values and shapes' values,"
+            f" {_WAY_OUT}"
+        ) from error
+
+
+def _grouped(labeller: Labeller) -> tuple[list[Group], dict[str, list[Reshaped]]]:
+    """Turn channels, as labels that share a fate, into groups: those computed by the same modules."""
+    channel, reasons = labeller.elements.resolve()
+    axes = {key: Axis(axis.role, channel[axis.labels]) for key, axis in labeller.axes.items()}
+    produced = {key: axis.labels.tolist() for key, axis in axes.items() if axis.role == "producer"}
+    _freeze_odd_tensors(labeller, channel, {c for labels in produced.values() for c in labels}, reasons)
+    axes |= _bare_axes(labeller, channel)
+
+    makers: dict[int, set[int]] = {}
+    for k, labels in enumerate(produced.values()):
+        for c in labels:
+            makers.setdefault(c, set()).add(k)
+    members: dict[tuple[frozenset[int], bool], list[int]] = {}
+    for c, by in makers.items():
+        members.setdefault((frozenset(by), c in reasons), []).append(c)
+    place = {c: (g, k) for g, channels in enumerate(members.values()) for k, c in enumerate(channels)}
+
+    slots: list[dict[str, list[Slot]]] = [{"producer": [], "consumer": [], "follower": []} for _ in members]
+    for (module, axis), found in axes.items():
+        for g, slot in _runs(module, axis, [place.get(c) for c in found.labels.tolist()]):
+            slots[g][found.role].append(slot)
+            if axis == "inner":
+                slots[g]["consumer"].append(slot)
+
+    groups: list[Group] = []
+    touched: dict[str, list[Reshaped]] = {}
+    names: dict[str, int] = {}
+    by_channels = [set(channels) for channels in members.values()]
+    through = [(set(channel[found.labels].unique().tolist()), found) for found in labeller.reshapes]
+    for ((_, frozen), channels), places, own in zip(members.items(), slots, by_channels, strict=True):
+        first = places["producer"][0].module
+        if places["producer"][0].axis == "inner":
+            first = f"{first}.heads"
+        names[first] = names.get(first, 0) + 1
+        name = first if names[first] == 1 else f"{first}#{names[first]}"
+        why = "; ".join(dict.fromkeys(reason for c in channels for reason in reasons.get(c, []))) if frozen else None
+        if why is None and len(channels) == 1:
+            why = "has one channel only, or all are tied to each other"
+        if why is None and not places["consumer"]:
+            why = "no convolution or linear layer consumes it"
+        groups.append(
+            Group(name, len(channels), *(tuple(places[role]) for role in ("producer", "consumer", "follower")), why)
+        )
+        passed = [found for labels, found in through if labels & own]
+        if passed and why is None:
+            touched[name] = passed
+    return groups, touched
+
+
+def _freeze_odd_tensors(labeller: Labeller, channel: Tensor, produced: set[int], reasons: dict[int, list[str]]) -> None:
+    """Freeze channels tied to a bare parameter whose entries they do not own along one axis."""
+    for name, labels in labeller.tensors.items():
+        found = channel[labels]
+        if len(_axes_of(found)) != 1:
+            for c in set(found.unique().tolist()) & produced:
+                reasons.setdefault(c, []).append(f"parameter {name!r} has no axis of its own for it")
+
+
+def _bare_axes(labeller: Labeller, channel: Tensor) -> dict[tuple[str, str], Axis]:
+    axes: dict[tuple[str, str], Axis] = {}
+    for name, labels in labeller.tensors.items():
+        found = channel[labels]
+        vary = _axes_of(found)
+        if len(vary) == 1:
+            at = tuple(slice(None) if k == vary[0] else 0 for k in range(found.dim()))
+            axes[name, f"dim{vary[0]}"] = Axis("follower", found[at])
+    return axes
+
+
+def _axes_of(x: Int64[Tensor, "..."]) -> list[int]:
+    return [k for k in range(x.dim()) if bool((x != x.narrow(k, 0, 1)).any())]
+
+
+def _runs(module: str, axis: str, entries: Iterable[tuple[int, int] | None]) -> list[tuple[int, Slot]]:
+    """Write an axis, given as the group and channel of each entry, as slots."""
+    pieces: list[tuple[tuple[int, int] | None, int, int]] = []
+    for position, entry in enumerate(entries):
+        if pieces and entry is not None and pieces[-1][0] == entry:
+            pieces[-1] = (entry, pieces[-1][1], pieces[-1][2] + 1)
+        else:
+            pieces.append((entry, position, 1))
+    runs: list[tuple[int, Slot]] = []
+    joined = False
+    for entry, position, block in pieces:
+        if entry is None:
+            joined = False
+            continue
+        g, k = entry
+        if joined and runs[-1][0] == g and runs[-1][1].block == block:
+            last = runs[-1][1]
+            if k == last.start + last.count:
+                runs[-1] = (g, replace(last, count=last.count + 1))
+                continue
+        runs.append((g, Slot(module, axis, position, block, k, 1)))
+        joined = True
+    return runs
+
+
+def _tried(
+    model: nn.Module, inputs: tuple[Tensor, ...], groups: list[Group], touched: dict[str, list[Reshaped]]
+) -> ChannelGroups:
+    """Freeze the groups that do not survive a trial, and say which numbers of modules must follow the others."""
+    if not touched:
+        return ChannelGroups(tuple(groups))
+    model = _randomised(model)
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    options = {group.name: _attributes(model, group, touched[group.name]) for group in groups if group.name in touched}
+
+    def built(choice: dict[str, tuple[Attribute, ...]]) -> ChannelGroups:
+        return ChannelGroups(tuple(replace(g, attributes=choice.get(g.name, ())) for g in groups))
+
+    first = {name: ways[0] for name, ways in options.items()}
+    if _survives(model, inputs, built(first), list(touched)):
+        return built(first)
+    chosen: dict[str, tuple[Attribute, ...]] = {}
+    failed: set[str] = set()
+    for name, ways in options.items():
+        works = next((way for way in ways if _survives(model, inputs, built({name: way}), [name])), None)
+        if works is None:
+            failed.add(name)
+        else:
+            chosen[name] = works
+    return ChannelGroups(
+        tuple(
+            replace(
+                group,
+                frozen="the forward pass writes sizes out in "
+                + ", ".join(
+                    dict.fromkeys(
+                        f"{found.operation!r} of {found.owner or 'the model'!r}" for found in touched[group.name]
+                    )
+                ),
+            )
+            if group.name in failed
+            else replace(group, attributes=chosen.get(group.name, ()))
+            for group in groups
+        )
+    )
+
+
+def _attributes(model: nn.Module, group: Group, passed: list[Reshaped]) -> list[tuple[Attribute, ...]]:
+    """Guess which numbers of the modules that reshape the group count its channels; the trial decides."""
+    blocks = {slot.block for slot in group.slots if slot.block > 1}
+    counts: list[Attribute] = []
+    dims: list[Attribute] = []
+    for owner in dict.fromkeys(found.owner for found in passed):
+        module = model.get_submodule(owner)
+        for attributes, names, units in (
+            (counts, HEAD_COUNTS, {1}),
+            (counts, HEAD_TOTALS, blocks),
+            (dims, EMBEDDINGS, blocks),
+        ):
+            attributes.extend(
+                Attribute(owner, name, unit)
+                for name in names
+                for unit in sorted(units)
+                if type(getattr(module, name, None)) is int and getattr(module, name) == group.width * unit
+            )
+    return list(dict.fromkeys((tuple(counts), (*counts, *dims), ())))
+
+
+def _survives(model: nn.Module, inputs: tuple[Tensor, ...], groups: ChannelGroups, names: list[str]) -> bool:
+    """Whether networks with channels cut, and the same ones masked, agree to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    for removed in ("one", "half"):
+        keep: dict[str, Tensor] = {}
+        for name in names:
+            order = torch.rand(groups[name].width, generator=generator).argsort()
+            count = 1 if removed == "one" else groups[name].width // 2
+            keep[name] = torch.ones(groups[name].width, dtype=torch.bool).index_fill(0, order[:count], False)
+        try:
+            with torch.no_grad():
+                small = cut(model, groups, keep)(*inputs)
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
+            return False
+        with torch.no_grad():
+            masked = Masked(model, groups, keep)(*inputs)
+        for a, b in zip(pytree.tree_leaves(masked), pytree.tree_leaves(small), strict=True):
+            if isinstance(a, Tensor) and (
+                a.shape != b.shape or not bool((a - b).abs().max() <= 1e-8 * (1e-6 + a.abs().max()))
+            ):
+                return False
+    return True
+
+
+def _randomised(model: nn.Module) -> nn.Module:
+    """Return a copy in double precision whose weights hide nothing by being zero."""
+    model = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            scale = math.sqrt(2 / max(1, tensor[0].numel())) if tensor.dim() > 1 and len(tensor) else 0.1
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+            tensor.copy_(noise * scale + (0.5 if tensor.dim() < 2 else 0.0))
+    return model
