@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 __all__ = ["NarrowAttention"]
 
@@ -25,6 +25,11 @@ class NarrowAttention(nn.Module):
         self.head_dim = source.head_dim
         self.dropout = source.dropout
         self.batch_first = source.batch_first
+        self.in_proj_weight: nn.Parameter | None
+        self.q_proj_weight: nn.Parameter
+        self.k_proj_weight: nn.Parameter
+        self.v_proj_weight: nn.Parameter
+        self.in_proj_bias: nn.Parameter | None
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
             self.register_parameter(name, getattr(source, name))
         self.out_proj = source.out_proj
@@ -39,7 +44,7 @@ class NarrowAttention(nn.Module):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,
+        is_causal: bool = False,  # noqa: ARG002 (a hint, as there)
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; the arguments are those of `torch.nn.MultiheadAttention.forward`.
 
@@ -64,9 +69,9 @@ class NarrowAttention(nn.Module):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._projected(query, key, value)
-        bias = self._bias(q, k, attn_mask, key_padding_mask)
+        bias = self._bias(q, attn_mask, key_padding_mask)
         scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-        weights = F.dropout((scores + bias).softmax(-1), self.dropout, self.training)
+        weights = functional.dropout((scores + bias).softmax(-1), self.dropout, self.training)
         mixed = (weights @ v).transpose(1, 2).flatten(2)
         out = self.out_proj(mixed)
         shown = (weights.mean(1) if average_attn_weights else weights) if need_weights else None
@@ -79,12 +84,12 @@ class NarrowAttention(nn.Module):
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if whole is None else whole.chunk(3)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            functional.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         return q, k, v
 
-    def _bias(self, q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
+    def _bias(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         bias = q.new_zeros(())
         if mask is not None:
             mask = mask.unflatten(0, (len(q), self.num_heads)) if mask.dim() == 3 else mask

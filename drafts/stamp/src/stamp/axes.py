@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["CONVS", "NORMS", "Place", "TRANSPOSED", "axis_length", "axis_places", "gate_places", "resize"]
+__all__ = ["CONVS", "NORMS", "TRANSPOSED", "Place", "axis_length", "axis_places", "gate_places", "resize"]
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)

@@ -101,6 +101,13 @@ class MacsModel:
         rows: list[tuple[float, Tensor, float, Tensor, float]] = []
         linear, constant = torch.zeros(total, dtype=torch.float64), 0.0
         for name, (module, uses) in _uses(model, example_input).items():
+            rowed = [axis for owner, axis in owned if owner == name and axis.startswith("rows")]
+            if rowed:
+                rows_here = uses[0][0][int(rowed[0][4:])]
+                counts, rest = side(name, rowed[0], rows_here)
+                linear += _layer_macs(module, uses) / rows_here * counts
+                constant += _layer_macs(module, uses) / rows_here * rest
+                continue
             for scale, (in_axis, in_length), (out_axis, out_length) in _dense_layers(module, uses):
                 rows.append((scale, *side(name, in_axis, in_length), *side(name, out_axis, out_length)))
             if _is_tied(module):
@@ -172,7 +179,7 @@ LAYERS = (*CONVS, nn.Linear, nn.MultiheadAttention, NarrowAttention)
 
 
 def _uses(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> dict[str, tuple[nn.Module, Uses]]:
-    """The shapes that enter and leave each layer, once for each of its calls, in eval mode and on a copy."""
+    """Note the shapes that enter and leave each layer, once for each of its calls, in eval mode and on a copy."""
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     copied = copy.deepcopy(model).eval()
     found: dict[str, tuple[nn.Module, Uses]] = {}

@@ -1,9 +1,9 @@
 """Follow every channel through a traced network: what must go together, and what may not go at all.
 
-Each entry of each tensor carries a label, the channel on which its existence depends. Reshapes, transpositions, splits and
-concatenations act on the labels as on the values, so that nested concatenations, flattening and attention heads need no rule
-of their own; every other operation ties labels to each other or freezes them. Labels that are alike along an axis are stored
-once for it (a stride of zero).
+Each entry of each tensor carries a label, the channel on which its existence depends. Reshapes, transpositions, splits
+and concatenations act on the labels as on the values, so that nested concatenations, flattening and attention heads need
+no rule of their own; every other operation ties labels to each other or freezes them. Labels that are alike along an
+axis are stored once for it (a stride of zero).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxtyping import Int64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from stamp.axes import CONVS, NORMS
 
@@ -27,29 +28,21 @@ __all__ = ["Axis", "Elements", "Labeller"]
 AxisKey = tuple[str, str]
 
 ELEMENTWISE = frozenset(
-    "abs add addcmul alpha_dropout celu clamp clip clone contiguous detach div double dropout dropout1d dropout2d dropout3d"
-    " elu erf exp feature_alpha_dropout float gelu half hardsigmoid hardswish hardtanh iadd identity imul isub itruediv"
-    " leaky_relu lerp log log1p logsigmoid maximum masked_fill minimum mish mul multiply neg negative pos pow relu relu6"
-    " requires_grad_ rrelu rsqrt selu sigmoid sign silu sin cos softplus softshrink softsign sqrt square sub subtract tanh"
-    " tanhshrink threshold to truediv true_divide type type_as bfloat16 where xlogy cpu cuda".split()
+    ["abs", "add", "addcmul", "alpha_dropout", "celu", "clamp", "clip", "clone", "contiguous", "detach", "div", "double", "dropout", "dropout1d", "dropout2d", "dropout3d", "elu", "erf", "exp", "feature_alpha_dropout", "float", "gelu", "half", "hardsigmoid", "hardswish", "hardtanh", "iadd", "identity", "imul", "isub", "itruediv", "leaky_relu", "lerp", "log", "log1p", "logsigmoid", "maximum", "masked_fill", "minimum", "mish", "mul", "multiply", "neg", "negative", "pos", "pow", "relu", "relu6", "requires_grad_", "rrelu", "rsqrt", "selu", "sigmoid", "sign", "silu", "sin", "cos", "softplus", "softshrink", "softsign", "sqrt", "square", "sub", "subtract", "tanh", "tanhshrink", "threshold", "to", "truediv", "true_divide", "type", "type_as", "bfloat16", "where", "xlogy", "cpu", "cuda"]
 )
 RESHAPES = frozenset(
-    "T channel_shuffle chunk expand expand_as flatten flip getitem mT movedim moveaxis narrow permute pixel_shuffle"
-    " pixel_unshuffle repeat repeat_interleave reshape reshape_as roll select split split_with_sizes squeeze stack swapaxes swapdims"
-    " t tensor_split tile transpose unbind unflatten unsqueeze view view_as".split()
+    ["T", "channel_shuffle", "chunk", "expand", "expand_as", "flatten", "flip", "getitem", "mT", "movedim", "moveaxis", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "select", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"]
 )
 SAFE_RESHAPES = frozenset(
-    "T flatten mT movedim moveaxis permute squeeze swapaxes swapdims t transpose unsqueeze".split()
+    ["T", "flatten", "mT", "movedim", "moveaxis", "permute", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze"]
 )
-JOINS = frozenset("cat concat concatenate".split())
+JOINS = frozenset(["cat", "concat", "concatenate"])
 SPATIAL = frozenset(
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
-    " avg_pool1d avg_pool2d avg_pool3d interpolate lp_pool1d lp_pool2d max_pool1d max_pool2d max_pool3d pad upsample"
-    " max_pool1d_with_indices".split()
+    ["adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "interpolate", "lp_pool1d", "lp_pool2d", "max_pool1d", "max_pool2d", "max_pool3d", "pad", "upsample", "max_pool1d_with_indices"]
 )
-REDUCTIONS = frozenset("amax amin mean std sum var prod logsumexp".split())
-SOFTMAXES = frozenset("softmax log_softmax normalize cumsum".split())
-PRODUCTS = frozenset("matmul bmm imatmul".split())
+REDUCTIONS = frozenset(["amax", "amin", "mean", "std", "sum", "var", "prod", "logsumexp"])
+SOFTMAXES = frozenset(["softmax", "log_softmax", "normalize", "cumsum"])
+PRODUCTS = frozenset(["matmul", "bmm", "imatmul"])
 
 POINTWISE_MODULES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
@@ -155,12 +148,12 @@ class Reshaped:
 class Labeller(fx.Interpreter):
     """Run a traced network on an example, and follow the labels alongside.
 
-    After `run`, `axes` holds the labels of every axis of every module, `tensors` those of bare parameters and `reshapes`
-    what has to be tried out.
+    After `run`, `axes` holds the labels of every axis of every module, `tensors` those of bare parameters and
+    `reshapes` what has to be tried out.
 
     Parameters
     ----------
-    graph : the traced network, in eval mode
+    graph_module : the traced network, in eval mode
     """
 
     graph_module: fx.GraphModule
@@ -194,13 +187,13 @@ class Labeller(fx.Interpreter):
                     self.elements.freeze(label, "reaches the model's output")
                 return None
             case "call_module":
-                return self._module(n, value, inputs, args)
+                return self._module(n, value, inputs)
             case _:
                 if not list(_tensors(value)):
                     return None
                 return self._function(n, value, inputs, args, kwargs)
 
-    def _module(self, n: fx.Node, value: Any, inputs: list[Tensor], args: Any) -> Any:
+    def _module(self, n: fx.Node, value: Any, inputs: list[Tensor]) -> Any:
         module = self.graph_module.get_submodule(str(n.target))
         name = self._names[id(module)]
         x = inputs[0] if inputs else torch.zeros(0, dtype=torch.int64)
@@ -274,6 +267,10 @@ class Labeller(fx.Interpreter):
             x = self._tied(x, [axis])
             labels = self._register(name, "out", "producer", self.elements.fresh(width))
             self.elements.freeze(labels, f"{name!r} mixes another axis than that of the channels")
+            if len(elsewhere) == 1:
+                self._register(name, f"rows{elsewhere[0]}", "follower", self._along(x, elsewhere[0]))
+            else:
+                self.elements.freeze(x, f"{name!r} has channels along two axes")
             return x.narrow(axis, 0, 1).expand(value.shape)
         self._register(name, "in", "consumer", self._along(x, axis))
         labels = self._register(name, "out", "producer", self.elements.fresh(width))
@@ -383,10 +380,10 @@ class Labeller(fx.Interpreter):
         def get(node: fx.Node) -> Any:
             return self._labels[node] if self._labels[node] is not None else self.env_of(node)
 
-        args: Any = fx.node.map_arg(n.args, get)
-        kwargs: Any = fx.node.map_arg(n.kwargs, get)
+        args: Any = map_arg(n.args, get)
+        kwargs: Any = map_arg(n.kwargs, get)
         if name == "getitem":
-            args = (args[0], fx.node.map_arg(n.args[1], self.env_of))
+            args = (args[0], map_arg(n.args[1], self.env_of))
             if isinstance(args[0], tuple):
                 return args[0][args[1]]
         source = next(label for node in n.all_input_nodes for label in _tensors(self._labels[node]))
@@ -459,7 +456,7 @@ class Labeller(fx.Interpreter):
         return _compact(a)
 
     def _mix(self, x: Tensor, axes: Iterable[int], reason: str) -> Tensor:
-        """Let an operation mix entries along axes: tie them where others differ elsewhere, freeze them where all is mixed."""
+        """Let an operation mix entries along axes: tie them if labels differ elsewhere too, else freeze them."""
         axes = {axis % x.dim() for axis in axes}
         mixed = axes & set(_varying(x))
         if mixed and not set(_varying(x)) - axes:

@@ -22,7 +22,8 @@ class Slot:
     Parameters
     ----------
     module : qualified name of the module, or of a parameter that the forward pass uses directly
-    axis : ``"in"``, ``"out"``, ``"norm"``, ``"inner"`` (the heads of an attention) or ``"dim<k>"`` of a bare parameter
+    axis : ``"in"``, ``"out"``, ``"norm"``, ``"inner"`` (the heads of an attention), ``"rows<k>"`` (the
+        channels are the positions of a linear layer, axis k of its input) or ``"dim<k>"`` of a bare parameter
     offset : first entry
     block : entries of each channel, e.g. ``height * width`` after a flatten
     start : first channel

@@ -42,8 +42,8 @@ def cut(model: nn.Module, groups: ChannelGroups, keep: Keep, *, inplace: bool = 
 
     Returns
     -------
-    The small network: the same class, of fewer channels, whose outputs are those of `masked`. An attention that lost heads
-    is a `NarrowAttention` in it.
+    The small network: the same class, of fewer channels, whose outputs are those of `masked`. An attention that lost
+    heads is a `NarrowAttention` in it.
 
     Raises
     ------
@@ -101,8 +101,8 @@ def gated_parameters(model: nn.Module, groups: ChannelGroups, gates: Gates) -> d
     Notes
     -----
     ``conv(x * z, W) == conv(x, W * z[None, :, None, None])`` for a `z` that the whole batch shares: the price does not
-    depend on the batch. Convolutions that tie their input to their output (depthwise ones) are not gated, so that each path
-    passes its gate once.
+    depend on the batch. Convolutions that tie their input to their output (depthwise ones) are not gated, so that each
+    path passes its gate once.
     """
     for name, gate in gates.items():
         group = _group(groups, name)
@@ -200,8 +200,8 @@ def _check(groups: ChannelGroups, keep: Keep) -> None:
         group = _group(groups, name)
         if mask.dtype != torch.bool or mask.shape != (group.width,):
             raise KeepError(
-                f"keep[{name!r}] is a {str(mask.dtype).removeprefix('torch.')} tensor of shape {tuple(mask.shape)}; group"
-                f" {name!r} needs a bool tensor of its width, ({group.width},)"
+                f"keep[{name!r}] is a {str(mask.dtype).removeprefix('torch.')} tensor of shape {tuple(mask.shape)};"
+                f" group {name!r} needs a bool tensor of its width, ({group.width},)"
             )
         if group.frozen is not None and not bool(mask.all()):
             raise KeepError(f"group {name!r} is frozen ({group.frozen}): keep all its channels, or leave it out")
@@ -214,7 +214,7 @@ def _check(groups: ChannelGroups, keep: Keep) -> None:
 def _axes(
     groups: ChannelGroups, names: Mapping[str, Tensor], *, consumers: bool = False
 ) -> dict[tuple[str, str], list[tuple[str, Slot]]]:
-    """The slots of the named groups by module and axis."""
+    """List the slots of the named groups by module and axis."""
     axes: dict[tuple[str, str], list[tuple[str, Slot]]] = {}
     for name in names:
         for slot in groups[name].consumers if consumers else dict.fromkeys(groups[name].slots):
@@ -235,9 +235,11 @@ def _spread(slots: list[tuple[str, Slot]], values: Mapping[str, Tensor], like: T
 
 
 def _kept_entries(model: nn.Module, groups: ChannelGroups, keep: Keep) -> dict[tuple[str, str], Int64[Tensor, " kept"]]:
-    """The entries of each axis that stay."""
+    """List the entries of each axis that stay."""
     kept: dict[tuple[str, str], Tensor] = {}
     for (module, axis), slots in _axes(groups, keep).items():
+        if axis.startswith("rows"):
+            continue
         if axis.startswith("dim"):
             length = _find(model, module).shape[int(axis[3:])]
         else:
@@ -249,7 +251,7 @@ def _kept_entries(model: nn.Module, groups: ChannelGroups, keep: Keep) -> dict[t
 def _tensor_indices(
     model: nn.Module, kept: Mapping[tuple[str, str], Tensor]
 ) -> dict[str, list[tuple[int, Int64[Tensor, " kept"]]]]:
-    """The slices of each tensor, by its qualified name."""
+    """List the slices of each tensor, by its qualified name."""
     indices: dict[str, list[tuple[int, Tensor]]] = {}
     for (module, axis), index in kept.items():
         if axis.startswith("dim"):
