@@ -25,6 +25,8 @@ class NarrowAttention(nn.Module):
         self.head_dim = source.head_dim
         self.dropout = source.dropout
         self.batch_first = source.batch_first
+        # Keeps torch.nn.TransformerEncoderLayer off its fused path, which knows no narrow attention.
+        self._qkv_same_embed_dim = False
         self.in_proj_weight: nn.Parameter | None
         self.q_proj_weight: nn.Parameter
         self.k_proj_weight: nn.Parameter

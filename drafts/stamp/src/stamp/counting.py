@@ -1,26 +1,27 @@
 """Multiply-adds and parameters, of a network and, in closed form, of all that its keep probabilities could make of it.
 
 One multiply-add counts once, and only convolutions and linear layers count: half of what
-`torch.utils.flop_counter.FlopCounterMode` says of a convolutional network. Attention's own products of activations, norms,
-biases and pooling do not count.
+`torch.utils.flop_counter.FlopCounterMode` says of a convolutional network. Attention's own products of activations,
+norms, biases and pooling do not count.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from stamp.attention import NarrowAttention
-from stamp.axes import CONVS, TRANSPOSED
+from stamp.axes import CONVS, TRANSPOSED, axis_length, axis_places
 from stamp.structure import ChannelGroups, GroupsError, Slot
 
-__all__ = ["MacsModel", "expected_macs", "macs", "parameters"]
+__all__ = ["CostModel", "macs", "parameters"]
 
 
 def parameters(model: nn.Module) -> int:
@@ -44,21 +45,28 @@ def macs(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> int:
 
 
 @dataclass(frozen=True)
-class MacsModel:
-    """The multiply-adds of a network as a function of what is kept of each group, exact and differentiable.
+class CostModel:
+    """A cost of a network as a function of what is kept of each group, exact and differentiable.
 
-    For independent channels kept with probabilities `pi`, a layer from entries `n` to entries `m` (how many each channel
-    owns) costs in expectation ``positions * kernel * ((n . pi)(m . pi) + sum n m pi (1 - pi))`` (spec 2.6): the last term
-    is for channels on both of its sides. A depthwise convolution costs ``positions * kernel * n . pi``.
+    For independent channels kept with probabilities `pi`, a layer from entries `n` to entries `m` (how many each
+    channel owns) costs in expectation ``scale * ((n . pi)(m . pi) + sum n m pi (1 - pi))`` (spec 2.6): the last term is
+    for channels on both of its sides. A depthwise convolution, of one side only, costs ``scale * n . pi``.
 
     Parameters
     ----------
     names, widths : of the groups that are not frozen
-    scale : ``(layers,)`` positions times kernel size
+    scale : ``(layers,)`` cost of a pair of entries
     inputs, outputs : ``(layers, channels)`` entries of each side that each channel owns
     fixed_inputs, fixed_outputs : ``(layers,)`` entries that no channel owns
-    linear : ``(channels,)`` multiply-adds of tied convolutions
-    constant : multiply-adds of tied convolutions that stay
+
+    Examples
+    --------
+    >>> from stamp.structure import Group
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> places = Slot("0", "out", 0, 1, 0, 4), Slot("2", "in", 0, 1, 0, 4)
+    >>> groups = ChannelGroups((Group("0", 4, places[:1], places[1:]),))
+    >>> float(CostModel.macs(net, groups, torch.rand(1, 3)).expected({"0": torch.full((4,), 0.5)}))
+    10.0
     """
 
     names: tuple[str, ...]
@@ -68,70 +76,82 @@ class MacsModel:
     outputs: Float64[Tensor, "layers channels"]
     fixed_inputs: Float64[Tensor, " layers"]
     fixed_outputs: Float64[Tensor, " layers"]
-    linear: Float64[Tensor, " channels"]
-    constant: float
 
     @classmethod
-    def build(cls, model: nn.Module, groups: ChannelGroups, example_input: Tensor | Sequence[Tensor]) -> MacsModel:
-        """Run the model once to see the positions of each layer.
+    def macs(cls, model: nn.Module, groups: ChannelGroups, example_input: Tensor | Sequence[Tensor]) -> CostModel:
+        """Build the cost in multiply-adds; the model runs once to show the positions of each layer.
 
         Parameters
         ----------
         model : from which the groups were traced
         groups : its channel groups
-        example_input : as for `macs`
+        example_input : as for the function `macs`
         """
-        prunable = groups.prunable
-        start: dict[str, int] = {}
-        total = 0
-        for group in prunable:
-            start[group.name] = total
-            total += group.width
-        owned: dict[tuple[str, str], list[tuple[int, Slot]]] = {}
-        for group in prunable:
-            for slot in dict.fromkeys(group.slots):
-                owned.setdefault((slot.module, slot.axis), []).append((start[group.name], slot))
-
-        def side(name: str, axis: str, length: int) -> tuple[Tensor, float]:
-            counts = torch.zeros(total, dtype=torch.float64)
-            for first, slot in owned.get((name, axis), []):
-                counts[first + slot.start : first + slot.start + slot.count] += slot.block
-            return counts, length - float(counts.sum())
-
-        rows: list[tuple[float, Tensor, float, Tensor, float]] = []
-        linear, constant = torch.zeros(total, dtype=torch.float64), 0.0
+        owned = _Owned(groups)
+        rows: list[_Row] = []
         for name, (module, uses) in _uses(model, example_input).items():
-            rowed = [axis for owner, axis in owned if owner == name and axis.startswith("rows")]
-            if rowed:
-                rows_here = uses[0][0][int(rowed[0][4:])]
-                counts, rest = side(name, rowed[0], rows_here)
-                linear += _layer_macs(module, uses) / rows_here * counts
-                constant += _layer_macs(module, uses) / rows_here * rest
+            single = next((axis for owner, axis in owned.slots if owner == name and axis.startswith("rows")), None)
+            if single is not None:
+                length = uses[0][0][int(single.removeprefix("rows"))]
+            elif _is_tied(module):
+                single, length = "in" if isinstance(module, TRANSPOSED) else "out", len(_weight(module))
+            else:
+                rows.extend(
+                    (float(scale), *owned.side((name, *entering)), *owned.side((name, *leaving)))
+                    for scale, entering, leaving in _dense_layers(module, uses)
+                )
                 continue
-            for scale, (in_axis, in_length), (out_axis, out_length) in _dense_layers(module, uses):
-                rows.append((scale, *side(name, in_axis, in_length), *side(name, out_axis, out_length)))
-            if _is_tied(module):
-                axis = "in" if isinstance(module, TRANSPOSED) else "out"
-                counts, rest = side(name, axis, int(_weight(module).shape[0]))
-                per_entry = _layer_macs(module, uses) / _weight(module).shape[0]
-                linear += per_entry * counts
-                constant += per_entry * rest
+            rows.append((_layer_macs(module, uses) / length, *owned.side((name, single, length)), *owned.side()))
+        return cls._of(groups, rows)
+
+    @classmethod
+    def parameters(cls, model: nn.Module, groups: ChannelGroups) -> CostModel:
+        """Build the cost in parameters.
+
+        Parameters
+        ----------
+        model : from which the groups were traced
+        groups : its channel groups
+        """
+        owned = _Owned(groups)
+        sides: dict[str, dict[int, tuple[Tensor, float]]] = {}
+        for module, axis in owned.slots:
+            if axis.startswith("dim"):
+                dim = int(axis.removeprefix("dim"))
+                length = model.get_parameter(module).shape[dim]
+                sides.setdefault(module, {})[dim] = owned.side((module, axis, length))
+            elif not axis.startswith("rows"):
+                target = model.get_submodule(module)
+                length = axis_length(target, axis)
+                for tensor, dim, repeats in axis_places(target, axis):
+                    counts, rest = owned.side((module, axis, length))
+                    name = f"{module}.{tensor}" if module else tensor
+                    sides.setdefault(name, {})[dim] = (repeats * counts, repeats * rest)
+        rows: list[_Row] = []
+        for name, parameter in model.named_parameters():
+            found = sides.get(name, {})
+            rest = parameter.numel() // math.prod(parameter.shape[dim] for dim in found)
+            first, second = (*found.values(), owned.side(), owned.side())[:2]
+            rows.append((float(rest), *first, *second))
+        return cls._of(groups, rows)
+
+    @classmethod
+    def _of(cls, groups: ChannelGroups, rows: list[_Row]) -> CostModel:
+        total = sum(groups.widths().values())
         scales, n, n0, m, m0 = zip(*rows, strict=True) if rows else ((), (), (), (), ())
         empty = torch.zeros(0, total, dtype=torch.float64)
         return cls(
-            tuple(group.name for group in prunable),
-            tuple(group.width for group in prunable),
+            tuple(groups.widths()),
+            tuple(groups.widths().values()),
             torch.tensor(scales, dtype=torch.float64),
             torch.stack(n) if n else empty,
             torch.stack(m) if m else empty,
             torch.tensor(n0, dtype=torch.float64),
             torch.tensor(m0, dtype=torch.float64),
-            linear,
-            constant,
         )
 
     def expected(self, keep_prob: Mapping[str, Float[Tensor, " width"]]) -> Float64[Tensor, ""]:
-        """Return the expected multiply-adds, or, for zeros and ones, the exact ones.
+        """Return the expected cost.
 
         Parameters
         ----------
@@ -142,36 +162,62 @@ class MacsModel:
         GroupsError
             For a group that does not exist or is frozen, or probabilities of a wrong width.
         """
-        unknown = sorted(set(keep_prob) - set(self.names))
-        if unknown:
-            raise GroupsError(f"{unknown} are frozen, or no groups; those are {list(self.names)}")
-        pieces: list[Tensor] = []
-        for name, width in zip(self.names, self.widths, strict=True):
-            pi = keep_prob.get(name, torch.ones(width))
-            if pi.shape != (width,):
-                raise GroupsError(f"probabilities of group {name!r} have shape {tuple(pi.shape)}, expected ({width},)")
-            pieces.append(pi.to(torch.float64))
-        pi = torch.cat([*pieces, torch.zeros(0, dtype=torch.float64)])
+        pi = self._concatenated(keep_prob)
         entering = self.inputs @ pi + self.fixed_inputs
         leaving = self.outputs @ pi + self.fixed_outputs
         both = (self.inputs * self.outputs) @ (pi * (1 - pi))
-        return self.scale @ (entering * leaving + both) + self.linear @ pi + self.constant
+        return self.scale @ (entering * leaving + both)
+
+    def exact(self, keep: Mapping[str, Bool[Tensor, " width"]]) -> int:
+        """Return the cost of the network that `surgery.cut` makes.
+
+        Parameters
+        ----------
+        keep : which channels of each group stay; a group left out stays whole
+
+        Raises
+        ------
+        GroupsError
+            As for `expected`.
+        """
+        return round(float(self.expected({name: mask.to(torch.float64) for name, mask in keep.items()})))
+
+    def _concatenated(self, values: Mapping[str, Tensor]) -> Tensor:
+        unknown = sorted(set(values) - set(self.names))
+        if unknown:
+            raise GroupsError(f"{unknown} are frozen, or no groups; those that are not are {list(self.names)}")
+        pieces = [torch.zeros(0, dtype=torch.float64)]
+        for name, width in zip(self.names, self.widths, strict=True):
+            own = values.get(name, torch.ones(width))
+            if own.shape != (width,):
+                raise GroupsError(f"group {name!r} got values of shape {tuple(own.shape)}; it has {width} channels")
+            pieces.append(own.to(self.scale))
+        return torch.cat(pieces)
 
 
-def expected_macs(
-    model: nn.Module,
-    groups: ChannelGroups,
-    example_input: Tensor | Sequence[Tensor],
-    keep_prob: Mapping[str, Float[Tensor, " width"]],
-) -> Float64[Tensor, ""]:
-    """Return the expected multiply-adds for channels kept independently; build a `MacsModel` to ask more than once.
+_Row = tuple[float, Tensor, float, Tensor, float]
 
-    Parameters
-    ----------
-    model, groups, example_input : as for `MacsModel.build`
-    keep_prob : as for `MacsModel.expected`
-    """
-    return MacsModel.build(model, groups, example_input).expected(keep_prob)
+
+class _Owned:
+    """How many entries of an axis each channel of the network owns, all groups in a row."""
+
+    def __init__(self, groups: ChannelGroups) -> None:
+        self.total = 0
+        self.slots: dict[tuple[str, str], list[tuple[int, Slot]]] = {}
+        for group in groups.prunable:
+            for slot in dict.fromkeys(group.slots):
+                self.slots.setdefault((slot.module, slot.axis), []).append((self.total, slot))
+            self.total += group.width
+
+    def side(self, axis: tuple[str, str, int] | None = None) -> tuple[Tensor, float]:
+        """Return the entries that each channel, and none, owns of an axis given with its length, or of one entry."""
+        counts = torch.zeros(self.total, dtype=torch.float64)
+        if axis is None:
+            return counts, 1.0
+        module, name, length = axis
+        for first, slot in self.slots.get((module, name), []):
+            counts[first + slot.start : first + slot.start + slot.count] += slot.block
+        return counts, length - float(counts.sum())
 
 
 Uses = list[tuple[tuple[int, ...], ...]]
@@ -217,43 +263,36 @@ def _is_tied(module: nn.Module) -> bool:
 def _layer_macs(module: nn.Module, uses: Uses) -> int:
     if _is_tied(module):
         return sum(_positions(module, use) for use in uses) * _weight(module).numel()
-    return sum(round(scale) * n * m for scale, (_, n), (_, m) in _dense_layers(module, uses))
+    return sum(scale * n * m for scale, (_, n), (_, m) in _dense_layers(module, uses))
 
 
 def _positions(module: nn.Module, use: tuple[tuple[int, ...], ...]) -> int:
     """How often each weight is used in a call."""
     shape = use[0] if isinstance(module, TRANSPOSED) else use[-1]
     if isinstance(module, nn.Linear):
-        return _product(shape[:-1])
+        return math.prod(shape[:-1])
     axis = len(shape) - 1 - len(module.kernel_size) if isinstance(module, CONVS) else 0
-    return _product(shape[:axis] + shape[axis + 1 :])
+    return math.prod(shape[:axis] + shape[axis + 1 :])
 
 
-def _dense_layers(module: nn.Module, uses: Uses) -> list[tuple[float, tuple[str, int], tuple[str, int]]]:
+def _dense_layers(module: nn.Module, uses: Uses) -> list[tuple[int, tuple[str, int], tuple[str, int]]]:
     """Positions times kernel, and the axes with their lengths, of each matrix product of a module."""
     match module:
         case nn.Linear():
             scale = sum(_positions(module, use) for use in uses)
             return [(scale, ("in", module.in_features), ("out", module.out_features))]
         case nn.Module() if isinstance(module, CONVS) and module.groups == 1:
-            kernel = _product(module.kernel_size)
+            kernel = math.prod(module.kernel_size)
             scale = sum(_positions(module, use) for use in uses) * kernel
             return [(scale, ("in", module.in_channels), ("out", module.out_channels))]
         case nn.MultiheadAttention() | NarrowAttention():
             inner = module.num_heads * int(module.head_dim)
-            whole = module.in_proj_weight is not None
-            layers: list[tuple[float, tuple[str, int], tuple[str, int]]] = []
+            whole = getattr(module, "in_proj_weight", None) is not None
+            layers: list[tuple[int, tuple[str, int], tuple[str, int]]] = []
             for use in uses:
                 for shape, axis in zip(use[:3], ("in", "in", "in") if whole else ("in", "key", "value"), strict=True):
-                    layers.append((_product(shape[:-1]), (axis, shape[-1]), ("inner", inner)))
-                layers.append((_product(use[-1][:-1]), ("inner", inner), ("out", use[-1][-1])))
+                    layers.append((math.prod(shape[:-1]), (axis, shape[-1]), ("inner", inner)))
+                layers.append((math.prod(use[-1][:-1]), ("inner", inner), ("out", use[-1][-1])))
             return layers
         case _:
             return []
-
-
-def _product(numbers: Sequence[int]) -> int:
-    total = 1
-    for number in numbers:
-        total *= number
-    return total

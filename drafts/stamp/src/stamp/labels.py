@@ -1,7 +1,7 @@
 """Follow every channel through a traced network: what must go together, and what may not go at all.
 
 Each entry of each tensor carries a label, the channel on which its existence depends. Reshapes, transpositions, splits
-and concatenations act on the labels as on the values, so that nested concatenations, flattening and attention heads need
+and concatenations act on the labels as on the values, so that nested concatenations, flattening and heads need
 no rule of their own; every other operation ties labels to each other or freezes them. Labels that are alike along an
 axis are stored once for it (a stride of zero).
 """
@@ -27,64 +27,80 @@ __all__ = ["Axis", "Elements", "Labeller"]
 
 AxisKey = tuple[str, str]
 
-ELEMENTWISE = frozenset(
-    ["abs", "add", "addcmul", "alpha_dropout", "celu", "clamp", "clip", "clone", "contiguous", "detach", "div", "double", "dropout", "dropout1d", "dropout2d", "dropout3d", "elu", "erf", "exp", "feature_alpha_dropout", "float", "gelu", "half", "hardsigmoid", "hardswish", "hardtanh", "iadd", "identity", "imul", "isub", "itruediv", "leaky_relu", "lerp", "log", "log1p", "logsigmoid", "maximum", "masked_fill", "minimum", "mish", "mul", "multiply", "neg", "negative", "pos", "pow", "relu", "relu6", "requires_grad_", "rrelu", "rsqrt", "selu", "sigmoid", "sign", "silu", "sin", "cos", "softplus", "softshrink", "softsign", "sqrt", "square", "sub", "subtract", "tanh", "tanhshrink", "threshold", "to", "truediv", "true_divide", "type", "type_as", "bfloat16", "where", "xlogy", "cpu", "cuda"]
-)
-RESHAPES = frozenset(
-    ["T", "channel_shuffle", "chunk", "expand", "expand_as", "flatten", "flip", "getitem", "mT", "movedim", "moveaxis", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "select", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"]
-)
-SAFE_RESHAPES = frozenset(
-    ["T", "flatten", "mT", "movedim", "moveaxis", "permute", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze"]
-)
-JOINS = frozenset(["cat", "concat", "concatenate"])
-SPATIAL = frozenset(
-    ["adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "interpolate", "lp_pool1d", "lp_pool2d", "max_pool1d", "max_pool2d", "max_pool3d", "pad", "upsample", "max_pool1d_with_indices"]
-)
-REDUCTIONS = frozenset(["amax", "amin", "mean", "std", "sum", "var", "prod", "logsumexp"])
-SOFTMAXES = frozenset(["softmax", "log_softmax", "normalize", "cumsum"])
-PRODUCTS = frozenset(["matmul", "bmm", "imatmul"])
 
-POINTWISE_MODULES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-    *(
-        nn.ReLU,
-        nn.ReLU6,
-        nn.GELU,
-        nn.SiLU,
-        nn.Sigmoid,
-        nn.Tanh,
-        nn.Hardtanh,
-        nn.Hardswish,
-        nn.Hardsigmoid,
-        nn.LeakyReLU,
-    ),
-    *(
-        nn.ELU,
-        nn.SELU,
-        nn.CELU,
-        nn.Mish,
-        nn.Softplus,
-        nn.Softsign,
-        nn.Softshrink,
-        nn.Hardshrink,
-        nn.Tanhshrink,
-        nn.RReLU,
-    ),
-    *(nn.LogSigmoid, nn.Threshold),
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _modules(text: str) -> tuple[type[nn.Module], ...]:
+    return tuple(getattr(nn, name) for name in text.split())
+
+
+ELEMENTWISE = _names(
+    """
+    abs add addcmul alpha_dropout asin atan bfloat16 ceil celu clamp clip clone contiguous cos cpu cuda detach div
+    double dropout dropout1d dropout2d dropout3d elu eq erf exp expm1 feature_alpha_dropout float floor floor_divide
+    floordiv ge gelu gt half hardshrink hardsigmoid hardswish hardtanh heaviside iadd identity imul isub itruediv le
+    leaky_relu lerp log log1p log2 logical_and logical_not logical_or logit logsigmoid lt masked_fill maximum
+    minimum mish mod mul multiply nan_to_num ne neg negative ones_like pos pow relu relu6 remainder requires_grad_
+    round rrelu rsqrt rsub selu sigmoid sign silu sin softplus softshrink softsign sqrt square sub subtract tanh
+    tanhshrink threshold to true_divide truediv type type_as where xlogy zeros_like
+    """
 )
-SPATIAL_MODULES = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
-    *(
-        nn.AdaptiveMaxPool3d,
-        nn.Upsample,
-        nn.ZeroPad1d,
-        nn.ZeroPad2d,
-        nn.ZeroPad3d,
-        nn.ReflectionPad1d,
-        nn.ReflectionPad2d,
-    ),
-    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.CircularPad2d),
+RESHAPES = _names(
+    """
+    T channel_shuffle chunk expand expand_as flatten flip getitem mT movedim moveaxis narrow permute pixel_shuffle
+    pixel_unshuffle repeat repeat_interleave reshape reshape_as roll select split split_with_sizes squeeze stack
+    swapaxes swapdims t tensor_split tile transpose unbind unflatten unsqueeze view view_as
+    """
+)
+SAFE_RESHAPES = _names(
+    """
+    T flatten mT movedim moveaxis permute squeeze swapaxes swapdims t transpose unsqueeze
+    """
+)
+JOINS = _names(
+    """
+    cat concat concatenate
+    """
+)
+SPATIAL = _names(
+    """
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d interpolate lp_pool1d lp_pool2d max_pool1d max_pool2d
+    max_pool3d pad upsample max_pool1d_with_indices
+    """
+)
+REDUCTIONS = _names(
+    """
+    amax amin mean std sum var prod logsumexp
+    """
+)
+SOFTMAXES = _names(
+    """
+    softmax log_softmax normalize cumsum
+    """
+)
+PRODUCTS = _names(
+    """
+    matmul bmm imatmul
+    """
+)
+
+POINTWISE_MODULES = _modules(
+    """
+    Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout ReLU ReLU6 GELU SiLU Sigmoid
+    Tanh Hardtanh Hardswish Hardsigmoid LeakyReLU ELU SELU CELU Mish Softplus Softsign Softshrink Hardshrink
+    Tanhshrink RReLU LogSigmoid Threshold
+    """
+)
+SPATIAL_MODULES = _modules(
+    """
+    MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d LPPool1d LPPool2d AdaptiveAvgPool1d
+    AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d Upsample ZeroPad1d
+    ZeroPad2d ZeroPad3d ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d ConstantPad1d
+    ConstantPad2d CircularPad2d
+    """
 )
 RESHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
@@ -154,9 +170,11 @@ class Labeller(fx.Interpreter):
     Parameters
     ----------
     graph_module : the traced network, in eval mode
+    known : names of the parameters and buffers of the network itself
     """
 
     graph_module: fx.GraphModule
+    known: frozenset[str]
     elements: Elements = field(default_factory=Elements)
     axes: dict[AxisKey, Axis] = field(default_factory=dict[AxisKey, Axis])
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -179,7 +197,7 @@ class Labeller(fx.Interpreter):
         inputs = [label for node in n.all_input_nodes for label in _tensors(self._labels[node])]
         match n.op:
             case "placeholder":
-                return self._opaque(value, "it is the model's input")
+                return self._opaque(value, "is tied to the model's input")
             case "get_attr":
                 return self._bare(str(n.target), value)
             case "output":
@@ -190,12 +208,21 @@ class Labeller(fx.Interpreter):
                 return self._module(n, value, inputs)
             case _:
                 if not list(_tensors(value)):
+                    self._sized(n, value, inputs)
                     return None
                 return self._function(n, value, inputs, args, kwargs)
+
+    def _sized(self, n: fx.Node, value: Any, inputs: list[Tensor]) -> None:
+        """Note that the forward pass asks for a size, on which anything may depend."""
+        if isinstance(value, int | torch.Size):
+            self.reshapes.extend(Reshaped(label, "size", _owner(n)) for label in inputs)
 
     def _module(self, n: fx.Node, value: Any, inputs: list[Tensor]) -> Any:
         module = self.graph_module.get_submodule(str(n.target))
         name = self._names[id(module)]
+        kind = type(module).__name__
+        if not type(module).__module__.startswith("torch.nn.modules"):
+            return self._unknown(value, inputs, f"module {name!r} of type {kind} is not looked into")
         x = inputs[0] if inputs else torch.zeros(0, dtype=torch.int64)
         if isinstance(module, (nn.Linear, *CONVS, *NORMS, nn.Embedding, nn.MultiheadAttention, nn.LayerNorm)):
             odd = self._odd(module, name)
@@ -211,7 +238,7 @@ class Labeller(fx.Interpreter):
             case nn.LayerNorm() | nn.RMSNorm():
                 axes = range(x.dim() - len(module.normalized_shape), x.dim())
                 return self._mix(x, axes, f"{type(module).__name__} {name!r} normalises over all of it")
-            case nn.Embedding():
+            case nn.Embedding() if module.max_norm is None:
                 labels = self._register(name, "out", "producer", self.elements.fresh(module.embedding_dim))
                 return labels.expand(value.shape)
             case nn.MultiheadAttention():
@@ -232,7 +259,7 @@ class Labeller(fx.Interpreter):
                     self.reshapes.append(Reshaped(x, type(module).__name__, name.rpartition(".")[0]))
                 return _compact(module(x))
             case _:
-                return self._unknown(value, inputs, f"module {name!r} of type {type(module).__name__} is not known")
+                return self._unknown(value, inputs, f"module {name!r} of type {kind} is not known")
 
     def _odd(self, module: nn.Module, name: str) -> str | None:
         """Why a module of a known type may not be cut: its weights are computed, or another module has them too."""
@@ -296,12 +323,13 @@ class Labeller(fx.Interpreter):
         if isinstance(module, nn.GroupNorm):
             reason = f"GroupNorm {name!r} normalises over all of it"
             labels = self._mix(labels.unflatten(0, (module.num_groups, -1)), [1], reason).flatten()
-            if module.num_groups == 1:
-                self.elements.freeze(labels, reason)
         return _at(self._register(name, "norm", "follower", labels), axis, x)
 
     def _attention(self, module: nn.MultiheadAttention, name: str, n: fx.Node, value: Any) -> Any:
-        given = dict(zip(("query", "key", "value"), n.args, strict=False)) | n.kwargs
+        given = (
+            dict(zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), n.args, strict=False))
+            | n.kwargs
+        )
         sources: list[Any] = [given[part] for part in ("query", "key", "value")]
         query, key, val = (self._labels[node] for node in sources)
         vectors = [self._along(x, x.dim() - 1) for x in (query, key, val)]
@@ -313,11 +341,15 @@ class Labeller(fx.Interpreter):
         inner = heads.repeat_interleave(module.head_dim)
         if (name, "inner") not in self.axes:
             self._register(name, "inner", "producer", inner)
+        labels = self.axes[name, "inner"].labels
+        mask: Any = given.get("attn_mask")
+        if isinstance(mask, fx.Node) and self._labels[mask].dim() == 3:
+            self.elements.freeze(labels, f"{name!r} is given a mask for each head")
         if not name or module.bias_k is not None or module.add_zero_attn:
-            self.elements.freeze(self.axes[name, "inner"].labels, f"{name!r} adds keys of its own")
+            self.elements.freeze(labels, f"{name!r} adds keys of its own")
         users = [user for user in n.users if not (user.target is operator.getitem and user.args[1] == 0)]
         if any(user.users for user in users):
-            self.elements.freeze(self.axes[name, "inner"].labels, f"the attention weights of {name!r} are used")
+            self.elements.freeze(labels, f"the attention weights of {name!r} are used")
         out = self._register(name, "out", "producer", self.elements.fresh(module.embed_dim))
         weights = None if value[1] is None else self._opaque(value[1], "are attention weights")
         return _at(out, value[0].dim() - 1, value[0]), weights
@@ -363,7 +395,8 @@ class Labeller(fx.Interpreter):
                         self.elements.freeze(small, "is spread over channels")
                         if _varying(small) or set(_varying(large)) - stretched:
                             self.elements.freeze(large, "has channels of another tensor spread over it")
-            result = result if not _varying(other) or _varying(result) else other
+            if not _varying(result) or 0 < len(_varying(other)) < len(_varying(result)):
+                result = other
             thin &= other_thin
         return result
 
@@ -371,10 +404,14 @@ class Labeller(fx.Interpreter):
         first: Any = n.args[0] if n.args else n.kwargs["tensors"]
         axis: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", n.kwargs.get("axis", 0))
         axis %= value.dim()
-        labels = [self._labels[node] for node in first]
+        labels: list[Tensor] = list(map_arg(first, self._labels.__getitem__))
         keep = {k for label in labels for k in _varying(label)} | {axis}
         slim = [label[tuple(slice(None) if k in keep else slice(0, 1) for k in range(value.dim()))] for label in labels]
-        return _compact(torch.cat(slim, axis)).expand(value.shape)
+        joined = _compact(torch.cat(slim, axis))
+        # What is removed of a tensor is the same all along its other axes.
+        if any(axis not in _varying(label) and _varying(label) for label in labels):
+            joined = self._tied(joined, [axis])
+        return joined.expand(value.shape)
 
     def _reshaped(self, n: fx.Node, name: str, value: Any) -> Any:
         def get(node: fx.Node) -> Any:
@@ -461,6 +498,7 @@ class Labeller(fx.Interpreter):
         mixed = axes & set(_varying(x))
         if mixed and not set(_varying(x)) - axes:
             self.elements.freeze(x, reason)
+            return x
         return self._tied(x, sorted(mixed))
 
     def _tied(self, x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -475,6 +513,8 @@ class Labeller(fx.Interpreter):
     def _bare(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
+        if name not in self.known:
+            return self._opaque(value, "a constant made in the forward pass has its size")
         if name not in self.tensors:
             self.tensors[name] = self.elements.fresh(value.numel()).view(value.shape)
             if isinstance(value, nn.Parameter) and self._parameters.setdefault(id(value), name) != name:

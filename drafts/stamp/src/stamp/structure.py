@@ -153,14 +153,22 @@ class ChannelGroups(Mapping[str, Group]):
         """Write a table with a line a group."""
         head = ("group", "width", "producers", "consumers", "followers", "frozen")
         rows = [
-            (group.name, str(group.width), *map(_listed, (group.producers, group.consumers, group.followers)))
-            + (group.frozen or "",)
+            (
+                *(group.name, str(group.width)),
+                *map(_listed, (group.producers, group.consumers, group.followers)),
+                _shortened(group.frozen or ""),
+            )
             for group in self.groups
         ]
         sizes = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
         lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)) for row in [head, *rows]]
         lines.insert(1, "  ".join("-" * size for size in sizes))
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _shortened(reasons: str) -> str:
+    first, *others = reasons.split("; ")
+    return first + (f" (+{len(others)})" if others else "")
 
 
 def _listed(slots: tuple[Slot, ...], most: int = 3) -> str:

@@ -77,6 +77,9 @@ def cut(model: nn.Module, groups: ChannelGroups, keep: Keep, *, inplace: bool = 
                 target.num_heads = len(index) // target.head_dim
         else:
             resize(target, axis, len(index))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, NarrowAttention) for m in module.modules()):
+            module.use_nested_tensor = False
     return model
 
 
