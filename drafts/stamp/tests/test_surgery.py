@@ -184,6 +184,18 @@ def test_masks_of_attention_survive_the_cut():
         assert small(q, k, k, need_weights=False)[1] is None
 
 
+def test_causal_attention_with_branches_on_sizes():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = zoo.Causal().double().eval(), torch.randn(2, 5, 3, dtype=torch.float64)
+    groups = trace(model, x)
+    for kept in ([True, False], [False, True]):
+        keep = {"q": torch.tensor(kept)}
+        small = cut(model, groups, keep)
+        assert small.q.out_features == 4
+        assert (masked(model, groups, keep)(x) - small(x)).abs().max() <= 1e-12
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_choices_are_refused_by_name():
     model, x = zoo.build("group-norm")

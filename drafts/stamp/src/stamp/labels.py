@@ -393,7 +393,7 @@ class Labeller(fx.Interpreter):
                 for small, large, stretched in ((result, other, spread), (other, result, other_spread)):
                     if stretched:
                         self.elements.freeze(small, "is spread over channels")
-                        if _varying(small) or set(_varying(large)) - stretched:
+                        if set(_varying(large)) - stretched:
                             self.elements.freeze(large, "has channels of another tensor spread over it")
             if not _varying(result) or 0 < len(_varying(other)) < len(_varying(result)):
                 result = other
