@@ -57,7 +57,7 @@ test: $(VENV)/.ready  ## the fast tests
 	@$(BIN)/pytest -m "not claims" $(TESTS)
 
 claims: $(VENV)/.ready  ## the papers' claims on real data, over several seeds (minutes)
-	@$(BIN)/pytest -m claims $(TESTS)
+	@JAXTYPING_DISABLE=1 $(BIN)/pytest -m claims $(TESTS)
 
 lint: $(VENV)/.ready  ## ruff, formatting, and who may import whom
 	@$(BIN)/ruff check .

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.claims
 
 # The step size that both methods choose on validation classes (`make reproduce PACKAGE=bayes-taml`).
 PROTOCOL = Protocol(steps=250, inner_lr=0.033)
-SEEDS = (0, 1)
+SEEDS = (0,)
 OURS = "deterministic_taml"
 
 

@@ -200,15 +200,15 @@ def _features(
     shared: Mapping[str, Tensor],
     x: Tensor,
     mask: Tensor | None,
-    told: Callable[[Tensor | None], Pass] = lambda mask: Pass(mask=mask),
 ) -> Tensor:
     """Features ``(tasks, n, F)`` under parameters of each task (`own`) and of all (`shared`)."""
     if len(x) == 1:
         alone = {name: value[0] for name, value in own.items()}
-        return model.call({**shared, **alone}, x[0], told(None if mask is None else mask[0])).unsqueeze(0)
+        told = Pass(mask=None if mask is None else mask[0], alone=True)
+        return model.call({**shared, **alone}, x[0], told).unsqueeze(0)
 
     def one(own: Parameters, x: Tensor, mask: Tensor | None) -> Tensor:
-        return model.call({**shared, **own}, x, told(mask))
+        return model.call({**shared, **own}, x, Pass(mask=mask))
 
     return torch.vmap(one, in_dims=(0, 0, None if mask is None else 0))(dict(own), x, mask)
 

@@ -54,11 +54,13 @@ class Pass:
     mask : ``(n,)`` rows that are real; None where all are
     statistics : mean and variance by the name of the normalisation, to use instead of the batch's own
     record : where normalisations leave the batch's mean and variance; None to keep nothing
+    alone : the pass is of one task, not batched over several
     """
 
     mask: Bool[Tensor, " n"] | None = None
     statistics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
     record: dict[str, tuple[Tensor, Tensor]] | None = None
+    alone: bool = False
 
 
 _NOTHING = Pass()
@@ -78,6 +80,9 @@ def running(told: Pass) -> Generator[None]:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+_LARGE = 1 << 18
 
 
 class _Moments(torch.autograd.Function):
@@ -134,7 +139,12 @@ class BatchStatistics(nn.Module):
             return told.statistics[self.name]
         axes = (0, *range(2, x.dim()))
         if told.mask is None:
-            mean, variance = cast("tuple[Tensor, Tensor]", _Moments.apply(x))
+            # By hand where arrays are large; under ``vmap``, and on small ones, to call it costs more than it saves.
+            if told.alone and x.numel() > _LARGE:
+                mean, variance = cast("tuple[Tensor, Tensor]", _Moments.apply(x))
+            else:
+                mean = x.mean(axes)
+                variance = (x - _channels(mean, x)).square().mean(axes)
         else:
             weight = told.mask.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
             weight = weight / (weight.sum() * (x[0, 0].numel()))
