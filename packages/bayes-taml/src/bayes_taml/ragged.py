@@ -165,7 +165,7 @@ def group_by_size(sizes: Sequence[int], overhead: float, most: int = 1 << 30) ->
 
     Examples
     --------
-    >>> group_by_size([5, 100, 6], overhead=10)
+    >>> group_by_size([5, 100, 6], overhead=10.0)
     [[0, 2], [1]]
     """
     order = sorted(range(len(sizes)), key=lambda k: (sizes[k], k))
