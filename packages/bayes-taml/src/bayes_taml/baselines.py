@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from bayes_taml.engine import HEAD_BIAS, HEAD_WEIGHT, Plan
 from bayes_taml.networks import Modulated, Pass
-from bayes_taml.ragged import Tasks
+from bayes_taml.ragged import Tasks, without_padding
 
 __all__ = ["fine_tune", "inverse_frequency", "oversampled", "pixel_means", "prototype_logits", "step_rule"]
 
@@ -98,8 +98,8 @@ def prototype_logits(
         told = Pass(mask=asked_mask) if plan.statistics == "batch" else Pass(statistics=record)
         return h, model.call(parameters, asked, told)
 
-    x = _clean(tasks.support, tasks.support_mask)
-    asked = _clean(tasks.query, tasks.query_mask)
+    x = without_padding(tasks.support, tasks.support_mask)
+    asked = without_padding(tasks.query, tasks.query_mask)
     h, found = torch.vmap(one)(x, tasks.support_mask, asked, tasks.query_mask)
     labels = torch.where(tasks.support_mask, tasks.support_labels, 0)
     centre = _centres(h, labels, tasks.support_mask, tasks.ways)
@@ -113,14 +113,10 @@ def pixel_means(tasks: Tasks) -> Float[Tensor, "tasks m ways"]:
     ----------
     tasks : the batch
     """
-    x = _clean(tasks.support, tasks.support_mask).flatten(2)
+    x = without_padding(tasks.support, tasks.support_mask).flatten(2)
     labels = torch.where(tasks.support_mask, tasks.support_labels, 0)
     centre = _centres(x, labels, tasks.support_mask, tasks.ways)
-    return -torch.cdist(_clean(tasks.query, tasks.query_mask).flatten(2), centre).square()
-
-
-def _clean(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x, x.new_zeros(()))
+    return -torch.cdist(without_padding(tasks.query, tasks.query_mask).flatten(2), centre).square()
 
 
 def fine_tune(
@@ -155,7 +151,7 @@ def fine_tune(
     own[HEAD_BIAS] = like.new_zeros((count, tasks.ways), requires_grad=True)
     shared = {name: p.detach() for name, p in parameters.items() if name not in own}
     optimizer = torch.optim.Adam(list(own.values()), lr=lr)
-    x, mask = _clean(tasks.support, tasks.support_mask), tasks.support_mask
+    x, mask = without_padding(tasks.support, tasks.support_mask), tasks.support_mask
     labels = torch.where(mask, tasks.support_labels, 0)
 
     def logits(own: dict[str, Tensor], x: Tensor, told: Pass) -> Tensor:
@@ -183,4 +179,4 @@ def fine_tune(
         return logits(own, asked, Pass(statistics=record))
 
     with torch.no_grad():
-        return torch.vmap(answered)(own, x, mask, _clean(tasks.query, tasks.query_mask), tasks.query_mask)
+        return torch.vmap(answered)(own, x, mask, without_padding(tasks.query, tasks.query_mask), tasks.query_mask)

@@ -810,12 +810,14 @@ def data(config: DataConfig, session: Session) -> Outcome:
         parts = [("test", images)]
         notes.append(f"{config.source} has the same classes in every split: to test on (others, evaluate --data)")
     else:
-        # What can be read but not divided is a data set to adapt to.
-        whole = load_classes(config.source, split="all", size=config.size, seed=config.seed, instances=config.instances)
         try:
             splits = _splits(config.source, config)
             parts = [("train", splits.train), ("validation", splits.validation), ("test", splits.test)]
         except InputError as error:
+            # What can be read but not divided is a data set to adapt to; what cannot be read fails here again.
+            whole = load_classes(
+                config.source, split="all", size=config.size, seed=config.seed, instances=config.instances
+            )
             parts = [("all", whole)]
             notes += [f"one data set to adapt to or explain, not one to train on ({error}):"]
             notes += [f"  {name}: {n} images" for name, n in zip(whole.class_names, whole.counts, strict=True)]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bayes_taml.networks import Modulated, Pass
 from bayes_taml.posterior import Latents
-from bayes_taml.ragged import Tasks, group_by_size
+from bayes_taml.ragged import Tasks, group_by_size, without_padding
 from shared_core.errors import InputError
 
 __all__ = [
@@ -187,8 +187,8 @@ def _groups(tasks: Tasks, model: Modulated, plan: Plan, *, most: int) -> list[_G
         labels = tasks.support_labels[index.unsqueeze(1), order]
         ragged = not bool(mask.all())
         if ragged:
-            x = torch.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x, x.new_zeros(()))
-            labels = torch.where(mask, labels, labels.new_zeros(()))
+            x = without_padding(x, mask)
+            labels = without_padding(labels, mask)
         length = longest if plan.compat.padded_n else None
         found.append(_Group(index, x, labels, mask, ragged, tasks.ways, length))
     return found
@@ -442,8 +442,8 @@ def _query_of(tasks: Tasks, index: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     x, labels = tasks.query[index], tasks.query_labels[index]
     if bool(mask.all()):
         return x, labels, None, mask
-    x = torch.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x, x.new_zeros(()))
-    return x, torch.where(mask, labels, labels.new_zeros(())), mask, mask
+    x = without_padding(x, mask)
+    return x, without_padding(labels, mask), mask, mask
 
 
 def _support_of(group: _Group) -> tuple[Tensor, Tensor | None]:

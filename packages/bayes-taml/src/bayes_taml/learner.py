@@ -22,7 +22,7 @@ from bayes_taml.methods import Method, find_method
 from bayes_taml.metrics import calibration_error, interval, negative_log_likelihood
 from bayes_taml.networks import Groups, Modulated, Pass, conv_features, mlp_features
 from bayes_taml.posterior import Latents, Posterior
-from bayes_taml.ragged import EmptyClassError, NeedTwoClassesError, Tasks
+from bayes_taml.ragged import EmptyClassError, NeedTwoClassesError, Tasks, without_padding
 from shared_core.device import World
 from shared_core.errors import InputError
 
@@ -478,9 +478,7 @@ class MetaLearner:
 
     def _plain_features(self, tasks: Tasks) -> Tensor:
         body = {name: p.detach() for name, p in self._body().items()}
-        x = torch.where(
-            tasks.support_mask.view(*tasks.support_mask.shape, *[1] * (tasks.support.dim() - 2)), tasks.support, 0.0
-        )
+        x = without_padding(tasks.support, tasks.support_mask)
 
         def one(x: Tensor, mask: Tensor) -> Tensor:
             return self.model.call(body, x, Pass(mask=mask))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared_core.errors import InputError
 
-__all__ = ["EmptyClassError", "NeedTwoClassesError", "Tasks", "UnknownLabelError", "group_by_size"]
+__all__ = ["EmptyClassError", "NeedTwoClassesError", "Tasks", "UnknownLabelError", "group_by_size", "without_padding"]
 
 
 class EmptyClassError(InputError):
@@ -145,6 +145,17 @@ def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     for place, r in zip(filled, rows, strict=True):
         place[: len(r)] = r
     return filled, mask
+
+
+def without_padding(x: Shaped[Tensor, "tasks n ..."], mask: Bool[Tensor, "tasks n"]) -> Shaped[Tensor, "tasks n ..."]:
+    """Put zeros in the rows that are not real, whatever they hold, NaN even.
+
+    Parameters
+    ----------
+    x : rows, or anything with an entry a row
+    mask : those that are real
+    """
+    return torch.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x, x.new_zeros(()))
 
 
 def group_by_size(sizes: Sequence[int], overhead: float, most: int = 1 << 30) -> list[list[int]]:
