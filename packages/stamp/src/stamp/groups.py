@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int64
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -68,7 +70,9 @@ def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor], *, opaque:
     {'0': 8}
     """
     inputs = tuple(x.cpu() for x in ((example_input,) if isinstance(example_input, Tensor) else example_input))
-    copied = copy.deepcopy(model).cpu().eval()
+    # Its weights are only read: the copy has parameters of its own over the same numbers.
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
+    copied = copy.deepcopy(model, shared).cpu().eval()
     known = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
     labeller = Labeller(_traced(copied, inputs, opaque), frozenset(known))
     try:
@@ -220,56 +224,92 @@ def _grouped(labeller: Labeller) -> tuple[list[Group], dict[str, list[Reshaped]]
     """Turn channels, as labels that share a fate, into groups: those computed by the same modules."""
     channel, reasons = labeller.elements.resolve()
     axes = {key: Axis(axis.role, channel[axis.labels]) for key, axis in labeller.axes.items()}
-    produced = {key: axis.labels.tolist() for key, axis in axes.items() if axis.role == "producer"}
-    _freeze_odd_tensors(labeller, channel, {c for labels in produced.values() for c in labels}, reasons)
+    produced = [axis.labels.numpy() for axis in axes.values() if axis.role == "producer"]
+    _freeze_odd_tensors(labeller, channel, produced, reasons)
     axes |= _bare_axes(labeller, channel)
 
-    makers: dict[int, set[int]] = {}
-    for k, labels in enumerate(produced.values()):
-        for c in labels:
-            makers.setdefault(c, set()).add(k)
-    members: dict[tuple[frozenset[int], bool], list[int]] = {}
-    for c, by in makers.items():
-        members.setdefault((frozenset(by), c in reasons), []).append(c)
-    place = {c: (g, k) for g, channels in enumerate(members.values()) for k, c in enumerate(channels)}
+    total = labeller.elements.count
+    frozen = np.zeros(total, np.bool_)
+    frozen[list(reasons)] = True
+    group, index = _members(produced, frozen)
+    widths = np.bincount(group[group >= 0]).tolist()
 
-    slots: list[dict[str, list[Slot]]] = [{"producer": [], "consumer": [], "follower": []} for _ in members]
+    slots: list[dict[str, list[Slot]]] = [{"producer": [], "consumer": [], "follower": []} for _ in widths]
     for (module, axis), found in axes.items():
-        for g, slot in _runs(module, axis, [place.get(c) for c in found.labels.tolist()]):
+        own = found.labels.numpy()
+        for g, slot in _runs(module, axis, group[own], index[own]):
             slots[g][found.role].append(slot)
             if axis == "inner":
                 slots[g]["consumer"].append(slot)
 
+    whys: list[dict[str, None]] = [{} for _ in widths]
+    for c, why in reasons.items():
+        if group[c] >= 0:
+            whys[group[c]].update(dict.fromkeys(why))
+    passed: list[list[Reshaped]] = [[] for _ in widths]
+    for found in labeller.reshapes:
+        for g in np.unique(group[channel[found.labels].unique().numpy()]).tolist():
+            if g >= 0:
+                passed[g].append(found)
+
     groups: list[Group] = []
     touched: dict[str, list[Reshaped]] = {}
     names: dict[str, int] = {}
-    by_channels = [set(channels) for channels in members.values()]
-    through = [(set(channel[found.labels].unique().tolist()), found) for found in labeller.reshapes]
-    for ((_, frozen), channels), places, own in zip(members.items(), slots, by_channels, strict=True):
+    for width, places, because, through in zip(widths, slots, whys, passed, strict=True):
         first = places["producer"][0].module
         if places["producer"][0].axis == "inner":
             first = f"{first}.heads"
         names[first] = names.get(first, 0) + 1
         name = first if names[first] == 1 else f"{first}#{names[first]}"
-        why = "; ".join(dict.fromkeys(reason for c in channels for reason in reasons.get(c, []))) if frozen else None
-        if why is None and len(channels) == 1:
+        why = "; ".join(because) or None
+        if why is None and width == 1:
             why = "has one channel only, or all are tied to each other"
         if why is None and not places["consumer"]:
             why = "no convolution or linear layer consumes it"
         producers, consumers, followers = (tuple(places[role]) for role in ("producer", "consumer", "follower"))
-        groups.append(Group(name, len(channels), producers, consumers, followers, why))
-        passed = [found for labels, found in through if labels & own]
-        if passed and why is None:
-            touched[name] = passed
+        groups.append(Group(name, width, producers, consumers, followers, why))
+        if through and why is None:
+            touched[name] = through
     return groups, touched
 
 
-def _freeze_odd_tensors(labeller: Labeller, channel: Tensor, produced: set[int], reasons: dict[int, list[str]]) -> None:
+def _members(
+    produced: list[NDArray[np.int64]], frozen: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the group of each channel, -1 for none, and its place in it: both in order of first appearance.
+
+    Channels of a group are produced by the same axes, and all are frozen or none is.
+    """
+    kind = frozen.astype(np.int64)
+    kinds = 2
+    for labels in produced:
+        own = np.unique(labels)
+        before, inverse = np.unique(kind[own], return_inverse=True)
+        kind[own] = kinds + inverse
+        kinds += len(before)
+    group = np.full(len(frozen), -1)
+    index = np.full(len(frozen), -1)
+    if not produced:
+        return group, index
+    every, first = np.unique(np.concatenate(produced), return_index=True)
+    ordered = every[np.argsort(first)]
+    _, seen, inverse, counts = np.unique(kind[ordered], return_index=True, return_inverse=True, return_counts=True)
+    rank = np.argsort(np.argsort(seen))
+    group[ordered] = rank[inverse]
+    by_group = np.argsort(group[ordered], kind="stable")
+    counts = counts[np.argsort(seen)]
+    index[ordered[by_group]] = np.arange(len(ordered)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return group, index
+
+
+def _freeze_odd_tensors(
+    labeller: Labeller, channel: Tensor, produced: list[NDArray[np.int64]], reasons: dict[int, list[str]]
+) -> None:
     """Freeze channels tied to a bare parameter whose entries they do not own along one axis."""
     for name, labels in labeller.tensors.items():
         found = channel[labels]
         if len(_axes_of(found)) != 1:
-            for c in set(found.unique().tolist()) & produced:
+            for c in np.intersect1d(found.numpy(), np.concatenate(produced or [np.zeros(0, np.int64)])).tolist():
                 reasons.setdefault(c, []).append(f"parameter {name!r} has no axis of its own for it")
 
 
@@ -288,29 +328,19 @@ def _axes_of(x: Int64[Tensor, "..."]) -> list[int]:
     return [k for k in range(x.dim()) if bool((x != x.narrow(k, 0, 1)).any())]
 
 
-def _runs(module: str, axis: str, entries: Iterable[tuple[int, int] | None]) -> list[tuple[int, Slot]]:
-    """Write an axis, given as the group and channel of each entry, as slots."""
-    pieces: list[tuple[tuple[int, int] | None, int, int]] = []
-    for position, entry in enumerate(entries):
-        if pieces and entry is not None and pieces[-1][0] == entry:
-            pieces[-1] = (entry, pieces[-1][1], pieces[-1][2] + 1)
-        else:
-            pieces.append((entry, position, 1))
-    runs: list[tuple[int, Slot]] = []
-    joined = False
-    for entry, position, block in pieces:
-        if entry is None:
-            joined = False
-            continue
-        g, k = entry
-        if joined and runs[-1][0] == g and runs[-1][1].block == block:
-            last = runs[-1][1]
-            if k == last.start + last.count:
-                runs[-1] = (g, replace(last, count=last.count + 1))
-                continue
-        runs.append((g, Slot(module, axis, position, block, k, 1)))
-        joined = True
-    return runs
+def _runs(module: str, axis: str, group: NDArray[np.int64], index: NDArray[np.int64]) -> Iterator[tuple[int, Slot]]:
+    """Write an axis, given as the group (-1 for none) and channel of each entry, as slots."""
+    breaks = (group[1:] != group[:-1]) | (index[1:] != index[:-1]) | (group[1:] < 0)
+    position = np.flatnonzero(np.concatenate([[True], breaks]))
+    block = np.diff(position, append=len(group))
+    g, k = group[position], index[position]
+    joined = (g[1:] == g[:-1]) & (block[1:] == block[:-1]) & (k[1:] == k[:-1] + 1) & (g[1:] >= 0)
+    start = np.flatnonzero(np.concatenate([[True], ~joined]))
+    count = np.diff(start, append=len(position))
+    columns = (g[start], position[start], block[start], k[start], count)
+    for owner, *place in zip(*(column.tolist() for column in columns), strict=True):
+        if owner >= 0:
+            yield owner, Slot(module, axis, *place)
 
 
 def _tried(

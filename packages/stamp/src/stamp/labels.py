@@ -131,7 +131,8 @@ class Elements:
         pairs = torch.stack([torch.atleast_1d(a).flatten(), torch.atleast_1d(b).flatten()])
         pairs = pairs[:, pairs[0] != pairs[1]]
         if pairs.numel():
-            self._ties.append(pairs.unique(dim=1))
+            numbers = (pairs[0] * self.count + pairs[1]).unique()
+            self._ties.append(torch.stack([numbers // self.count, numbers % self.count]))
 
     def freeze(self, labels: Int64[Tensor, "..."], reason: str) -> None:
         """Forbid the removal of all these."""

@@ -59,11 +59,15 @@ def cut(model: nn.Module, groups: ChannelGroups, keep: Keep, *, inplace: bool = 
     Conv2d(3, 2, kernel_size=(3, 3), stride=(1, 1))
     """
     _check(groups, keep)
-    model = model if inplace else copy.deepcopy(model)
     kept = _kept_entries(model, groups, keep)
     with torch.no_grad():
-        for name, indices in _tensor_indices(model, kept).items():
-            _slice(model, name, indices)
+        sliced = {name: _sliced(_find(model, name), indices) for name, indices in _tensor_indices(model, kept).items()}
+    if inplace:
+        for name, tensor in sliced.items():
+            _replace(model, name, tensor)
+    else:
+        # What is cut is not copied first.
+        model = copy.deepcopy(model, {id(_find(model, name)): tensor for name, tensor in sliced.items()})
     _count(model, groups, keep)
     for (module, axis), index in kept.items():
         if axis.startswith("dim"):
@@ -274,19 +278,16 @@ def _find(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), leaf)
 
 
-def _slice(model: nn.Module, name: str, indices: list[tuple[int, Tensor]]) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    old: Tensor = getattr(owner, leaf)
+def _sliced(old: Tensor, indices: list[tuple[int, Tensor]]) -> Tensor:
     new = old.detach()
     for dim, index in indices:
         new = new.index_select(dim, index.to(new.device))
-    setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _replace(model: nn.Module, name: str, value: nn.Module | Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, module)
+    setattr(model.get_submodule(owner), leaf, value)
 
 
 def _count(model: nn.Module, groups: ChannelGroups, keep: Keep) -> None:
