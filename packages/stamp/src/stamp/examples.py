@@ -271,7 +271,7 @@ def as_examples(data: object, *, name: str = "data", class_names: Sequence[str] 
         found = getattr(cast("Any", data), "classes", None)
     else:
         raise DataError(
-            f"{name}: cannot make examples of {type(data).__name__}; give (x, y), a torch data set, a loader or Examples"
+            f"{name}: cannot make examples of {type(data).__name__}; give (x, y), a torch data set or loader"
         )
     names = class_names if class_names is not None else found
     y = _labels(y, name)
