@@ -14,9 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # for zoo.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-# All but cli.py, whose annotations name things that only its commands import.
+# All but cli.py, whose annotations name things that only its commands import, and networks.py, whose forward passes
+# run on the proxies of torch.fx.
 modules = [
-    path.stem for path in Path(next(iter(stamp.__path__))).glob("*.py") if path.stem not in {"__init__", "cli"}
+    path.stem
+    for path in Path(next(iter(stamp.__path__))).glob("*.py")
+    if path.stem not in {"__init__", "cli", "networks"}
 ]
 jaxtyping.install_import_hook([f"stamp.{name}" for name in modules], typechecker="beartype.beartype")
 
