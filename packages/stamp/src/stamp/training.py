@@ -31,13 +31,12 @@ __all__ = [
     "class_mean_weights",
     "finetune",
     "head_name",
-    "nearest_mean_weights",
     "penultimate",
     "recalibrate_bn",
     "with_head",
 ]
 
-HeadKind = Literal["class-mean", "nearest-mean", "fresh", "keep"]
+HeadKind = Literal["class-mean", "fresh", "keep"]
 State = dict[str, Any]
 
 _SMALL = 5000
@@ -146,38 +145,11 @@ def class_mean_weights(
     [[10.0, 0.0]]
     """
     tiny = torch.finfo(features.dtype).tiny
-    means = _class_means(features, y, num_classes)
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, y, features)
+    means = sums / torch.bincount(y, minlength=num_classes).clamp_min(1).to(features)[:, None]
     norm = features.norm(dim=1).mean().clamp_min(tiny)
     weight = scale * means / (means.norm(dim=1, keepdim=True).clamp_min(tiny) * norm)
     return weight, weight.new_zeros(num_classes)
-
-
-def nearest_mean_weights(
-    features: Float[Tensor, "n features"], y: Int64[Tensor, " n"], num_classes: int
-) -> tuple[Float[Tensor, "classes features"], Float[Tensor, " classes"]]:
-    """Return the weights of a head that compares with the mean of each class by the distance.
-
-    Its probabilities are those of Gaussian classes with one variance, estimated from the features, in all directions.
-
-    Parameters
-    ----------
-    features, y, num_classes : as for `class_mean_weights`; a class without an example is never the answer
-
-    Returns
-    -------
-    Weights and biases, for a linear layer.
-    """
-    means = _class_means(features, y, num_classes)
-    variance = (features - means[y]).square().mean().clamp_min(torch.finfo(features.dtype).tiny)
-    temperature = variance * features.shape[1] ** 0.5
-    bias = -means.square().sum(1) / (2 * temperature)
-    bias[torch.bincount(y, minlength=num_classes) == 0] = bias.min() - 100
-    return means / temperature, bias
-
-
-def _class_means(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, y, features)
-    return sums / torch.bincount(y, minlength=num_classes).clamp_min(1).to(features)[:, None]
 
 
 def with_head(
@@ -195,8 +167,8 @@ def with_head(
     ----------
     model : a classifier; its own head goes, but for ``keep``
     data : whose classes are meant; for ``fresh`` and ``keep`` their number is enough
-    kind : ``class-mean`` compares with each class's mean by the cosine, ``nearest-mean`` by the distance; ``fresh`` is
-        random; ``keep`` only checks that the head has as many outputs
+    kind : ``class-mean`` compares with each class's mean by the cosine; ``fresh`` is random; ``keep`` only checks that the
+        head has as many outputs
     head : qualified name of the head. Default: the last linear layer
     inplace : change the model itself instead of a copy
     seed : of the fresh head
@@ -236,9 +208,7 @@ def with_head(
             raise HeadError(f"head: '{kind}' needs examples, got only a number of classes; take kind='fresh'")
         else:
             features = _features(model, data, name)
-            y = data.y.to(features.device)
-            make = class_mean_weights if kind == "class-mean" else nearest_mean_weights
-            weight, bias = make(features, y, classes)
+            weight, bias = class_mean_weights(features, data.y.to(features.device), classes)
             new.weight.copy_(weight)
             new.bias.copy_(bias)
     new.train(old.training)
