@@ -18,8 +18,8 @@ torch.set_num_threads(1)
 # run on the proxies of torch.fx.
 modules = [
     path.stem
-    for path in Path(next(iter(stamp.__path__))).glob("*.py")
-    if path.stem not in {"__init__", "cli", "networks"}
+    for path in Path(next(iter(stamp.__path__))).glob("[!_]*")
+    if (path.suffix == ".py" or path.is_dir()) and path.stem not in {"cli", "networks"}
 ]
 jaxtyping.install_import_hook([f"stamp.{name}" for name in modules], typechecker="beartype.beartype")
 

@@ -16,7 +16,7 @@ from stamp.axes import CONVS, gate_places
 from stamp.structure import ChannelGroups, Group, GroupsError, Slot
 from stamp.surgery import KeepError
 
-__all__ = ["Features", "Gate", "observe"]
+__all__ = ["Features", "Gate", "evaluating", "observe"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ def observe(
         for slot in group.consumers:
             if gate_places(model.get_submodule(slot.module), slot.axis):
                 consumers.setdefault(slot.module, {}).setdefault(slot.axis, []).append((group, slot))
-    with _evaluating(model):
+    with evaluating(model):
         hooks = [
             hook
             for name, axes in consumers.items()
@@ -199,8 +199,13 @@ def _merged(old: Features, new: Features, where: Bool[Tensor, " width"]) -> Feat
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Put the network in eval mode, and torch's attention on the path that calls every module."""
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Put a network in eval mode for a while, and torch's attention on the path that calls every module.
+
+    Parameters
+    ----------
+    model : whose modules get their own modes back at the end
+    """
     modes = {module: module.training for module in model.modules()}
     shortcut = torch.backends.mha.get_fastpath_enabled()
     model.eval()
