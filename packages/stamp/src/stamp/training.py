@@ -167,8 +167,8 @@ def with_head(
     ----------
     model : a classifier; its own head goes, but for ``keep``
     data : whose classes are meant; for ``fresh`` and ``keep`` their number is enough
-    kind : ``class-mean`` compares with each class's mean by the cosine; ``fresh`` is random; ``keep`` only checks that the
-        head has as many outputs
+    kind : ``class-mean`` compares with each class's mean by the cosine; ``fresh`` is random; ``keep`` only checks that
+        the head has as many outputs
     head : qualified name of the head. Default: the last linear layer
     inplace : change the model itself instead of a copy
     seed : of the fresh head
