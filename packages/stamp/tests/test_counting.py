@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 import zoo
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stamp.attention import NarrowAttention
 from stamp.counting import CostModel, macs, parameters
 from stamp.groups import GroupsError, trace
 from stamp.surgery import cut
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def counted(model, x) -> float:
@@ -45,6 +47,12 @@ def test_macs_of_torchs_attention_are_those_of_its_projections(name):
     assert macs(model, x) == cost.exact({})
     assert macs(small, x) == cost.exact(keep)
     assert CostModel.parameters(model, groups).exact(keep) == parameters(small)
+
+
+def test_an_attention_counts_alike_alone_and_inside_a_network():
+    attention = NarrowAttention(nn.MultiheadAttention(8, 2), 2)
+    x = [torch.rand(3, 1, 8)] * 3
+    assert macs(attention, x) == macs(nn.MultiheadAttention(8, 2), x) == 4 * 3 * 8 * 8
 
 
 def test_published_sizes():

@@ -230,7 +230,7 @@ def _uses(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> dict[st
     copied = copy.deepcopy(model).eval()
     found: dict[str, tuple[nn.Module, Uses]] = {}
     inner = {
-        f"{name}.out_proj"
+        f"{name}.out_proj".removeprefix(".")
         for name, m in copied.named_modules()
         if isinstance(m, nn.MultiheadAttention | NarrowAttention)
     }
@@ -245,7 +245,7 @@ def _uses(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> dict[st
         return hook
 
     for name, module in copied.named_modules():
-        if isinstance(module, LAYERS) and name.removeprefix(".") not in inner:
+        if isinstance(module, LAYERS) and name not in inner:
             module.register_forward_hook(note(name), with_kwargs=True)
     with torch.no_grad():
         copied(*inputs)
