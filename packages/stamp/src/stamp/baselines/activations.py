@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stamp.baselines.channels import Scores, sampled_batches
+from stamp.baselines.channels import Scores
+from stamp.drawing import sampled_batches
 from stamp.examples import Examples
 from stamp.observing import Features, observe
 from stamp.structure import ChannelGroups

@@ -1,42 +1,18 @@
-"""What scorers share: sums over the weights that compute a channel, and batches as a network takes them (spec 3)."""
+"""What scorers share: the scores themselves, and sums over the weights that compute a channel (spec 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from stamp.axes import CONVS, axis_length, axis_places
-from stamp.examples import Examples
+from stamp.axes import axis_length, axis_places
 from stamp.structure import ChannelGroups
 
-__all__ = ["channel_sums", "endless_batches", "layer_weights", "sampled_batches"]
+__all__ = ["Scores", "channel_sums"]
 
 Scores = dict[str, Tensor]
-
-
-def layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weight matrices and kernels of convolutions, linear layers, embeddings and attentions.
-
-    Parameters
-    ----------
-    model : its biases, norms and bare parameters are left out
-
-    Examples
-    --------
-    >>> list(layer_weights(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
-    ['0.weight']
-    """
-    layers = (*CONVS, nn.Linear, nn.Embedding, nn.MultiheadAttention)
-    owners = {name for name, module in model.named_modules() if isinstance(module, layers)}
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and name.rpartition(".")[0] in owners
-    }
 
 
 def channel_sums(model: nn.Module, groups: ChannelGroups, values: Mapping[str, Tensor]) -> Scores:
@@ -46,7 +22,7 @@ def channel_sums(model: nn.Module, groups: ChannelGroups, values: Mapping[str, T
     ----------
     model : from which the groups were traced
     groups : its channel groups
-    values : shaped like the weights of `layer_weights`, by their names; weights left out count nothing
+    values : shaped like the weights of `parameter_masks.layer_weights`, by their names; weights left out count nothing
 
     Returns
     -------
@@ -71,37 +47,3 @@ def channel_sums(model: nn.Module, groups: ChannelGroups, values: Mapping[str, T
                 total[slot.start : slot.start + slot.count] += own.sum(1)
         sums[group.name] = total
     return sums
-
-
-def sampled_batches(
-    model: nn.Module, data: Examples, generator: torch.Generator, batches: int, batch_size: int
-) -> Iterator[tuple[Float[Tensor, "b ..."], Int64[Tensor, " b"]]]:
-    """Iterate over examples at random, each at most once, in the model's type and on its device.
-
-    Parameters
-    ----------
-    model : to be given the inputs
-    data : the examples
-    generator : draws their order
-    batches : at most so many; fewer when the examples end
-    batch_size : examples of each
-    """
-    like = next(model.parameters())
-    for x, y in islice(data.batches(batch_size, generator=generator), batches):
-        yield x.to(like), y.to(like.device)
-
-
-def endless_batches(
-    model: nn.Module, data: Examples, generator: torch.Generator, batch_size: int
-) -> Iterator[tuple[Float[Tensor, "b ..."], Int64[Tensor, " b"]]]:
-    """Iterate over shuffled epochs without end, in batches that are all of one size.
-
-    Parameters
-    ----------
-    model, data, generator : as for `sampled_batches`
-    batch_size : all examples if there are fewer
-    """
-    like = next(model.parameters())
-    while True:
-        for x, y in data.batches(min(batch_size, len(data)), generator=generator, drop_last=True):
-            yield x.to(like), y.to(like.device)

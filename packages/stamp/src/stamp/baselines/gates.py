@@ -11,8 +11,9 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 from stamp.axes import BATCH
-from stamp.baselines.channels import Scores, endless_batches
+from stamp.baselines.channels import Scores
 from stamp.counting import CostModel
+from stamp.drawing import endless_batches
 from stamp.examples import Examples
 from stamp.observing import evaluating
 from stamp.sampling import concrete, kumaraswamy_kl, kumaraswamy_mean, kumaraswamy_sample

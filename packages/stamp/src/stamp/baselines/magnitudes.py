@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from stamp.axes import NORMS
-from stamp.baselines.channels import Scores, channel_sums, layer_weights
+from stamp.baselines.channels import Scores, channel_sums
 from stamp.examples import Examples
+from stamp.parameter_masks import layer_weights
 from stamp.structure import ChannelGroups, Group
 
 __all__ = ["bn_scale", "l1_norm", "l2_norm", "random_scores"]

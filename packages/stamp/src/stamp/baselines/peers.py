@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from shared_core.errors import InputError
 from stamp.axes import BATCH, CONVS
-from stamp.baselines.channels import Scores, sampled_batches
+from stamp.baselines.channels import Scores
+from stamp.drawing import sampled_batches
 from stamp.examples import Examples
 from stamp.observing import evaluating
 from stamp.structure import ChannelGroups, Group, Slot

@@ -13,9 +13,11 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stamp.baselines.channels import Scores, channel_sums, layer_weights, sampled_batches
+from stamp.baselines.channels import Scores, channel_sums
+from stamp.drawing import sampled_batches
 from stamp.examples import Examples
 from stamp.observing import evaluating
+from stamp.parameter_masks import layer_weights
 from stamp.structure import ChannelGroups
 from stamp.surgery import gated_parameters
 
