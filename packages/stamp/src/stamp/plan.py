@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shared_core.runs import atomic_path
-from stamp._plan_file import MOST_CHANNELS, VERSION, PlanError, kept_channels, one_line, read_plan, read_weights
+from stamp._files import (
+    MOST_CHANNELS,
+    VERSION,
+    PlanError,
+    kept_channels,
+    one_line,
+    read_plan,
+    read_weights,
+    save_weights,
+)
 from stamp.axes import axis_length, axis_places
 from stamp.examples import as_examples
 from stamp.networks import factory as named_factory
@@ -453,27 +462,6 @@ def load(
             )
     small.load_state_dict(weights)
     return small
-
-
-def save_weights(small: nn.Module, path: str | Path) -> None:
-    """Write parameters and buffers of a network as safetensors, atomically.
-
-    Parameters
-    ----------
-    small : the network
-    path : to write
-
-    Raises
-    ------
-    InputError
-        When it cannot be written.
-    """
-    from safetensors.torch import save_file
-
-    # Tied tensors are written twice: the format has no aliases.
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in small.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def _fit_head(small: nn.Module, head: str | None, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The file of a plan and the file of the small weights, read with suspicion."""
+"""The file of a plan and that of the small weights, read with suspicion."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared_core.errors import InputError
+from shared_core.runs import atomic_path
 from stamp.structure import Attribute, Group, Slot
 
 VERSION = 1
@@ -99,6 +100,27 @@ def kept_channels(indices: Sequence[int], width: int, place: str) -> Tensor:
     mask = torch.zeros(width, dtype=torch.bool)
     mask[list(indices)] = True
     return mask
+
+
+def save_weights(small: nn.Module, path: str | Path) -> None:
+    """Write parameters and buffers of a network as safetensors, atomically.
+
+    Parameters
+    ----------
+    small : the network
+    path : to write
+
+    Raises
+    ------
+    InputError
+        When it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    # Tied tensors are written twice: the format has no aliases.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in small.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
