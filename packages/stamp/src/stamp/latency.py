@@ -45,10 +45,10 @@ class TableError(InputError):
 class LatencyTable:
     """What a network takes, as a sum over its layers, each from a table of its own kind and bilinear in between.
 
-    What the layers leave unexplained of the dense network's time (norms, activations, the framework) is shared out in
-    proportion to the numbers that leave each layer; where the layers alone explain more than all of it, they are
-    scaled. Either way the dense network takes what it was measured to take. Tables are made monotone: more channels
-    never take less, which measurements would not always say.
+    Layers timed alone do not add up to a network: tables are scaled, and the rest (norms, activations) is shared out in
+    proportion to the numbers that leave each layer, such that the dense network takes what it was measured to take, and
+    one of a quarter of its widths as nearly as can be. Tables are made monotone: more channels never take less, which
+    measurements would not always say.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class LatencyTable:
         repeats: int = 3,
         measure: Measure = call_ms,
     ) -> LatencyTable:
-        """Measure every kind of layer at ``1 / grid`` steps of its widths, and the whole network.
+        """Measure every kind of layer at ``1 / grid`` steps of its widths, and two whole networks.
 
         Parameters
         ----------
@@ -100,7 +100,7 @@ class LatencyTable:
         example : as `time_together` takes it; its batch is the batch measured
         device : on which
         grid : steps; a layer with channels of both sides to be cut is measured at about its square of widths
-        warmup, repeats : passes of each layer; the whole network gets five times as many
+        warmup, repeats : passes of each layer; whole networks get five times as many
         measure : milliseconds of one pass of a module on the inputs
 
         Raises
@@ -121,7 +121,9 @@ class LatencyTable:
                       lambda module, given: _median(measure, module, given, warmup, repeats))
             for key in keys
         ]  # fmt: skip
-        dense = time_together({"": model}, inputs, warmup=5 * warmup, repeats=5 * repeats, measure=measure)
+        quarter = {name: torch.arange(width) < max(1, width // 4) for name, width in groups.widths().items()}
+        networks = {"dense": model, "quarter": cut(model, groups, quarter)}
+        taken = time_together(networks, inputs, warmup=5 * warmup, repeats=5 * repeats, measure=measure)
         empty = torch.zeros(0, sides.total, dtype=torch.float64)
         table = cls(
             tuple(groups.widths()),
@@ -134,19 +136,24 @@ class LatencyTable:
             torch.tensor([row.fixed_input for row in rows], dtype=torch.float64),
             torch.tensor([row.fixed_output for row in rows], dtype=torch.float64),
             torch.zeros(len(rows), dtype=torch.float64),
-            device=dense.device,
-            threads=dense.threads,
-            dtype=dense.dtype,
+            device=taken.device,
+            threads=taken.threads,
+            dtype=taken.dtype,
         )
-        return table._fitted(dense.p50(""), torch.tensor([float(call.size) for call in calls], dtype=torch.float64))
+        sizes = torch.tensor([float(call.size) for call in calls], dtype=torch.float64)
+        return table._fitted(sizes, taken.p50("dense"), quarter, taken.p50("quarter"))
 
-    def _fitted(self, dense_ms: float, sizes: Tensor) -> LatencyTable:
-        """Make the dense network take what it was measured to take."""
-        explained = self.dense_ms
-        if explained >= dense_ms:
-            return replace(self, scale=dense_ms / explained)
-        leaving = self.outputs.sum(1) + self.fixed_outputs
-        return replace(self, extra=(dense_ms - explained) * sizes / sizes.sum() / leaving)
+    def _fitted(self, sizes: Tensor, dense_ms: float, small: Mapping[str, Tensor], small_ms: float) -> LatencyTable:
+        """Choose the scale of the tables, and what they leave to the numbers that leave each layer."""
+        if not self.layers:
+            return self
+        extra = sizes / sizes.sum() / (self.outputs.sum(1) + self.fixed_outputs)
+        rest = replace(self, scale=0.0, extra=extra).exact(small)
+        explained = self.exact(small) / self.dense_ms
+        # Of the small network, the rest is a larger part: that tells them apart.
+        other_ms = (small_ms - dense_ms * explained) / (rest - explained) if rest > explained else 0.0
+        other_ms = min(max(other_ms, 0.0), dense_ms)
+        return replace(self, scale=(dense_ms - other_ms) / self.dense_ms, extra=other_ms * extra)
 
     @property
     def dense_ms(self) -> float:
