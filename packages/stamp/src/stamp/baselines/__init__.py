@@ -2,7 +2,8 @@
 
 A scorer takes a network, its channel groups, the new data and a generator, and returns a number a channel of every
 group that is not frozen; channels of a higher one are kept. The network has a head for the data's classes, and stays as
-it is. Scores are raw: who ranks them across groups normalises them, see `selection.normalised`.
+it is. Scores are raw: who ranks them across groups normalises them, see `selection.normalised`. `meta_pruning` chooses
+channels, and `edge_popup` single weights, by a search of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from stamp.baselines.magnitudes import bn_scale, l1_norm, l2_norm, random_scores
 from stamp.baselines.peers import PeerError, torch_pruning_magnitude, torch_pruning_taylor
 from stamp.baselines.sensitivity import grasp, snip, synflow, taylor
 from stamp.examples import Examples
+from stamp.metapruning import meta_pruning
+from stamp.parameter_masks import edge_popup
 from stamp.structure import ChannelGroups
 
 __all__ = [
@@ -29,11 +32,13 @@ __all__ = [
     "bbdropout",
     "bn_scale",
     "channel_sums",
+    "edge_popup",
     "free_gates",
     "grasp",
     "l1_norm",
     "l2_norm",
     "mean_activation",
+    "meta_pruning",
     "nonzero_fraction",
     "random_scores",
     "snip",
