@@ -109,6 +109,18 @@ def meta_pruning(
     The authors reject candidates outside a window of the cost. Here a candidate is shifted, all its scales by as many
     places, to the largest widths that meet the budget: the search works for any budget, and no candidate is lost. A
     hypernetwork starts at the network's own weights, where the authors train from scratch.
+
+    Examples
+    --------
+    >>> from stamp.counting import CostModel
+    >>> from stamp.groups import trace
+    >>> net = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 2))
+    >>> data = Examples(torch.rand(8, 2), torch.arange(8) % 2, ("a", "b"))
+    >>> groups = trace(net, data.inputs())
+    >>> cost = CostModel.macs(net, groups, data.inputs(slice(0, 1)))
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> meta_pruning(net, groups, data, data, cost, 0.5, generator=generator, steps=5, population=3).network[0]
+    Linear(in_features=2, out_features=5, bias=True)
     """
     widths = groups.widths()
     ranked = {n: -torch.arange(w) for n, w in widths.items()} if scores is None else scores

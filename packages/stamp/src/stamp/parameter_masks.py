@@ -235,6 +235,14 @@ def edge_popup(
     References
     ----------
     Ramanujan et al., "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020.
+
+    Examples
+    --------
+    >>> net = nn.Linear(4, 2)
+    >>> data = Examples(torch.rand(4, 4), torch.tensor([0, 1, 0, 1]), ("a", "b"))
+    >>> found = edge_popup(net, data, 0.25, generator=torch.Generator().manual_seed(0), steps=2)
+    >>> found.kept, found.total, found.speed_up
+    (4, 10, 1.0)
     """
     network = copy.deepcopy(model).eval()
     for module in network.modules():

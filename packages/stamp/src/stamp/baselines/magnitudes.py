@@ -42,6 +42,16 @@ def l1_norm(model: nn.Module, groups: ChannelGroups, data: Examples, generator: 
     References
     ----------
     Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017.
+
+    Examples
+    --------
+    >>> from stamp.groups import trace
+    >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2))
+    >>> with torch.no_grad():
+    ...     _ = net[0].weight.copy_(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
+    >>> data = Examples(torch.rand(4, 2), torch.tensor([0, 1, 0, 1]), ("a", "b"))
+    >>> l1_norm(net, trace(net, data.inputs()), data, torch.Generator())["0"]
+    tensor([3.0000, 0.5000])
     """
     return channel_sums(model, groups, {name: w.detach().abs() for name, w in layer_weights(model).items()})
 

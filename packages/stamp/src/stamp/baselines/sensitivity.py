@@ -46,6 +46,15 @@ def snip(
     References
     ----------
     Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019, equation 6.
+
+    Examples
+    --------
+    >>> from stamp.groups import trace
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    >>> data = Examples(torch.rand(4, 2), torch.tensor([0, 1, 0, 1]), ("a", "b"))
+    >>> scores = snip(net, trace(net, data.inputs()), data, torch.Generator().manual_seed(0))
+    >>> round(float(scores["0"].sum()), 5)
+    1.0
     """
     slopes = _gate_slopes(model, groups, data, generator, batches, batch_size)
     sensitivity = {name: sum((slope[name] for slope in slopes), torch.zeros(())).abs() for name in groups.widths()}
