@@ -109,7 +109,7 @@ def permuted(model, groups, seed=0):
     return model, order
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet18", "densenet", "mobilenet", "group-norm", "vit-torch", "vit-hand"])
+@pytest.mark.parametrize("name", ["vgg", "preact", "densenet", "mobilenet", "group-norm", "vit-torch"])
 def test_scores_follow_their_channels(name):
     model, groups = classifier(name)
     other, order = permuted(model, groups)
@@ -336,7 +336,7 @@ def test_bbdropout_keeps_what_the_labels_need():
             "0"
         ]
 
-    found, longer = trained(300), trained(450)
+    found, longer = trained(250), trained(350)
     assert float(found[:4].min()) > float(found[4:].max())
     assert float(longer[4:].mean()) < float(found[4:].mean())
 
@@ -350,7 +350,7 @@ def test_random_scores_follow_the_generator():
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor"])
-@pytest.mark.parametrize("name", ["vgg", "resnet18", "preact", "densenet", "mobilenet", "nested-cat", "unet"])
+@pytest.mark.parametrize("name", ["vgg", "preact", "densenet", "mobilenet", "nested-cat", "unet"])
 def test_scores_of_torch_pruning_are_its_own(name, method):
     model, groups = classifier(name)
     model.float()

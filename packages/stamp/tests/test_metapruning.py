@@ -34,7 +34,7 @@ def problem(seed=0):
     return model, groups, data.rows(slice(0, 400)), data.rows(slice(400, 600)), CostModel.macs(model, groups, x[:1])
 
 
-QUICK = {"steps": 2, "population": 4, "generations": 2, "parents": 2, "batch_size": 8, "hidden": 4}
+QUICK = {"steps": 2, "population": 3, "generations": 2, "parents": 2, "batch_size": 8, "hidden": 4}
 
 
 def test_scales_are_the_authors():
@@ -42,7 +42,7 @@ def test_scales_are_the_authors():
     assert (SCALES[0], SCALES[1], SCALES[-1]) == (0.1, 0.13, 1.0)
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet18", "densenet", "mobilenet", "vit-torch", "vit-hand", "encoder"])
+@pytest.mark.parametrize("name", ["vgg-gap", "preact", "mobilenet", "vit-torch"])
 def test_any_network_with_groups(name):
     model, x = zoo.build(name)
     model = model.train()
@@ -73,7 +73,7 @@ def test_any_network_with_groups(name):
 def test_the_search_finds_what_exhaustion_finds():
     model, groups, train, validation, cost = problem()
     scales = tuple(k / 10 for k in range(1, 11))
-    options = {"steps": 50, "scales": scales, "lr": 3e-3, "recalibration": 3}
+    options = {"steps": 30, "scales": scales, "lr": 3e-3, "recalibration": 2}
     everything = meta_pruning(
         model, groups, train, validation, cost, 0.5, generator=generator(), population=60, generations=1, **options
     )
@@ -109,16 +109,22 @@ def test_evolution_comes_closer_to_the_best_widths_than_as_many_random_candidate
     monkeypatch.setattr("stamp.metapruning.accuracy", closeness)
     keep = {name: torch.arange(30) < width for name, width in zip(groups.widths(), target, strict=True)}
     budget = cost.exact(keep) / cost.exact({}) + 0.02
-    options = {"generator": generator(), "steps": 0, "hidden": 2, "scales": tuple(k / 10 for k in range(1, 11))}
-    random = meta_pruning(model, groups, data, data, cost, budget, population=90, generations=1, **options)
-    evolved = meta_pruning(model, groups, data, data, cost, budget, population=10, generations=9, **options)
-    assert len(evolved.tried) <= len(random.tried) == 90
-    assert evolved.accuracy > random.accuracy + 0.03
+    given = model, groups, data, data, cost, budget
+    options = {"steps": 0, "hidden": 2, "scales": tuple(k / 10 for k in range(1, 11)), "parents": 4}
+    gains = []
+    for seed in range(3):
+        random, evolved = (
+            meta_pruning(*given, generator=generator(seed), population=population, generations=generations, **options)
+            for population, generations in ((60, 1), (15, 4))
+        )
+        assert len(evolved.tried) <= len(random.tried) == 60
+        gains.append(evolved.accuracy - random.accuracy)
+    assert sum(gains) / 3 > 0.04
 
 
 def test_training_makes_weights_that_work_at_any_width():
     model, groups, train, validation, cost = problem()
-    options = {"population": 8, "generations": 2, "recalibration": 3}
+    options = {"population": 8, "generations": 2, "recalibration": 2}
     untrained = meta_pruning(model, groups, train, validation, cost, 0.4, generator=generator(), steps=0, **options)
     trained = meta_pruning(
         model, groups, train, validation, cost, 0.4, generator=generator(), steps=200, lr=5e-3, **options

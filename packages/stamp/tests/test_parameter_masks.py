@@ -109,7 +109,7 @@ def test_a_subnetwork_of_random_weights_learns_the_task():
     before = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state()
     first = edge_popup(model, train, 0.5, generator=generator(), steps=0)
-    found = edge_popup(model, train, 0.5, generator=generator(), steps=300)
+    found = edge_popup(model, train, 0.5, generator=generator(), steps=200)
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert accuracy(found.model, test) >= accuracy(first.model, test) + 0.3

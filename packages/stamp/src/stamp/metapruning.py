@@ -281,6 +281,7 @@ class _Search:
         self.budget = budget
         self.generator = generator
         self.dense = float(cost.exact({}))
+        self._shares: dict[Choice, float] = {}
         least = self.share(tuple(0 for _ in widths))
         if least > budget:
             raise BudgetError(
@@ -303,7 +304,9 @@ class _Search:
         return widths_like(self.scores, self.widths_of(choice))
 
     def share(self, choice: Choice) -> float:
-        return float(self.cost.exact(self.keep(choice))) / self.dense
+        if choice not in self._shares:
+            self._shares[choice] = float(self.cost.exact(self.keep(choice))) / self.dense
+        return self._shares[choice]
 
     def anything(self) -> Choice:
         """Draw a place for each group, at any cost."""
