@@ -17,7 +17,7 @@ from stamp.networks import resnet20, smallconv, vit
 from stamp.plan import PlanError, PrunePlan, SurgeryError, load, save_weights
 from stamp.structure import Attribute, ChannelGroups, Group, Slot
 from stamp.surgery import Masked, cut, masked
-from stamp.training import head_name
+from stamp.training import head_name, recalibrate_bn, with_head
 
 
 def zoo_plan(name, seed=0, **options):
@@ -122,6 +122,16 @@ def test_the_head_is_replaced_by_class_means_or_afresh(conv):
     assert same(fresh[:10], plan.apply(model)[:10])
     with pytest.raises(PlanError, match="num_classes: 5"):
         plan.apply(model, num_classes=5, data=data)
+
+
+def test_statistics_are_recalibrated_before_the_head_is_made(conv):
+    model, x, plan = conv
+    data = Examples(torch.cat([x, x.flip(0)]), torch.arange(8) % 4, tuple("abcd"))
+    expected = with_head(recalibrate_bn(plan.apply(model), data), data)
+    assert same(plan.apply(model, data=data, recalibrate=True), expected)
+    assert not same(plan.apply(model, data=data), expected)
+    with pytest.raises(PlanError, match="needs data"):
+        plan.apply(model, recalibrate=True)
 
 
 def test_everything_comes_back_from_the_file(conv, tmp_path):

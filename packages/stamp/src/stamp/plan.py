@@ -36,7 +36,7 @@ from stamp.examples import as_examples
 from stamp.networks import factory as named_factory
 from stamp.structure import ChannelGroups, Group, GroupsError, Slot
 from stamp.surgery import Masked, cut, gated_parameters, restrict
-from stamp.training import HeadError, head_name, with_head
+from stamp.training import HeadError, head_name, recalibrate_bn, with_head
 
 __all__ = ["PlanError", "PrunePlan", "SurgeryError", "load", "save_weights"]
 
@@ -114,7 +114,13 @@ class PrunePlan:
         return {name: self._kept(name, width) for name, width in self.groups.widths().items()}
 
     def apply(
-        self, model: nn.Module, num_classes: int | None = None, data: object = None, *, fold: Fold = "hard"
+        self,
+        model: nn.Module,
+        num_classes: int | None = None,
+        data: object = None,
+        *,
+        fold: Fold = "hard",
+        recalibrate: bool = False,
     ) -> nn.Module:
         """Cut a copy of the network.
 
@@ -125,6 +131,8 @@ class PrunePlan:
         data : give it a head of the class means of these, in evaluation mode, instead; what `as_examples` takes
         fold : ``soft`` multiplies the gates into the weights that consume their channels, but for a head that is
             replaced; ``hard`` leaves weights as they are
+        recalibrate : replace the statistics of batch norms by those of the data, before the head is made of them. A
+            head of class means is useless once the statistics below it are others; `check` is for a network before that
 
         Returns
         -------
@@ -143,6 +151,8 @@ class PrunePlan:
             raise PlanError(
                 f"num_classes: {num_classes}, and the data have {examples.num_classes} classes; leave it out"
             )
+        if recalibrate and examples is None:
+            raise PlanError("recalibrate: needs data, whose statistics are taken")
         gates = self._gates(fold)
         small = copy.deepcopy(model)
         try:
@@ -155,6 +165,7 @@ class PrunePlan:
         if examples is None and num_classes is None:
             return small
         if examples is not None:
+            small = recalibrate_bn(small, examples) if recalibrate else small
             return with_head(small, examples, head=self.head, inplace=True)
         return with_head(small, cast("int", num_classes), kind="fresh", head=self.head, inplace=True)
 
