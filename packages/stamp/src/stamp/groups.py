@@ -39,9 +39,10 @@ class TraceError(RuntimeError):
 def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor], *, opaque: Collection[str] = ()) -> ChannelGroups:
     """Find the channels of a network that must be kept or removed together.
 
-    A copy of the network is traced in eval mode and run once on the example, on the CPU. A group whose channels
-    pass through a reshape that could write sizes out (``x.view(-1, 400)``, a split, attention heads made by hand) is
-    cut on trial, and frozen if the result differs.
+    A copy of the network is traced in eval mode and followed once on the example, on the CPU; its layers compute
+    nothing, so that large images cost hardly more than small ones. A group whose channels pass through a reshape that
+    could write sizes out (``x.view(-1, 400)``, a split, attention heads made by hand) is cut on trial, and frozen if
+    the result differs.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from stamp.axes import CONVS, NORMS
+from stamp.axes import CONVS, NORMS, TRANSPOSED
 
 __all__ = ["Axis", "Elements", "Labeller"]
 
@@ -45,6 +45,13 @@ ELEMENTWISE = _names(
     minimum mish mod mul multiply nan_to_num ne neg negative ones_like pos pow relu relu6 remainder requires_grad_
     round rrelu rsqrt rsub selu sigmoid sign silu sin softplus softshrink softsign sqrt square sub subtract tanh
     tanhshrink threshold to true_divide truediv type type_as where xlogy zeros_like
+    """
+)
+# Of these, floating-point numbers of one shape and type give such numbers again.
+ALIKE = _names(
+    """
+    add dropout elu gelu hardsigmoid hardswish hardtanh iadd imul isub leaky_relu mish mul relu relu6 selu sigmoid silu
+    softplus sub tanh
     """
 )
 RESHAPES = _names(
@@ -163,7 +170,7 @@ class Reshaped:
 
 @dataclass
 class Labeller(fx.Interpreter):
-    """Run a traced network on an example, and follow the labels alongside.
+    """Run a traced network on an example, and follow the labels alongside; what layers compute is made up.
 
     After `run`, `axes` holds the labels of every axis of every module, `tensors` those of bare parameters and
     `reshapes` what has to be tried out.
@@ -190,9 +197,27 @@ class Labeller(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and label what it returns."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        value = super().run_node(n)
+        value = self._outline(n, args, kwargs)
+        if value is None:
+            value = super().run_node(n)
         self._labels[n] = self._label(n, value, args, kwargs)
         return value
+
+    def _outline(self, n: fx.Node, args: Any, kwargs: Any) -> Tensor | None:
+        """Return numbers of the shape that a node gives, where it is known without computing them.
+
+        Nothing that is labelled depends on what layers compute, and the layers are what takes the time. Whatever does
+        not fit is left to the real thing, which knows best what is wrong.
+        """
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+            return None
+        x = args[0]
+        if n.op == "call_module":
+            return _shaped(self.graph_module.get_submodule(str(n.target)), x) if len(args) == 1 and not kwargs else None
+        if n.op.startswith("call_") and _called(n) in ALIKE:
+            same = all(a.shape == x.shape and a.dtype == x.dtype for a in _tensors((args, list(kwargs.values()))))
+            return x if same else None
+        return None
 
     def _label(self, n: fx.Node, value: Any, args: Any, kwargs: Any) -> Any:
         inputs = [label for node in n.all_input_nodes for label in _tensors(self._labels[node])]
@@ -356,8 +381,7 @@ class Labeller(fx.Interpreter):
         return _at(out, value[0].dim() - 1, value[0]), weights
 
     def _function(self, n: fx.Node, value: Any, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
-        name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", str(n.target))
-        name = name.rstrip("_") if not name.endswith("__") else name.strip("_")
+        name = _called(n)
         if name == "getattr":
             name = str(args[1])
         x = inputs[0] if inputs else None
@@ -533,6 +557,43 @@ class Labeller(fx.Interpreter):
         for label in inputs:
             self.elements.freeze(label, reason)
         return self._opaque(value, reason)
+
+
+def _called(n: fx.Node) -> str:
+    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", str(n.target))
+    return name.rstrip("_") if not name.endswith("__") else name.strip("_")
+
+
+def _shaped(module: Any, x: Tensor) -> Tensor | None:
+    kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if kind in POINTWISE_MODULES:
+        return x
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dtype != x.dtype:
+        return None
+    if kind is nn.Linear and x.shape[-1:] == (module.in_features,):
+        return x.new_zeros(*x.shape[:-1], module.out_features)
+    if kind in CONVS and x.dim() == 2 + len(module.kernel_size) and x.shape[1] == module.in_channels:
+        places = _conv_places(module, x.shape[2:])
+        return x.new_zeros(len(x), module.out_channels, *places) if min(places) > 0 else None
+    dims: dict[Any, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+    if x.dim() in dims.get(kind, ()) and x.shape[1] == module.num_features and not module.training:
+        return x
+    return None
+
+
+def _conv_places(conv: Any, shape: Sequence[int]) -> list[int]:
+    places: list[int] = []
+    for k, n in enumerate(shape):
+        reach = conv.dilation[k] * (conv.kernel_size[k] - 1)
+        padding = {"same": reach, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[k]
+        if isinstance(conv, TRANSPOSED):
+            places.append((n - 1) * conv.stride[k] - padding + reach + conv.output_padding[k] + 1)
+        else:
+            places.append((n + padding - reach - 1) // conv.stride[k] + 1)
+    return places
 
 
 def _owner(n: fx.Node) -> str:
