@@ -211,7 +211,7 @@ def warnings_of(
         name, width = next(iter(odd.items()))
         found.append(
             f"{len(odd)} of {len(widths)} layers that were cut have widths that are no multiple of {multiple} (e.g."
-            f" {name!r}: {width}), which {'tensor cores' if on_gpu else 'vector units'} do badly; try"
+            f" {name!r}: {width}), which {'tensor cores' if on_gpu else 'vector units'} may do badly; try"
             f" round_to={multiple}, or ask suggest_round_to"
         )
     if on_gpu and batch_size == 1:
