@@ -83,9 +83,9 @@ class Sides:
         outputs, fixed_output = self._side(call, leaving)
         entering, leaving = (entering if inputs.any() else ""), (leaving if outputs.any() else "")
         shapes = tuple((tuple(x.shape), x.dtype) for x in call.inputs)
-        return Row(
-            (repr(module), shapes, entering, leaving), entering, leaving, inputs, fixed_input, outputs, fixed_output
-        )
+        # An attention does not say how many heads it has.
+        kind = (repr(module), getattr(module, "num_heads", None), shapes, entering, leaving)
+        return Row(kind, entering, leaving, inputs, fixed_input, outputs, fixed_output)
 
     def _side(self, call: Call, axis: str) -> tuple[Tensor, float]:
         counts = torch.zeros(self.total, dtype=torch.float64)
