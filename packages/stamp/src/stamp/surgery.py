@@ -20,7 +20,7 @@ from stamp.attention import NarrowAttention
 from stamp.axes import axis_length, axis_places, gate_places, resize
 from stamp.structure import ChannelGroups, Group, Slot
 
-__all__ = ["KeepError", "Masked", "cut", "gated_parameters", "masked", "restrict"]
+__all__ = ["KeepError", "Masked", "cut", "entry_gates", "gated_parameters", "masked", "restrict"]
 
 Keep = Mapping[str, Bool[Tensor, " width"]]
 Gates = Mapping[str, Float[Tensor, " width"]]
@@ -126,6 +126,34 @@ def gated_parameters(model: nn.Module, groups: ChannelGroups, gates: Gates) -> d
             vector = _spread(slots, gates, weight, weight.shape[place.dim])
             gated[name] = weight * vector.view([-1 if k == place.dim else 1 for k in range(weight.dim())])
     return gated
+
+
+def entry_gates(model: nn.Module, groups: ChannelGroups, gates: Gates, module: str) -> Float[Tensor, " entries"]:
+    """Lay gates out along the input of one layer, as its features meet them.
+
+    Parameters
+    ----------
+    model : from which the groups were traced
+    groups : its channel groups
+    gates : one number a channel; a group left out is not gated
+    module : qualified name of a linear layer or a convolution
+
+    Returns
+    -------
+    A number for each entry that the layer takes; one where no gate acts.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> at = Slot("0", "out", 0, 1, 0, 2), Slot("2", "in", 0, 1, 0, 2)
+    >>> groups = ChannelGroups((Group("0", 2, (at[0],), (at[1],)),))
+    >>> entry_gates(net, groups, {"0": torch.tensor([0.0, 1.0])}, "2")
+    tensor([0., 1.])
+    """
+    target = model.get_submodule(module)
+    like = next(iter(gates.values())) if gates else torch.ones(())
+    slots = _axes(groups, gates, consumers=True).get((module, "in"), [])
+    return _spread(slots, gates, like, axis_length(target, "in"))
 
 
 class Masked(nn.Module):

@@ -1,0 +1,352 @@
+"""The mask generator: reads a set of the new data and says how probably each channel should stay (spec 2.3 to 2.5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shared_core.errors import InputError
+from shared_core.runs import atomic_path
+from stamp.baselines.magnitudes import bn_scale, l1_norm
+from stamp.encoders import EncoderName, make_encoder
+from stamp.examples import Examples
+from stamp.heads import HeadName, make_head
+from stamp.observing import Features, observe
+from stamp.projection import ExpectedCost, project
+from stamp.structure import ChannelGroups
+
+__all__ = ["GeneratorError", "MaskGenerator", "draw_set"]
+
+_VERSION = 1
+_STABLE = 3
+
+
+class GeneratorError(InputError):
+    """A generator that was made for another network, or a file that holds none."""
+
+
+class MaskGenerator(nn.Module):
+    """Reads a set and gives each channel of each group a keep probability: one for the set, not one for each example.
+
+    The set goes through the frozen network in eval mode, once. What enters the consumers of each group is pooled, and a
+    head makes logits of it.
+
+    Parameters
+    ----------
+    groups : of the network that it is for
+    encoder : ``instances`` shows the network the set as it is; ``attention`` and ``pma`` show pseudo-instances
+        made of it, ``subsample`` a part of it (spec 2.3)
+    head : ``channel`` (default), ``mlp``, ``clamp`` or ``free`` (spec 2.4; the first is ours)
+    pseudo : pseudo-instances
+    labels : whether the head ``channel`` also looks at the classes of the set; without, it needs none
+    sequential : gate each group before the next is read, so that later logits see earlier pruning; off by default,
+        because many sets then go through the network at once
+    input_shape : of one input; ``attention`` and ``pma`` need it
+    seed : of the initial parameters
+
+    Raises
+    ------
+    InputError
+        For unknown names, or a network in which no group can be pruned.
+
+    Examples
+    --------
+    >>> from stamp.groups import trace
+    >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 2)).eval()
+    >>> x = torch.rand(16, 1, 8, 8)
+    >>> generator = MaskGenerator(trace(net, x))
+    >>> {name: tuple(pi.shape) for name, pi in generator(net, x).items()}
+    {'0': (8,), '2': (4,)}
+    """
+
+    def __init__(
+        self,
+        groups: ChannelGroups,
+        *,
+        encoder: EncoderName = "instances",
+        head: HeadName = "channel",
+        pseudo: int = 32,
+        labels: bool = False,
+        sequential: bool = False,
+        input_shape: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.settings: dict[str, Any] = {
+            "encoder": encoder,
+            "head": head,
+            "pseudo": pseudo,
+            "labels": labels,
+            "sequential": sequential,
+            "input_shape": None if input_shape is None else [int(n) for n in input_shape],
+        }
+        if labels and encoder not in ("instances", "subsample"):
+            raise InputError(f"labels: pseudo-instances of encoder '{encoder}' have no class; take 'instances'")
+        random = torch.Generator().manual_seed(seed)
+        self.encoder = make_encoder(encoder, pseudo=pseudo, input_shape=input_shape, generator=random)
+        self.head = make_head(head, groups.widths(), labels=labels, generator=random)
+        self.labels = labels
+        self.sequential = sequential
+        self.register_buffer("shift", torch.zeros(()))
+        self._static: tuple[int, dict[str, Tensor]] | None = None
+
+    def logits(
+        self,
+        model: nn.Module,
+        x: Float[Tensor, "set ..."],
+        *,
+        y: Int64[Tensor, " set"] | None = None,
+        generator: torch.Generator | None = None,
+        learn: bool = False,
+    ) -> dict[str, Float[Tensor, " width"]]:
+        """Return the logits of one set.
+
+        Parameters
+        ----------
+        model : the network; run in eval mode and left as it is
+        x : the set
+        y : class of each instance; only with ``labels=True``
+        generator : of the encoder ``subsample``
+        learn : let the running statistics of the head learn from this set
+
+        Raises
+        ------
+        GeneratorError
+            For a set of fewer than two instances.
+        """
+        if len(x) < 2:
+            raise GeneratorError(f"a set has {len(x)} instances; give at least 2, their spread is part of what is read")
+        if self.labels:
+            chosen = torch.arange(len(x))
+            if self.settings["encoder"] == "subsample":
+                chosen = self.encoder(chosen, generator)
+            x, y = x[chosen.to(x.device)], None if y is None else y[chosen.to(y.device)]
+            shown = x
+        else:
+            shown = self.encoder(x, generator)
+        if self.sequential:
+            found: dict[str, Tensor] = {}
+
+            def gate(name: str, features: Features) -> Tensor:
+                found[name] = self._of_group(model, name, features, y, learn=learn)
+                return torch.sigmoid(found[name].detach() - self._shift)
+
+            observe(model, self.groups, shown, gate=gate)
+            return {group.name: found[group.name] for group in self.groups.prunable}
+        features = observe(model, self.groups, shown)
+        return {
+            group.name: self._of_group(model, group.name, features[group.name], y, learn=learn)
+            for group in self.groups.prunable
+        }
+
+    def forward(
+        self,
+        model: nn.Module,
+        x: Float[Tensor, "set ..."],
+        *,
+        y: Int64[Tensor, " set"] | None = None,
+        cost: ExpectedCost | None = None,
+        budget: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Float[Tensor, " width"]]:
+        """Return the keep probabilities of one set.
+
+        Parameters
+        ----------
+        model : the network; run in eval mode and left as it is
+        x : the set
+        y : class of each instance; only with ``labels=True``
+        cost, budget : if given, the expected cost is this share of the whole network's; see `projection.project`
+        generator : of the encoder ``subsample``
+        """
+        return self._probabilities(self.logits(model, x, y=y, generator=generator), cost, budget)
+
+    def pi(
+        self,
+        model: nn.Module,
+        data: Examples,
+        *,
+        sets: int | Literal["auto"] = 10,
+        set_size: int = 64,
+        cost: ExpectedCost | None = None,
+        budget: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Float[Tensor, " width"]]:
+        """Average keep probabilities over sets drawn from some data: what a network is pruned by (spec 2.8).
+
+        Parameters
+        ----------
+        model : the network
+        data : of the new task, from its training part
+        sets : how many are drawn; ``auto`` stops when three more sets change no decision at 1/2, at the latest after 30
+        set_size : instances of a set; of fewer data, all, drawn with replacement
+        cost, budget : if given, the expected cost is this share of the whole network's
+        generator : of the draws
+
+        Raises
+        ------
+        GeneratorError
+            For fewer than two examples, or no set.
+        """
+        if sets != "auto" and sets < 1:
+            raise GeneratorError(f"sets: must be at least 1, got {sets}")
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        total: dict[str, Tensor] = {}
+        steady, before = 0, None
+        most = 30 if sets == "auto" else sets
+        with torch.no_grad():
+            for number in range(1, most + 1):
+                x, y = draw_set(data, set_size, generator)
+                y = y.to(device) if self.labels else None
+                logits = self.logits(model, x.to(device), y=y, generator=generator)
+                for name, value in self._probabilities(logits, cost, budget).items():
+                    total[name] = total.get(name, 0.0) + value
+                if sets == "auto":
+                    kept = torch.cat([value > number / 2 for value in total.values()])
+                    steady = steady + 1 if before is not None and bool((kept == before).all()) else 0
+                    before = kept
+                    if steady == _STABLE:
+                        most = number
+                        break
+        return {name: value / most for name, value in total.items()}
+
+    def _probabilities(
+        self, logits: Mapping[str, Tensor], cost: ExpectedCost | None, budget: float | None
+    ) -> dict[str, Tensor]:
+        if cost is None or budget is None:
+            return {name: torch.sigmoid(value) for name, value in logits.items()}
+        return project(logits, cost, budget)[0]
+
+    @property
+    def _shift(self) -> Tensor:
+        return cast("Tensor", self.shift)
+
+    def _of_group(
+        self, model: nn.Module, name: str, features: Features, y: Tensor | None, *, learn: bool
+    ) -> Float[Tensor, " width"]:
+        if learn:
+            self.head.learn_statistics(name, features, y)
+        return self.head.logits(name, features, y, self._weights(model)[name])
+
+    def _weights(self, model: nn.Module) -> dict[str, Float[Tensor, "width 2"]]:
+        """Norms of weights and of norms' scales, as ratios to their group's mean; made once for a network."""
+        version = sum(parameter._version for parameter in model.parameters()) ^ id(model)
+        if self._static is None or self._static[0] != version:
+            nothing = Examples(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), ("",))
+            random = torch.Generator()
+            found = [score(model, self.groups, nothing, random) for score in (l1_norm, bn_scale)]
+            static = {
+                name: torch.stack([scores[name] / (scores[name].mean() + 1e-12) for scores in found], 1)
+                for name in self.groups.widths()
+            }
+            self._static = version, static
+        return self._static[1]
+
+    def check(self, groups: ChannelGroups) -> None:
+        """Refuse groups of another network.
+
+        Parameters
+        ----------
+        groups : traced from the network to be pruned
+
+        Raises
+        ------
+        GeneratorError
+            When names, widths or places differ from those that the generator was made for.
+        """
+        if groups.signature() != self.groups.signature():
+            own, other = self.groups.widths(), groups.widths()
+            differ = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+            where = f"group '{differ[0]}' has {own.get(differ[0], 'no')} channels in it" if differ else "places differ"
+            now = f" and {other.get(differ[0], 'none')} here" if differ else ""
+            raise GeneratorError(f"the generator was made for another network: {where}{now}; meta-fit one for this one")
+
+    def save(self, path: str | Path) -> None:
+        """Write the generator, a small file beside the network's own.
+
+        Parameters
+        ----------
+        path : of a safetensors file
+        """
+        about = {
+            "stamp.generator": str(_VERSION),
+            "settings": json.dumps(self.settings),
+            "signature": self.groups.signature(),
+        }
+        with atomic_path(Path(path)) as temporary:
+            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary, about)
+
+    @classmethod
+    def load(cls, path: str | Path, groups: ChannelGroups) -> MaskGenerator:
+        """Read a generator.
+
+        Parameters
+        ----------
+        path : of a file that `save` wrote
+        groups : traced from the network that it is to prune
+
+        Raises
+        ------
+        GeneratorError
+            For a file that holds no generator, or one for another network.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+                about = cast("dict[str, str]", file.metadata() or {})
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise GeneratorError(f"{path}: there is no such file; `stamp meta-fit` writes one") from None
+        except (OSError, SafetensorError) as error:
+            raise GeneratorError(f"{path}: is no generator ({str(error).splitlines()[0]})") from None
+        if about.get("stamp.generator") != str(_VERSION):
+            raise GeneratorError(f"{path}: holds tensors, but no generator of this version of stamp")
+        made = cls(groups, **json.loads(about["settings"]))
+        if about["signature"] != groups.signature():
+            expected = {name: value.shape for name, value in made.state_dict().items()}
+            other = next((n for n, t in tensors.items() if n in expected and expected[n] != t.shape), "its groups")
+            raise GeneratorError(
+                f"{path}: was made for a network of other groups ({other} differs); meta-fit one for this network"
+            )
+        try:
+            made.load_state_dict(tensors)
+        except RuntimeError:
+            raise GeneratorError(f"{path}: its tensors do not go with its settings; the file is damaged") from None
+        return made
+
+
+def draw_set(data: Examples, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a set: without replacement where there is enough, else as many as there are, with replacement.
+
+    Parameters
+    ----------
+    data : to draw from
+    size : instances wanted
+    generator : of the draw
+
+    Returns
+    -------
+    Inputs as the network takes them, and classes.
+
+    Raises
+    ------
+    GeneratorError
+        For fewer than two examples, or a size below 2.
+    """
+    if size < 2 or len(data) < 2:
+        raise GeneratorError(f"a set of {size} of {len(data)} examples: it needs at least 2 of both")
+    if len(data) >= size:
+        index = torch.randperm(len(data), generator=generator)[:size]
+    else:
+        index = torch.randint(len(data), (len(data),), generator=generator)
+    index = index.to(data.x.device)
+    return data.inputs(index), data.y[index]
