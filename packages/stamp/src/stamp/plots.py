@@ -213,10 +213,7 @@ def plot_tradeoff(
         axis.set(ylabel="accuracy [%]", xlabel=words, title=title)
         axis.grid(alpha=0.25)
         _cost_axis(axis, [_cost(point, x) for point in points], shares=x == "macs")
-        axis.margins(y=0.06)
-        lowest = _lowest_shown([point.accuracy for point in points])
-        if lowest is not None:
-            _cut_below(axis, lowest)
+        axis.set_ylim(_accuracies_shown(points))
         starts = {name: min(found, key=lambda point: _cost(point, x)) for name, found in lines.items()}
         _names_at_left(
             figure,
@@ -251,8 +248,8 @@ def _cost_axis(axis: Axes, costs: Sequence[float], *, shares: bool) -> None:
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
 
 
-def _lowest_shown(accuracies: Sequence[Number]) -> float | None:
-    """Where to cut an axis that a few networks at chance would stretch, so that the others could not be told apart."""
+def _lowest_shown(accuracies: Sequence[Number]) -> float:
+    """Least accuracy to show where a few networks at chance would press all others together."""
     ordered = np.sort(np.asarray(accuracies, dtype=np.float64))
     first = 0
     while len(ordered) - first > 4:
@@ -262,7 +259,19 @@ def _lowest_shown(accuracies: Sequence[Number]) -> float | None:
         if not len(gaps) or gaps.max() < 0.4 * (rest[-1] - rest[0]) or gaps.max() < 2:
             break
         first += int(gaps.argmax()) + 1
-    return None if not first else float(ordered[first] - 0.06 * (ordered[-1] - ordered[first]))
+    return float(ordered[first])
+
+
+def _accuracies_shown(points: Sequence[Point]) -> tuple[float, float]:
+    lowest = _lowest_shown([point.accuracy for point in points])
+    shown = [point for point in points if point.accuracy >= lowest]
+    highest = float(max(point.accuracy for point in shown))
+    # The interval of two seeds is six times as wide as that of three: not all of it need be seen.
+    beyond = 0.5 * max(highest - lowest, 1.0)
+    low = max(min(point.accuracy - _reach(point)[0] for point in shown), lowest - beyond)
+    high = min(max(point.accuracy + _reach(point)[1] for point in shown), highest + beyond, max(highest, 100.0))
+    margin = 0.06 * max(high - low, 1.0)
+    return low - margin, high + margin
 
 
 def _cut_below(axis: Axes, lowest: float) -> None:
@@ -467,7 +476,7 @@ def plot_adaptivity(
     ----------
     table : data set -> mask -> accuracy in 0..1, or several, which are drawn as their range with their mean. The mask
         ``own`` (or one with the data set's name) is emphasised; those with the names of the table's other data sets,
-        and ``other``, are drawn alike
+        and ``other``, are drawn alike; ``dense`` is the network that nothing was cut from
     path : PNG, SVG or PDF to write
     title : above the picture
 
@@ -479,9 +488,9 @@ def plot_adaptivity(
     if not found or not all(found.values()):
         raise InputError("table: there is no accuracy to draw")
     kinds = [*dict.fromkeys(kind for each in found.values() for kind in each)]
-    kinds.sort(key=lambda kind: {_OWN: 0, _OTHER: 1}.get(kind, 2))
-    baselines = [kind for kind in kinds if kind not in {_OWN, _OTHER}]
-    look = {_OWN: (_OURS_COLOUR, "D"), _OTHER: ("black", "o")}
+    kinds.sort(key=lambda kind: {_OWN: 0, _OTHER: 1, _DENSE: 3}.get(kind, 2))
+    baselines = [kind for kind in kinds if kind not in {_OWN, _OTHER, _DENSE}]
+    look = {_OWN: (_OURS_COLOUR, "D"), _OTHER: ("black", "o"), _DENSE: ("black", "*")}
     look |= {kind: (_colour(place), _MARKERS[(place + 1) % len(_MARKERS)]) for place, kind in enumerate(baselines)}
     step = 0.8 / max(len(kinds), 2)
     with mpl.rc_context(_STYLE):
@@ -510,8 +519,8 @@ def plot_adaptivity(
         return _save(figure, path)
 
 
-_OWN, _OTHER = "own", "other"
-_SAID = {_OWN: "its own mask", _OTHER: "masks of other sets"}
+_OWN, _OTHER, _DENSE = "own", "other", "dense"
+_SAID = {_OWN: "its own mask", _OTHER: "masks of other sets", _DENSE: "dense, nothing cut"}
 
 
 def _by_kind(
@@ -533,7 +542,7 @@ def _dot(kind: str, colour: str, marker: str) -> dict[str, Any]:
     return {
         "color": colour,
         "marker": marker,
-        "markersize": 8 if kind == _OWN else 6,
+        "markersize": {_OWN: 8, _DENSE: 9}.get(kind, 6),
         "markerfacecolor": "white" if hollow else colour,
         "markeredgecolor": colour if hollow else "white",
         "markeredgewidth": 1.1 if hollow else 0.5,
