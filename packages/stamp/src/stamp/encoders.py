@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -95,7 +95,9 @@ class Subsample(nn.Module):
         super().__init__()
         self.pseudo = pseudo
 
-    def forward(self, x: Float[Tensor, "set ..."], generator: torch.Generator | None = None) -> Float[Tensor, "r ..."]:
+    def forward(
+        self, x: Shaped[Tensor, "set *shape"], generator: torch.Generator | None = None
+    ) -> Shaped[Tensor, "r *shape"]:
         """Draw instances.
 
         Parameters
@@ -151,7 +153,7 @@ class Attention(nn.Module):
         x : the set
         generator : not used
         """
-        return torch.einsum("rb,b...->r...", self.weights(x), x)
+        return torch.einsum("rb,b...->r...", self.weights(x).to(x), x)
 
 
 class Pooling(nn.Module):
@@ -205,7 +207,7 @@ class Pooling(nn.Module):
         z = self.keys(x)
         for block in self.blocks:
             z = block(z, z)
-        return self.out(self.pool(self.seeds, z)).unflatten(1, self.shape)
+        return self.out(self.pool(self.seeds, z)).unflatten(1, self.shape).to(x)
 
 
 class _Block(nn.Module):
@@ -246,11 +248,14 @@ class _Keys(nn.Module):
         """Reduce and project."""
         if x.shape[1] != self.shape[0] or x.dim() != len(self.shape) + 1:
             raise InputError(f"the set encoder was made for inputs {self.shape}, and got {tuple(x.shape[1:])}")
+        x = x.to(self.linear.weight)
         match self.sides:
             case (length,):
                 x = functional.adaptive_avg_pool1d(x, length)
             case (height, width):
                 x = functional.adaptive_avg_pool2d(x, (height, width))
+            case (depth, height, width):
+                x = functional.adaptive_avg_pool3d(x, (depth, height, width))
             case _:
                 pass
         return self.linear(self.norm(x.flatten(1)))

@@ -12,16 +12,19 @@ from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from shared_core.errors import InputError
 from shared_core.runs import atomic_path
 from stamp.baselines.magnitudes import bn_scale, l1_norm
 from stamp.encoders import EncoderName, make_encoder
 from stamp.examples import Examples
-from stamp.heads import HeadName, make_head
+from stamp.gating import separations
+from stamp.heads import ChannelHead, HeadName, make_head
 from stamp.observing import Features, observe
 from stamp.projection import ExpectedCost, project
 from stamp.structure import ChannelGroups
+from stamp.training import head_name
 
 __all__ = ["GeneratorError", "MaskGenerator", "draw_set"]
 
@@ -47,6 +50,9 @@ class MaskGenerator(nn.Module):
     head : ``channel`` (default), ``mlp``, ``clamp`` or ``free`` (spec 2.4; the first is ours)
     pseudo : pseudo-instances
     labels : whether the head ``channel`` also looks at the classes of the set; without, it needs none
+    sensitivity : whether the head ``channel`` also reads what each channel does to the separation of the set's
+        instances, or with `labels` of its classes; see `gating.separations`. It costs one backward pass a set
+    classifier : qualified name of the network's last layer, for the sensitivity. Default: its last linear layer
     sequential : gate each group before the next is read, so that later logits see earlier pruning; off by default,
         because many sets then go through the network at once
     input_shape : of one input; ``attention`` and ``pma`` need it
@@ -75,6 +81,8 @@ class MaskGenerator(nn.Module):
         head: HeadName = "channel",
         pseudo: int = 32,
         labels: bool = False,
+        sensitivity: bool = True,
+        classifier: str | None = None,
         sequential: bool = False,
         input_shape: Sequence[int] | None = None,
         seed: int = 0,
@@ -86,6 +94,8 @@ class MaskGenerator(nn.Module):
             "head": head,
             "pseudo": pseudo,
             "labels": labels,
+            "sensitivity": sensitivity,
+            "classifier": classifier,
             "sequential": sequential,
             "input_shape": None if input_shape is None else [int(n) for n in input_shape],
         }
@@ -95,9 +105,9 @@ class MaskGenerator(nn.Module):
         self.encoder = make_encoder(encoder, pseudo=pseudo, input_shape=input_shape, generator=random)
         self.head = make_head(head, groups.widths(), labels=labels, generator=random)
         self.labels = labels
+        self.sensitivity = sensitivity and head == "channel"
         self.sequential = sequential
         self.register_buffer("shift", torch.zeros(()))
-        self._static: tuple[int, dict[str, Tensor]] | None = None
 
     def logits(
         self,
@@ -133,18 +143,20 @@ class MaskGenerator(nn.Module):
             shown = x
         else:
             shown = self.encoder(x, generator)
+        static = self._weights(model)
+        static = self._static_of(model, shown, y)
         if self.sequential:
             found: dict[str, Tensor] = {}
 
             def gate(name: str, features: Features) -> Tensor:
-                found[name] = self._of_group(model, name, features, y, learn=learn)
+                found[name] = self._of_group(name, features, y, static, learn=learn)
                 return torch.sigmoid(found[name].detach() - self._shift)
 
             observe(model, self.groups, shown, gate=gate)
             return {group.name: found[group.name] for group in self.groups.prunable}
         features = observe(model, self.groups, shown)
         return {
-            group.name: self._of_group(model, group.name, features[group.name], y, learn=learn)
+            group.name: self._of_group(group.name, features[group.name], y, static, learn=learn)
             for group in self.groups.prunable
         }
 
@@ -200,15 +212,15 @@ class MaskGenerator(nn.Module):
         if sets != "auto" and sets < 1:
             raise GeneratorError(f"sets: must be at least 1, got {sets}")
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        like = next(iter(model.parameters()), torch.zeros(()))
         total: dict[str, Tensor] = {}
         steady, before = 0, None
         most = 30 if sets == "auto" else sets
         with torch.no_grad():
             for number in range(1, most + 1):
                 x, y = draw_set(data, set_size, generator)
-                y = y.to(device) if self.labels else None
-                logits = self.logits(model, x.to(device), y=y, generator=generator)
+                y = y.to(like.device) if self.labels else None
+                logits = self.logits(model, x.to(like), y=y, generator=generator)
                 for name, value in self._probabilities(logits, cost, budget).items():
                     total[name] = total.get(name, 0.0) + value
                 if sets == "auto":
@@ -232,25 +244,35 @@ class MaskGenerator(nn.Module):
         return cast("Tensor", self.shift)
 
     def _of_group(
-        self, model: nn.Module, name: str, features: Features, y: Tensor | None, *, learn: bool
+        self, name: str, features: Features, y: Tensor | None, static: Tensor, *, learn: bool
     ) -> Float[Tensor, " width"]:
         if learn:
             self.head.learn_statistics(name, features, y)
-        return self.head.logits(name, features, y, self._weights(model)[name])
+        return self.head.logits(name, features, y, static)
+
+    def _static_of(self, model: nn.Module, x: Tensor, y: Tensor | None) -> dict[str, Float[Tensor, "width 4"]]:
+        """Ratios to the group's mean: norms of weights, of norms' scales, and the sensitivities, signed and not."""
+        weights = self._weights(model)
+        if not self.sensitivity:
+            return {name: functional.pad(value, (0, 2), value=1.0) for name, value in weights.items()}
+        classifier = self.settings["classifier"] or head_name(model)
+        found = separations(model, self.groups, x, classifier, y if self.labels else None)
+        both = {
+            name: torch.stack([value, value.abs()], 1) / (value.abs().mean() + 1e-12) for name, value in found.items()
+        }
+        return {name: torch.cat([value, both[name].to(value)], 1) for name, value in weights.items()}
 
     def _weights(self, model: nn.Module) -> dict[str, Float[Tensor, "width 2"]]:
-        """Norms of weights and of norms' scales, as ratios to their group's mean; made once for a network."""
-        version = sum(parameter._version for parameter in model.parameters()) ^ id(model)
-        if self._static is None or self._static[0] != version:
-            nothing = Examples(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), ("",))
-            random = torch.Generator()
-            found = [score(model, self.groups, nothing, random) for score in (l1_norm, bn_scale)]
-            static = {
-                name: torch.stack([scores[name] / (scores[name].mean() + 1e-12) for scores in found], 1)
-                for name in self.groups.widths()
-            }
-            self._static = version, static
-        return self._static[1]
+        """Norms of weights and of norms' scales, as ratios to their group's mean, where the head reads them."""
+        if not isinstance(self.head, ChannelHead):
+            return {}
+        nothing = Examples(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), ("",))
+        random = torch.Generator()
+        found = [score(model, self.groups, nothing, random) for score in (l1_norm, bn_scale)]
+        return {
+            name: torch.stack([scores[name] / (scores[name].mean() + 1e-12) for scores in found], 1)
+            for name in self.groups.widths()
+        }
 
     def check(self, groups: ChannelGroups) -> None:
         """Refuse groups of another network.
@@ -310,8 +332,11 @@ class MaskGenerator(nn.Module):
             raise GeneratorError(f"{path}: is no generator ({str(error).splitlines()[0]})") from None
         if about.get("stamp.generator") != str(_VERSION):
             raise GeneratorError(f"{path}: holds tensors, but no generator of this version of stamp")
-        made = cls(groups, **json.loads(about["settings"]))
-        if about["signature"] != groups.signature():
+        try:
+            made = cls(groups, **json.loads(about["settings"]))
+        except (KeyError, TypeError, ValueError):
+            raise GeneratorError(f"{path}: its settings cannot be read; the file is damaged") from None
+        if about.get("signature") != groups.signature():
             expected = {name: value.shape for name, value in made.state_dict().items()}
             other = next((n for n, t in tensors.items() if n in expected and expected[n] != t.shape), "its groups")
             raise GeneratorError(
