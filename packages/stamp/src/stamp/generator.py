@@ -143,7 +143,6 @@ class MaskGenerator(nn.Module):
             shown = x
         else:
             shown = self.encoder(x, generator)
-        static = self._weights(model)
         static = self._static_of(model, shown, y)
         if self.sequential:
             found: dict[str, Tensor] = {}
@@ -244,11 +243,11 @@ class MaskGenerator(nn.Module):
         return cast("Tensor", self.shift)
 
     def _of_group(
-        self, name: str, features: Features, y: Tensor | None, static: Tensor, *, learn: bool
+        self, name: str, features: Features, y: Tensor | None, static: Mapping[str, Tensor], *, learn: bool
     ) -> Float[Tensor, " width"]:
         if learn:
             self.head.learn_statistics(name, features, y)
-        return self.head.logits(name, features, y, static)
+        return self.head.logits(name, features, y, static.get(name))
 
     def _static_of(self, model: nn.Module, x: Tensor, y: Tensor | None) -> dict[str, Float[Tensor, "width 4"]]:
         """Ratios to the group's mean: norms of weights, of norms' scales, and the sensitivities, signed and not."""

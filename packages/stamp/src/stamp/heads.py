@@ -54,7 +54,7 @@ class Head(nn.Module):
         name : of the group
         features : what its channels do on the set
         y : class of each instance; only a head made with ``labels=True`` takes it
-        static : what does not depend on data, e.g. norms of weights
+        static : further numbers a channel, as ratios to the group's mean
         """
         raise NotImplementedError
 
@@ -203,8 +203,9 @@ class ClampHead(Head):
         statistics: _Statistics = self.statistics[k]  # pyright: ignore[reportAssignmentType]
         standard = statistics.standardised(features.mean.detach()[..., None])[..., 0]
         raw = self.gamma[k] * standard + self.beta[k]
-        pi = raw + (raw.clamp(0.0, 1.0) - raw).detach()
-        return torch.logit(safe_probability(pi.mean(0)))
+        # Added last, so that the forward value is that of the clamp, whose margin keeps the logit finite.
+        pi = safe_probability(raw).detach() + (raw - raw.detach())
+        return torch.logit(pi.mean(0))
 
     def learn_statistics(self, name: str, features: Features, y: Int64[Tensor, " n"] | None = None) -> None:  # noqa: ARG002
         """Let the running mean and variance of each channel move towards the set's.
@@ -224,8 +225,9 @@ class ChannelHead(Head):
 
     It reads, of a channel: mean activation, its deviation over the set, its deviation over positions and the share of
     non-zeros, each compared with the channel's history over meta-training (in its deviations) and with the other
-    channels of its group (as a ratio); norms of weights; with labels, the share of the variance of its activation that
-    lies between classes; and an embedding of the group. Its size does not depend on the widths.
+    channels of its group (as a ratio); norms of weights and what the channel does to the separation of the set; with
+    labels, the share of the variance of its activation that lies between classes; and an embedding of the group. Its
+    size does not depend on the widths.
 
     Parameters
     ----------
@@ -233,7 +235,7 @@ class ChannelHead(Head):
     labels : whether it looks at classes too
     hidden : units
     embedding : of a group
-    static : numbers a channel that do not depend on data
+    static : numbers a channel from elsewhere: norms of weights and sensitivities
     generator : of the initial parameters
     """
 
@@ -244,7 +246,7 @@ class ChannelHead(Head):
         labels: bool = False,
         hidden: int = 32,
         embedding: int = 8,
-        static: int = 2,
+        static: int = 4,
         generator: torch.Generator,
     ) -> None:
         super().__init__(widths)
@@ -271,7 +273,7 @@ class ChannelHead(Head):
         name : of the group
         features : what its channels do on the set
         y : class of each instance, where the head was made with labels
-        static : ratios to the group's mean of what does not depend on data; zeros without it
+        static : further numbers a channel, as ratios to the group's mean; zeros without them
 
         Raises
         ------
@@ -283,7 +285,7 @@ class ChannelHead(Head):
         statistics: _Statistics = self.statistics[k]  # pyright: ignore[reportAssignmentType]
         usual = statistics.standardised(found).clamp(-4.0, 4.0)
         among = (found / (found.abs().mean(0) + 1e-6)).clamp(-1.0, 6.0) - 1
-        fixed = found.new_zeros(len(found), self.static) if static is None else static.to(found).clamp(0.0, 6.0) - 1
+        fixed = found.new_zeros(len(found), self.static) if static is None else static.to(found).clamp(-6.0, 6.0) - 1
         group = self.groups[k].expand(len(found), -1)
         read = self.second(functional.relu(self.first(torch.cat([usual, among, fixed, group], 1))))
         return self.free[k] + read[:, 0]
@@ -302,7 +304,7 @@ class ChannelHead(Head):
 
     def _described(self, features: Features, y: Tensor | None) -> Float[Tensor, "width kinds"]:
         mean = features.mean.detach()
-        found = [mean.mean(0), mean.std(0, correction=0), features.std.detach().mean(0), features.nonzero.mean(0)]
+        found = [mean.mean(0), mean.std(0, correction=0), features.std.detach().mean(0), features.nonzero.detach().mean(0)]
         if self.labels:
             if y is None:
                 raise InputError("labels: this generator was made with labels=True; give it the classes too, y=")

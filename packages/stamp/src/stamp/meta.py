@@ -1,9 +1,9 @@
 """Meta-training of a mask generator over tasks drawn from reference sets, once for a backbone (spec 2.5 to 2.7).
 
 Each step draws tasks, lets the generator read the support examples of each, gates the frozen network by what it says,
-fits a classifier to the gated features of the support, and judges it on the query. By default gates are deterministic
-and sharpen over the training, the budget holds in every step (`projection.project`) and is another one each time, and
-the classifier is a ridge regression in closed form: all three are ours. The specification's own are options.
+fits a classifier to the gated features of the support, and judges it on the query. By default the budget holds in every
+step (`projection.project`) and is another one each time, and the classifier is a ridge regression in closed form: both
+are ours. The specification's own are options.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -20,18 +19,17 @@ import torch
 from jaxtyping import Float, Int64
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from shared_core.errors import InputError
 from stamp.counting import CostModel
 from stamp.examples import Examples, check_fits
+from stamp.gating import gated_features
 from stamp.generator import MaskGenerator
 from stamp.projection import project
 from stamp.sampling import bernoulli_kl, concrete
 from stamp.selection import overlap, select
-from stamp.surgery import entry_gates, gated_parameters
 from stamp.tasks import Task, TaskSampler
 from stamp.training import class_mean_weights, head_name
 
@@ -62,10 +60,10 @@ class MetaConfig(BaseModel):
     adapt: Literal["head", "head+bn", "all"] = Field(default="head", description="what they change")
     second_order: bool = Field(default=False, description="differentiate through the steps of the head")
     gates: Literal["annealed", "concrete", "hard"] = Field(
-        default="annealed", description="deterministic and sharpening; binary concrete samples; those, rounded forwards"
+        default="concrete", description="deterministic and sharpening; binary concrete samples; those, rounded forwards"
     )
     temperature: tuple[float, float] = Field(
-        default=(1.0, 0.1), description="at the start and at the end, geometric between"
+        default=(0.67, 0.1), description="at the start and at the end, geometric between"
     )
     penalty: Literal["projected", "dual", "squared", "kl"] = Field(
         default="projected",
@@ -434,20 +432,14 @@ class MetaTrainer:
 
     def _features(self, model: nn.Module, gates: _Gates, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return what enters the head, gated, of several batches that share one pass."""
-        groups = self.generator.groups
-        changed = gated_parameters(model, groups, gates)
-        found: list[Tensor] = []
-        with ExitStack() as stack:
-            handle = model.get_submodule(self.head).register_forward_pre_hook(lambda _, args: found.append(args[0]))
-            stack.callback(handle.remove)
-            if self.config.batch_statistics:
-                for module in model.modules():
-                    if isinstance(module, _BatchNorm):
-                        module.train()
-                        stack.callback(module.eval)
-                changed |= {name: value.clone() for name, value in model.named_buffers()}
-            functional_call(model, changed, (torch.cat(list(parts)),))
-        gated = found[-1] * entry_gates(model, groups, gates, self.head)
+        gated = gated_features(
+            model,
+            self.generator.groups,
+            gates,
+            torch.cat(list(parts)),
+            self.head,
+            batch_statistics=self.config.batch_statistics,
+        )
         return gated.split([len(part) for part in parts])
 
     def _validated(self) -> float:
