@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused():
         flat = make_encoder(name, input_shape=(6,), generator=seeded())
         with pytest.raises(InputError, match=r"made for inputs \(6,\), and got \(7,\)"):
             flat(images(4, (7,)))
-    with pytest.raises(InputError, match="encoder: must be .*, got 'mean'"):
+    with pytest.raises(InputError, match=r"encoder: must be .*, got 'mean'"):
         make_encoder("mean", input_shape=(1, 8, 8), generator=seeded())
     with pytest.raises(InputError, match="pseudo: must be at least 1, got 0"):
         make_encoder("subsample", pseudo=0, generator=seeded())

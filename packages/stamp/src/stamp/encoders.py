@@ -96,8 +96,8 @@ class Subsample(nn.Module):
         self.pseudo = pseudo
 
     def forward(
-        self, x: Shaped[Tensor, "set *shape"], generator: torch.Generator | None = None
-    ) -> Shaped[Tensor, "r *shape"]:
+        self, x: Shaped[Tensor, "set ..."], generator: torch.Generator | None = None
+    ) -> Shaped[Tensor, "r ..."]:
         """Draw instances.
 
         Parameters

@@ -7,7 +7,7 @@ holds. Here the budget holds in every step, whatever it is, and one generator se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +18,7 @@ __all__ = ["ExpectedCost", "project"]
 _RANGE = 60.0
 
 
+@runtime_checkable
 class ExpectedCost(Protocol):
     """A cost that is known in expectation: `counting.CostModel`."""
 
