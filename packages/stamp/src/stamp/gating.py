@@ -29,7 +29,7 @@ def gated_features(
     head: str,
     *,
     batch_statistics: bool = False,
-) -> Float[Tensor, "n features"]:
+) -> Float[Tensor, "n *positions features"]:
     """Run a network with gates and return what enters its head, gated too.
 
     Parameters
@@ -94,7 +94,7 @@ def separations(
         gates = {
             name: torch.ones(width, device=x.device, requires_grad=True) for name, width in groups.widths().items()
         }
-        features = gated_features(model, groups, gates, x, head)
+        features = gated_features(model, groups, gates, x, head).flatten(1)
         features = features - features.detach().mean(0)
         if y is None:
             of = torch.arange(len(x), device=x.device)

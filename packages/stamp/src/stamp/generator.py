@@ -24,7 +24,7 @@ from stamp.heads import ChannelHead, HeadName, make_head
 from stamp.observing import Features, observe
 from stamp.projection import ExpectedCost, project
 from stamp.structure import ChannelGroups
-from stamp.training import head_name
+from stamp.training import HeadError, head_name
 
 __all__ = ["GeneratorError", "MaskGenerator", "draw_set"]
 
@@ -52,7 +52,8 @@ class MaskGenerator(nn.Module):
     labels : whether the head ``channel`` also looks at the classes of the set; without, it needs none
     sensitivity : whether the head ``channel`` also reads what each channel does to the separation of the set's
         instances, or with `labels` of its classes; see `gating.separations`. It costs one backward pass a set
-    classifier : qualified name of the network's last layer, for the sensitivity. Default: its last linear layer
+    classifier : qualified name of the network's last layer, for the sensitivity. Default: its last linear layer; a
+        network without one has no sensitivity
     sequential : gate each group before the next is read, so that later logits see earlier pruning; off by default,
         because many sets then go through the network at once
     input_shape : of one input; ``attention`` and ``pma`` need it
@@ -245,6 +246,9 @@ class MaskGenerator(nn.Module):
     def _of_group(
         self, name: str, features: Features, y: Tensor | None, static: Mapping[str, Tensor], *, learn: bool
     ) -> Float[Tensor, " width"]:
+        # A network in another precision, or elsewhere, is read all the same.
+        like = next(self.head.parameters())
+        features = Features(features.mean.to(like), features.std.to(like), features.nonzero.to(like))
         if learn:
             self.head.learn_statistics(name, features, y)
         return self.head.logits(name, features, y, static.get(name))
@@ -252,9 +256,9 @@ class MaskGenerator(nn.Module):
     def _static_of(self, model: nn.Module, x: Tensor, y: Tensor | None) -> dict[str, Float[Tensor, "width 4"]]:
         """Ratios to the group's mean: norms of weights, of norms' scales, and the sensitivities, signed and not."""
         weights = self._weights(model)
-        if not self.sensitivity:
+        classifier = self.settings["classifier"] or _last_layer(model)
+        if not self.sensitivity or classifier is None:
             return {name: functional.pad(value, (0, 2), value=1.0) for name, value in weights.items()}
-        classifier = self.settings["classifier"] or head_name(model)
         found = separations(model, self.groups, x, classifier, y if self.labels else None)
         both = {
             name: torch.stack([value, value.abs()], 1) / (value.abs().mean() + 1e-12) for name, value in found.items()
@@ -346,6 +350,14 @@ class MaskGenerator(nn.Module):
         except RuntimeError:
             raise GeneratorError(f"{path}: its tensors do not go with its settings; the file is damaged") from None
         return made
+
+
+def _last_layer(model: nn.Module) -> str | None:
+    """Name the classifier's last layer, which e.g. a network for segmentation has not."""
+    try:
+        return head_name(model)
+    except HeadError:
+        return None
 
 
 def draw_set(data: Examples, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
