@@ -94,7 +94,7 @@ def separations(
         gates = {
             name: torch.ones(width, device=x.device, requires_grad=True) for name, width in groups.widths().items()
         }
-        features = gated_features(model, groups, gates, x, head).flatten(1)
+        features = gated_features(model, groups, gates, x, head).flatten(1).double()
         features = features - features.detach().mean(0)
         if y is None:
             of = torch.arange(len(x), device=x.device)
