@@ -94,13 +94,14 @@ def separations(
         gates = {
             name: torch.ones(width, device=x.device, requires_grad=True) for name, width in groups.widths().items()
         }
-        features = gated_features(model, groups, gates, x, head).flatten(1).double()
+        # In float64, on the CPU that always has it: float32 keeps little of a softmax that is nearly certain.
+        features = gated_features(model, groups, gates, x, head).flatten(1).to("cpu", torch.float64)
         features = features - features.detach().mean(0)
         if y is None:
-            of = torch.arange(len(x), device=x.device)
+            of = torch.arange(len(x))
             target = functional.normalize(features.detach(), dim=1)
         else:
-            _, of = y.unique(return_inverse=True)
+            _, of = y.cpu().unique(return_inverse=True)
             member = functional.one_hot(of).to(features)
             target = functional.normalize((member.T @ features.detach()) / member.sum(0)[:, None], dim=1)
         logits = _SCALE * functional.normalize(features, dim=1) @ target.T
