@@ -315,13 +315,14 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
             device=session.device,
             advance=lambda note, done: advance(done, note=note),
         )
-    _draw_comparison(session, found.results)
+    shown = [row for row in found.results if row.unit != "s" or row.metric == "mask"]
+    _draw_comparison(session, shown)
     claims = [*paired(found.cells, 0, others=(OTHER, FREE)), *paired(found.cells, config.steps)]
     facts = found.backbones[config.seed]
     seconds = facts["seconds"]
     notes = [
-        f"A network trained on {config.classes} printed characters ({100 * facts['accuracy']:.0f} % right, "
-        f"{seconds['pretrain']:.0f} s) is cut to {100 * config.budget:g} % of its multiply-adds for handwritten digits.",
+        f"A network for {config.classes} printed characters ({100 * facts['accuracy']:.0f} % right, trained in"
+        f" {seconds['pretrain']:.0f} s) is cut to {100 * config.budget:g} % of its multiply-adds for handwritten digits.",
         f"stamp: a generator, meta-fitted on the characters once ({seconds[STAMP]:.0f} s), reads digits, not labels.",
         f"{OTHER}: its mask for other characters, at the same widths. {FREE}: one mask for all data, fitted alike.",
         "The others rank channels. All get statistics of the digits, class means and the same fine-tuning.",
@@ -330,7 +331,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
         "",
         "One seed, on the test digits; 'stamp compare' takes several, and gives intervals.",
     ]
-    return Outcome(found.results, claims, notes)
+    return Outcome(shown, claims, notes)
 
 
 _DRAWN = ("accuracy", "batch of")
@@ -565,7 +566,14 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
         name: {mask: [each["recalibrated"][name][mask] for each in found.seen.values()] for mask in row}
         for name, row in first["recalibrated"].items()
     }
-    plot_adaptivity(table, session.run.artifact("adaptivity.png"), title=f"{config.kind} network, no fine-tuning")
+    title = f"{config.kind} network, no fine-tuning"
+    plot_adaptivity(table, session.run.artifact("adaptivity.png"), title=title)
+    head = [f"{mask:>10}" for mask in next(iter(table.values()))]
+    notes += ["", f"accuracy in %: {title}, mean over seeds", "".join([f"{'':16}", *head])]
+    for name, row in table.items():
+        notes.append("".join([f"{name[:15]:16}", *(f"{100 * sum(v) / len(v):10.1f}" for v in row.values())]))
+    if config.kind == "planted":
+        notes.append("precision: share of the channels kept that are the data set's own specialist's")
     plot_widths(first["widths"], session.run.artifact("widths.png"), title=f"{config.kind} network, the first seed")
     return Outcome(found.results, found.claims, notes)
 

@@ -32,7 +32,7 @@ from stamp.sources import Split, read_examples
 from stamp.structure import ChannelGroups
 from stamp.surgery import cut
 from stamp.tasks import jittered
-from stamp.timing import time_together
+from stamp.timing import Measure, call_ms, time_together
 from stamp.training import EpochEnd, History, accuracy, finetune, recalibrate_bn
 
 __all__ = [
@@ -505,6 +505,7 @@ def latencies(
     *,
     batch_size: int = 64,
     repeats: int = 20,
+    measure: Measure = call_ms,
 ) -> dict[str, float]:
     """Time networks of given widths together.
 
@@ -515,6 +516,7 @@ def latencies(
     shape : of one input
     batch_size : inputs of a batch
     repeats : passes of each network that count
+    measure : see `stamp.timing.time_together`
 
     Returns
     -------
@@ -529,7 +531,7 @@ def latencies(
         networks[str(kind)] = cut(model, groups, keep)
     like = next(model.parameters())
     example = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(like)
-    timings = time_together(networks, example, warmup=5, repeats=repeats)
+    timings = time_together(networks, example, warmup=min(5, repeats), repeats=repeats, measure=measure)
     return {name: timings.p50(str(kind)) for name, kind in kinds.items()}
 
 
@@ -559,7 +561,7 @@ class Comparison:
     backbones: dict[int, dict[str, Any]]
 
 
-def _silent(note: str, steps: float) -> None:
+def _silent(note: str, steps: int) -> None:
     del note, steps
 
 
@@ -577,7 +579,7 @@ def compare(
     tuned: bool = False,
     on_seed: Callable[[int, Callable[[], Backbone]], None] | None = None,
     device: torch.device | str = "cpu",
-    advance: Callable[[str, float], None] = _silent,
+    advance: Callable[[str, int], None] = _silent,
 ) -> Comparison:
     """Cut a network for new data by every method, at every budget and under every seed, and test all alike.
 
@@ -945,7 +947,7 @@ def rapid(
     epochs: int = 20,
     others: Callable[[int], Sequence[Examples]] | None = None,
     device: torch.device | str = "cpu",
-    advance: Callable[[str, float], None] = _silent,
+    advance: Callable[[str, int], None] = _silent,
 ) -> tuple[Comparison, dict[int, TotalTime]]:
     """Cut a network for data that nothing has seen, with few examples and steps, and measure the total time.
 
@@ -1108,7 +1110,7 @@ def ablate(
     seeds: Sequence[int],
     steps: Sequence[int] = (0, 20),
     device: torch.device | str = "cpu",
-    advance: Callable[[str, float], None] = _silent,
+    advance: Callable[[str, int], None] = _silent,
 ) -> tuple[list[Result], dict[str, dict[int, Varied]]]:
     """Meta-fit variants of the generator for the same networks, and see how their masks do and whether they differ.
 

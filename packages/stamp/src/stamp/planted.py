@@ -191,7 +191,7 @@ class Study:
     seen: dict[int, Seen]
 
 
-def _silent(note: str, steps: float) -> None:
+def _silent(note: str, steps: int) -> None:
     del note, steps
 
 
@@ -207,7 +207,7 @@ def study(
     control: bool = True,
     draws: int = 10,
     device: torch.device | str = "cpu",
-    advance: Callable[[str, float], None] = _silent,
+    advance: Callable[[str, int], None] = _silent,
 ) -> Study:
     """Judge each data set with its own mask, with the others', and with baselines' at the same widths.
 
@@ -339,7 +339,7 @@ def _rows(kind: Kind, seen: Mapping[int, Seen]) -> list[Result]:
     seconds = sum(each["seconds"] for each in seen.values())
     for domain in first["recalibrated"]:
         dataset = f"{domain}, {kind} network"
-        for part, metric in (("recalibrated", "accuracy"), ("plain", "accuracy without recalibration")):
+        for part, metric in (("recalibrated", "accuracy"), ("plain", "accuracy, not recalibrated")):
             for mask in first[part][domain]:
                 values = [100 * each[part][domain][mask] for each in seen.values()]
                 found.append(
@@ -348,7 +348,7 @@ def _rows(kind: Kind, seen: Mapping[int, Seen]) -> list[Result]:
                 )  # fmt: skip
         for group in first["precision"].get(domain, ()):
             values = [100 * each["precision"][domain][group] for each in seen.values()]
-            metric = f"kept channels of group {group} that are the specialist's"
+            metric = f"precision in group {group}"
             found.append(summarize(values, dataset=dataset, method="own", metric=metric, unit="%", better="higher"))
     for group in first["overlap"]:
         values = [each["overlap"][group] for each in seen.values()]
