@@ -1,10 +1,10 @@
 """Meta-training of a mask generator over tasks drawn from reference sets, once for a backbone (spec 2.5 to 2.7).
 
 Each step draws tasks, lets the generator read the support examples of each, gates the frozen network by what it says,
-fits a classifier to the gated features of the support, and judges it on the query. By default the budget holds in every
-step (`projection.project`) and is another one each time, and gates are deterministic and sharpen over the training: both
-are ours, and the specification's are options. Sampled gates (``gates="concrete"``) keep the channels of known domains
-further apart; sharpening ones served unseen data better.
+fits a classifier to the gated features of the support, and judges it on the query. By default the budget holds in each
+step (`projection.project`) and is another one every time, and gates are deterministic and sharpen over the training:
+both are ours, and the specification's are options. Sampled gates (``gates="concrete"``) keep the channels of known
+domains further apart; sharpening ones served unseen data better.
 """
 
 from __future__ import annotations
