@@ -1076,11 +1076,18 @@ def variants(protocol: Protocol, names: Sequence[str] = ("encoder", "head", "pse
                 found |= {f"head {kind}": replace(protocol, head=kind) for kind in heads}
             case "pseudo":
                 for number in (1, 8, 32):
-                    label = f"attention, {number} pseudo-instances"
-                    found[label] = replace(protocol, encoder="attention", pseudo=number)
+                    changed = replace(protocol, encoder="attention", pseudo=number)
+                    if changed not in found.values():
+                        found[f"attention, {number} pseudo-instances"] = changed
             case "inner":
-                changed = protocol.meta.model_copy(update={"inner": "class-mean"})
-                found["no inner adaptation"] = replace(protocol, meta=changed)
+                for label, changes in (
+                    ("no inner steps, class means", {"inner": "class-mean", "inner_steps": 0}),
+                    ("3 inner steps from class means", {"inner": "class-mean", "inner_steps": 3}),
+                    ("ridge, in closed form", {"inner": "ridge", "inner_steps": 0}),
+                ):
+                    changed = replace(protocol, meta=protocol.meta.model_copy(update=changes))
+                    if changed not in found.values():
+                        found[label] = changed
             case _:
                 raise UnknownKeyError(f"vary: no choice '{name}'; there are encoder, head, pseudo, inner")
     return found
