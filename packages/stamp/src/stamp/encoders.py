@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from shared_core.errors import InputError
 
@@ -262,7 +263,7 @@ class _Keys(nn.Module):
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+    layer = cast("nn.Linear", skip_init(nn.Linear, inputs, outputs))
     bound = inputs**-0.5
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -8,12 +8,13 @@ compared with how it usually does and with its neighbours, and adds that to a lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from shared_core.errors import InputError
 from stamp.observing import Features
@@ -138,7 +139,7 @@ class MlpHead(Head):
     def __init__(self, widths: Mapping[str, int], hidden: int = 64, *, generator: torch.Generator) -> None:
         super().__init__(widths)
         self.first = nn.ModuleList(_linear(2 * w, min(hidden, w), generator) for w in widths.values())
-        self.second = nn.ModuleList(nn.Linear(min(hidden, w), w) for w in widths.values())
+        self.second = nn.ModuleList(skip_init(nn.Linear, min(hidden, w), w) for w in widths.values())
         for layer in self.second.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, 0.0, 0.3, generator=generator)
@@ -304,7 +305,12 @@ class ChannelHead(Head):
 
     def _described(self, features: Features, y: Tensor | None) -> Float[Tensor, "width kinds"]:
         mean = features.mean.detach()
-        found = [mean.mean(0), mean.std(0, correction=0), features.std.detach().mean(0), features.nonzero.detach().mean(0)]
+        found = [
+            mean.mean(0),
+            mean.std(0, correction=0),
+            features.std.detach().mean(0),
+            features.nonzero.detach().mean(0),
+        ]
         if self.labels:
             if y is None:
                 raise InputError("labels: this generator was made with labels=True; give it the classes too, y=")
@@ -318,7 +324,8 @@ def _between_classes(x: Float[Tensor, "n width"], y: Int64[Tensor, " n"]) -> Flo
     member = functional.one_hot(y).to(x)
     means = member.T @ x / member.sum(0)[:, None]
     between = (means[y] - x.mean(0)).square().mean(0)
-    return between / (x.var(0, correction=0) + 1e-12)
+    # Of a channel that is all but constant, rounding would have a share.
+    return between / (x.var(0, correction=0) + 1e-6 * x.square().mean(0) + 1e-12)
 
 
 class _Statistics(nn.Module):
@@ -350,7 +357,7 @@ class _Statistics(nn.Module):
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+    layer = cast("nn.Linear", skip_init(nn.Linear, inputs, outputs))
     bound = inputs**-0.5
     with torch.no_grad():
         for parameter in layer.parameters():
