@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 from itertools import pairwise
@@ -36,9 +37,15 @@ WAYS = [
 LABELS = torch.tensor([0, 0, 1, 1, 2])
 
 
-def single(name, seed=0):
+@functools.cache
+def traced(name, seed):
     model, x = zoo.build(name, seed)
     return model.float(), trace(model, x.float())
+
+
+def single(name, seed=0):
+    model, groups = traced(name, seed)
+    return copy.deepcopy(model), groups
 
 
 def pictures(n=5, seed=0, shape=SHAPE):
@@ -71,7 +78,7 @@ def test_a_probability_a_channel_of_every_architecture_which_stays_as_it_is(name
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     state = copy.deepcopy(model.state_dict())
     before = torch.random.get_rng_state()
-    for settings in WAYS if len(groups.prunable) < 8 else WAYS[:2] + WAYS[5:7]:
+    for settings in WAYS if name in ("vgg", "vit-torch") else [WAYS[0], WAYS[5]]:
         generator = made(groups, **settings)
         pi = generator(model, pictures(), y=LABELS, generator=torch.Generator().manual_seed(0))
         assert {key: tuple(value.shape) for key, value in pi.items()} == {k: (w,) for k, w in groups.widths().items()}
@@ -88,7 +95,8 @@ def test_a_probability_a_channel_of_every_architecture_which_stays_as_it_is(name
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet18", "mobilenet", "vit-torch", "nested-cat"])
+@pytest.mark.usefixtures("unchecked")  # for speed: annotations were checked above
+@pytest.mark.parametrize("name", ["vgg", "mobilenet", "vit-torch"])
 @pytest.mark.parametrize("settings", [w for w in WAYS if w.get("encoder") != "subsample"], ids=str)
 def test_a_set_has_no_order_and_repetition_says_nothing(name, settings):
     model, groups = single(name)
@@ -159,6 +167,7 @@ def test_in_sequence_later_groups_see_earlier_gates(name):
     assert any(not torch.allclose(logits[key], others[key], atol=1e-3) for key in rest)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_networks_in_other_precisions_are_read(settings):
     model, groups = single("vgg")
@@ -334,6 +343,7 @@ def test_a_fresh_process_reads_it_and_says_the_same(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.safetensors", "pi.pt"]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_saved_and_loaded_it_is_the_same(settings, tmp_path):
     model, groups = single("vit-torch")
