@@ -154,9 +154,10 @@ def jittered(x: Float[Tensor, "n ..."], generator: torch.Generator) -> Float[Ten
 
     if x.dim() == 4:
         angle, scale = uniform(-0.5, 0.5), uniform(0.7, 1.3)
-        turn = torch.tensor(
-            [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]], dtype=x.dtype
-        )
+        # Positions run from -1 to 1 on both axes, also of images that are not square.
+        shape = x.shape[2] / x.shape[3]
+        cos, sin = math.cos(angle), math.sin(angle)
+        turn = torch.tensor([[cos, -sin * shape, 0.0], [sin / shape, cos, 0.0]], dtype=x.dtype)
         grid = functional.affine_grid(
             (turn / scale).to(x.device).expand(len(x), 2, 3), list(x.shape), align_corners=False
         )
