@@ -1,8 +1,9 @@
 """Do masks follow the data? Where that is known, because specialists were merged, and where it is not (spec 8.6).
 
-Each data set has an input channel of its own. In the *planted* network a specialist of each is merged block by block:
-every layer holds the channels of all in random order, and no weight leads from one to another, so that exactly the
-specialist's channels are of use for its data. The *shared* network was trained on all the data.
+In the *planted* network each data set has an input channel of its own, and a specialist of each is merged block by
+block: every layer holds the channels of all in random order, and no weight leads from one to another, so that exactly
+the specialist's channels are of use for its data. The *shared* network was trained on all the data, each still in its
+channel. So was the *plain* one, in which all sets come in by the same channels, as in any user's network.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from stamp.pruning import adaptivity as measured
 
 __all__ = ["Kind", "Seen", "Study", "in_channel", "merged", "numbered_from", "precision", "study"]
 
-Kind = Literal["planted", "shared"]
+Kind = Literal["planted", "shared", "plain"]
 
 
 def in_channel(data: Examples, place: int, sets: int) -> Examples:
@@ -171,7 +172,7 @@ class Seen(TypedDict):
     plain: dict[str, dict[str, float]]
     precision: dict[str, dict[str, float]]
     overlap: dict[str, float]
-    widths: dict[str, dict[str, tuple[int, int]]]
+    widths: dict[str, dict[str, list[int]]]
     seconds: float
 
 
@@ -259,19 +260,21 @@ def _network(
         ]
         model, owners = merged([network.cpu() for network in specialists], torch.Generator().manual_seed(seed))
         return model.to(device), owners
-    parts = [target.train for target in _placed(domains).values()]
+    parts = [target.train for target in _placed(domains, kind).values()]
     everything = replace(parts[0], x=torch.cat([p.x for p in parts]), y=torch.cat([p.y for p in parts]), name="all")
     widths = [len(parts) * width for width in channels]
-    return trained(smallconv(everything.num_classes, len(parts), channels=widths, seed=seed), everything, seed), ()
+    inputs = parts[0].shape[0] if kind == "plain" else len(parts)
+    return trained(smallconv(everything.num_classes, inputs, channels=widths, seed=seed), everything, seed), ()
 
 
-def _placed(domains: Mapping[str, Target]) -> dict[str, Target]:
-    """Give each data set its channel, and its classes their place in the head."""
+def _placed(domains: Mapping[str, Target], kind: Kind) -> dict[str, Target]:
+    """Give each data set its channel, or all the same, and its classes their place in the head."""
     names = [f"{name} {label}" for name, target in domains.items() for label in target.train.class_names]
     starts = np.cumsum([0, *(target.train.num_classes for target in domains.values())]).tolist()
 
     def moved(data: Examples, place: int) -> Examples:
-        return numbered_from(in_channel(data, place, len(domains)), starts[place], names)
+        seen = replace(data, name="all") if kind == "plain" else in_channel(data, place, len(domains))
+        return numbered_from(seen, starts[place], names)
 
     return {
         name: Target(*(moved(part, place) for part in (target.train, target.validation, target.test)))
@@ -296,11 +299,14 @@ def _seen(
     if len({target.train.x.dtype for target in domains.values()}) > 1:
         raise InputError("domains: all of them must be bytes, or none")
     model, owners = _network(kind, domains, seed, protocol, channels, str(device))
-    placed = _placed(domains)
+    placed = _placed(domains, kind)
     starts = np.cumsum([0, *(target.train.num_classes for target in domains.values())]).tolist()
     classes = {name: range(*ends) for name, ends in zip(domains, pairwise(starts), strict=True)}
     groups = trace(model, next(iter(placed.values())).train.inputs(slice(0, 2)))
-    tasks = [in_channel(target.train, place, len(domains)) for place, target in enumerate(domains.values())]
+    tasks = [
+        target.train if kind == "plain" else in_channel(target.train, place, len(domains))
+        for place, target in enumerate(domains.values())
+    ]
     generator, history = fit_generator(model, groups, tasks, protocol, seed=seed)
     pairs = {name: (target.train, target.test) for name, target in placed.items()}
 
@@ -328,7 +334,7 @@ def _seen(
         "plain": plain.accuracy,
         "precision": right,
         "overlap": {g: float(np.mean([each[g] for each in found.overlaps.values()])) for g in widths},
-        "widths": {name: {g: (int(keep[g].sum()), widths[g]) for g in widths} for name, keep in found.keep.items()},
+        "widths": {name: {g: [int(keep[g].sum()), widths[g]] for g in widths} for name, keep in found.keep.items()},
         "seconds": history.seconds,
     }
 
@@ -380,7 +386,12 @@ def _claims(kind: Kind, seen: Mapping[int, Seen]) -> list[Claim]:
             text=f"{text} ({where})", source=source, holds=value >= threshold, value=value, threshold=threshold
         )
 
-    if kind == "shared":
+    if kind == "plain":
+        found = [
+            points("a set's own mask is better than another set's", ("other",), 0.0),
+            points("a set's own mask is better than random, l1, bn and act ones", ("random", "l1", "bn", "act"), 0.0),
+        ]
+    elif kind == "shared":
         found = [
             points("a set's own mask is 10 points better than random, l1 and act ones", ("random", "l1", "act"), 10.0)
         ]
