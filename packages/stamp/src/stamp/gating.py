@@ -62,7 +62,7 @@ def gated_features(
                     module.train()
             changed |= {name: value.clone() for name, value in model.named_buffers()}
         functional_call(model, changed, (x,))
-    return found[-1] * entry_gates(model, groups, gates, head)
+    return found[-1] * entry_gates(model, groups, gates, head).to(found[-1])
 
 
 def separations(

@@ -10,6 +10,7 @@ domains further apart; sharpening ones served unseen data better.
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,12 @@ from stamp.counting import CostModel
 from stamp.examples import Examples, check_fits
 from stamp.gating import gated_features
 from stamp.generator import MaskGenerator
+from stamp.plan import PlanError, PrunePlan
 from stamp.projection import project
 from stamp.sampling import bernoulli_kl, concrete
 from stamp.selection import overlap, select
 from stamp.tasks import Task, TaskSampler
-from stamp.training import class_mean_weights, head_name
+from stamp.training import class_mean_weights, head_name, penultimate
 
 __all__ = ["MetaConfig", "MetaHistory", "MetaRecord", "MetaStep", "MetaTrainer"]
 
@@ -197,9 +199,17 @@ class MetaTrainer:
         self.head = head_name(model) if head is None else head
         self.model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
         self.generator = generator
-        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        example = sets[0].inputs(slice(0, 1)) if example is None else example[:1]
-        self.cost = CostModel.macs(self.model, generator.groups, example.to(self.device))
+        self._like = next(iter(self.model.parameters()), torch.zeros(()))
+        self.device = self._like.device
+        whole = {name: torch.ones(width, dtype=torch.bool) for name, width in generator.groups.widths().items()}
+        try:
+            PrunePlan(whole, generator.groups).apply(self.model)
+        except PlanError as error:
+            raise InputError(f"generator: it was made for another network ({error}); make one for this one") from error
+        example = (sets[0].inputs(slice(0, 1)) if example is None else example[:1]).to(self._like)
+        with torch.no_grad():
+            penultimate(self.model, example, self.head)
+        self.cost = CostModel.macs(self.model, generator.groups, example)
 
         def sampled(sets: Sequence[Examples], *, jitter: bool) -> TaskSampler:
             return TaskSampler(sets, ways=c.ways, shots=c.shots, queries=c.queries, jitter=jitter)
@@ -315,7 +325,7 @@ class MetaTrainer:
         done = step / max(1, c.iters)
         temperature = c.temperature[0] * (c.temperature[1] / c.temperature[0]) ** done
         budget = c.budgets[0] + (c.budgets[1] - c.budgets[0]) * float(torch.rand((), generator=random))
-        tasks = [_moved(task, self.device) for task in self.sampler.draw(c.tasks, random)]
+        tasks = [_moved(task, self._like) for task in self.sampler.draw(c.tasks, random)]
         masks: list[_Gates] = []
         drawn: list[_Gates] = []
         for task in tasks:
@@ -454,7 +464,7 @@ class MetaTrainer:
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for found in self._validation:
-                task = _moved(found, self.device)
+                task = _moved(found, self._like)
                 y = task.support_y if self.generator.labels else None
                 logits = self.generator.logits(self.model, task.support, y=y, generator=random)
                 for budget in (0.5, 0.25, 0.1):
@@ -470,10 +480,10 @@ class MetaTrainer:
     def _least(self) -> float:
         """A budget that the floor under each group's width always allows."""
         floor = {
-            name: torch.arange(width) < max(1, -(-width // 20))
+            name: torch.arange(width) < max(1, math.ceil(0.05 * width))
             for name, width in self.generator.groups.widths().items()
         }
-        return float(self.cost.exact(floor)) / float(self.cost.exact({})) + 1e-9
+        return min(1.0, float(self.cost.exact(floor)) / float(self.cost.exact({})) + 1e-9)
 
 
 def _check(c: MetaConfig) -> None:
@@ -488,15 +498,13 @@ def _check(c: MetaConfig) -> None:
         raise InputError(f"second_order: is for adapt='head' only, not '{c.adapt}'")
 
 
-def _moved(task: Task, device: torch.device) -> Task:
-    if task.support.device == device:
-        return task
+def _moved(task: Task, like: Tensor) -> Task:
     return replace(
         task,
-        support=task.support.to(device),
-        support_y=task.support_y.to(device),
-        query=task.query.to(device),
-        query_y=task.query_y.to(device),
+        support=task.support.to(like),
+        support_y=task.support_y.to(like.device),
+        query=task.query.to(like),
+        query_y=task.query_y.to(like.device),
     )
 
 
