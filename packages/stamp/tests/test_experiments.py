@@ -87,7 +87,7 @@ def compared(run: Run, backbone: Backbone, methods, *, budgets=(QUARTER,), seeds
     )  # fmt: skip
 
 
-ALL = (DENSE, STAMP, OTHER, FREE, "random", "l1", "l1@stamp", "random@stamp", "act", "snip", "edge-popup")
+ALL = (DENSE, STAMP, OTHER, FREE, "random", "l1", "l1@stamp", "random@stamp", "edge-popup")
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_the_rapid_experiment(backbone, tmp_path):
 
     found, ways = rapid(
         run_in(tmp_path), prepared(backbone), small, examples=(8, 20), methods=(STAMP, FREE, "random", "l1"),
-        budget=QUARTER, seeds=(0, 1), protocol=PROTOCOL, steps=(0, 2), epochs=2,
+        budget=QUARTER, seeds=(0, 1), protocol=PROTOCOL, steps=(2,), epochs=1,
     )  # fmt: skip
     assert list(found.cells) == ["blobs, 8 examples", "blobs, 20 examples"]
     assert set(ways) == {0, 1}

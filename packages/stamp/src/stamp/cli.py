@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ from shared_core.errors import InputError
 from shared_core.runs import Result, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from stamp.plan import PrunePlan
     from stamp.selection import Budget
     from stamp.structure import ChannelGroups
+
+_Config = TypeVar("_Config", bound=CommandConfig)
 
 line = CommandLine(
     "stamp",
@@ -40,6 +42,7 @@ _FACTS, _CELLS = "model.json", "cells.json"
 _SOURCE = "digits, mnist, glyphs, cifar-10, svhn ..., a folder <class>/*.png, an NPZ with x and y, or a table"
 _MODEL = "smallconv, vgg19, resnet18, resnet20, resnet50, mobilenetv2, densenet, vit; your own package.module:function"
 _Cost = Literal["macs", "params", "latency", "latency_ms"]
+_Split = Literal["train", "validation", "test", "all"]
 _EVERY = 10
 
 
@@ -122,13 +125,19 @@ def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _read(config: DataOptions, source: str, split: str) -> Examples:
+def _read(config: DataOptions, source: str, split: _Split) -> Examples:
     from stamp.sources import read_examples
 
     return read_examples(
-        source, split=split, size=config.size, channels=config.channels, seed=config.seed, classes=config.classes,  # pyright: ignore[reportArgumentType]
-        limit=config.limit if split == "train" else None,
+        source, split=split, size=config.size, channels=_channels(config.channels), seed=config.seed,
+        classes=config.classes, limit=config.limit if split == "train" else None,
     )  # fmt: skip
+
+
+def _channels(value: int | None) -> Literal[1, 3] | None:
+    if value not in (None, 1, 3):
+        raise InputError(f"--channels: must be 1 or 3, got {value}")
+    return 3 if value == 3 else 1 if value == 1 else None
 
 
 def _is_network(name: str) -> bool:
@@ -189,13 +198,23 @@ def _fitting(config: DataOptions, facts: _Facts) -> DataOptions:
     return config.model_copy(update=changed)
 
 
-@contextmanager
-def _noting(notes: list[str]) -> Generator[None]:
-    """Turn warnings of ours into notes."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    notes += dict.fromkeys(f"warning: {found.message}" for found in caught if issubclass(found.category, UserWarning))
+def _command(
+    config: type[_Config], *, name: str | None = None
+) -> Callable[[Callable[[_Config, Session], Outcome]], Callable[[_Config, Session], Outcome]]:
+    """Register a command whose warnings become notes."""
+
+    def register(function: Callable[[_Config, Session], Outcome]) -> Callable[[_Config, Session], Outcome]:
+        @wraps(function)
+        def run(config: _Config, session: Session) -> Outcome:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                outcome = function(config, session)
+            said = dict.fromkeys(f"warning: {w.message}" for w in caught if issubclass(w.category, UserWarning))
+            return Outcome(outcome.results, outcome.claims, [*outcome.notes, *said])
+
+        return line.command(config, name=name)(run)
+
+    return register
 
 
 def _row(method: str, metric: str, value: float, unit: str, better: Literal["lower", "higher"], dataset: str) -> Result:
@@ -238,8 +257,8 @@ def _protocol(config: ProtocolOptions, **more: Any) -> Protocol:
 
     meta = MetaConfig(iters=config.iters, tasks=config.tasks, ways=config.ways)
     names = ("width", "size", "pretrain_steps", "pretrain_lr", "encoder", "head", "pseudo", "labels", "sets", "lr")
-    values: dict[str, Any] = {name: getattr(config, name) for name in (*names, "channels", "draws", "tuned_draws")}
-    values |= {"model": config.network, "meta": meta}
+    values: dict[str, Any] = {name: getattr(config, name) for name in (*names, "draws", "tuned_draws")}
+    values |= {"model": config.network, "channels": _channels(config.channels), "meta": meta}
     return Protocol(**{**values, **more})
 
 
@@ -268,7 +287,7 @@ class DemoConfig(CommandConfig):
     draws: int = Field(10, ge=1, description="random masks that are averaged over")
 
 
-@line.command(DemoConfig)
+@_command(DemoConfig)
 def demo(config: DemoConfig, session: Session) -> Outcome:
     """Train a network on printed characters, cut it for handwritten digits in ten ways, and compare."""
     from stamp.experiments import (
@@ -322,7 +341,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     seconds = facts["seconds"]
     notes = [
         f"A network for {config.classes} printed characters ({100 * facts['accuracy']:.0f} % right, trained in"
-        f" {seconds['pretrain']:.0f} s) is cut to {100 * config.budget:g} % of its multiply-adds for handwritten digits.",
+        f" {seconds['pretrain']:.0f} s) is cut to {100 * config.budget:g} % of its multiply-adds for digits by hand.",
         f"stamp: a generator, meta-fitted on the characters once ({seconds[STAMP]:.0f} s), reads digits, not labels.",
         f"{OTHER}: its mask for other characters, at the same widths. {FREE}: one mask for all data, fitted alike.",
         "The others rank channels. All get statistics of the digits, class means and the same fine-tuning.",
@@ -363,7 +382,7 @@ class CompareConfig(ProtocolOptions):
     rates: tuple[float, ...] = Field((0.003, 0.01, 0.03, 0.1), description="rates to choose from")
 
 
-@line.command(CompareConfig)
+@_command(CompareConfig)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Cut a network for new data by several methods, at several budgets, under several seeds; all else alike."""
     from stamp import experiments
@@ -495,9 +514,11 @@ def _draw_widths(cells: Mapping[str, Mapping[str, Mapping[Any, Cell]]], path: Pa
     label, methods = list(cells.items())[-1]
     first = {name: next(iter(by_seed.values()))["widths"] for name, by_seed in methods.items() if name != "dense"}
     shown = first or {name: next(iter(by.values()))["widths"] for name, by in methods.items()}
-    return plot_widths(
-        {name: {g: (k, w) for g, (k, w) in own.items()} for name, own in shown.items()}, path, title=label
-    )
+    return plot_widths({name: _pairs(own) for name, own in shown.items()}, path, title=label)
+
+
+def _pairs(widths: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    return {group: (kept, whole) for group, (kept, whole) in widths.items()}
 
 
 # ---- experiments of the specification
@@ -519,7 +540,7 @@ class AdaptivityConfig(ProtocolOptions):
     ways: tuple[int, int] = Field((5, 5), description="fewest and most classes of a task")
 
 
-@line.command(AdaptivityConfig)
+@_command(AdaptivityConfig)
 def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
     """Ask whether masks follow the data: each set with its own mask, with another's, and with baselines' masks."""
     from stamp.experiments import Target, load_target
@@ -546,7 +567,7 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
 
     channels = [max(1, round(width * config.width)) for width in (16, 32, 32)]
     notes: list[str] = []
-    with session.progress("adaptivity", config.seeds) as advance, _noting(notes):
+    with session.progress("adaptivity", config.seeds) as advance:
         found = study(
             session.run,
             config.kind,
@@ -574,7 +595,8 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
         notes.append("".join([f"{name[:15]:16}", *(f"{100 * sum(v) / len(v):10.1f}" for v in row.values())]))
     if config.kind == "planted":
         notes.append("precision: share of the channels kept that are the data set's own specialist's")
-    plot_widths(first["widths"], session.run.artifact("widths.png"), title=f"{config.kind} network, the first seed")
+    kept = {name: _pairs(own) for name, own in first["widths"].items()}
+    plot_widths(kept, session.run.artifact("widths.png"), title=f"{config.kind} network, the first seed")
     return Outcome(found.results, found.claims, notes)
 
 
@@ -595,7 +617,7 @@ class RapidConfig(ProtocolOptions):
     epochs: int = Field(20, ge=1, description="epochs of the dense network where total time is measured")
 
 
-@line.command(RapidConfig)
+@_command(RapidConfig)
 def rapid(config: RapidConfig, session: Session) -> Outcome:
     """Cut a network for a data set that nothing has seen, with few examples and steps; and measure total time."""
     from stamp import experiments
@@ -662,7 +684,7 @@ class AblateConfig(ProtocolOptions):
     others: tuple[str, ...] = Field((), description="sets whose masks are compared (default: the reference)")
 
 
-@line.command(AblateConfig)
+@_command(AblateConfig)
 def ablate(config: AblateConfig, session: Session) -> Outcome:
     """Vary the generator, one choice at a time: how good its masks are, and whether they differ between data sets."""
     from stamp import experiments
@@ -686,7 +708,7 @@ def ablate(config: AblateConfig, session: Session) -> Outcome:
 
     _check_shapes(reference(seeds[0]), target(seeds[0]))
     notes: list[str] = []
-    with session.progress("ablate", len(seeds) * len(kinds)) as advance, _noting(notes):
+    with session.progress("ablate", len(seeds) * len(kinds)) as advance:
         results, cells = experiments.ablate(
             session.run,
             prepare,
@@ -716,7 +738,7 @@ class TraceConfig(ModelOptions):
     opaque: tuple[str, ...] = Field((), description="modules not to look into; what touches them is frozen")
 
 
-@line.command(TraceConfig)
+@_command(TraceConfig)
 def trace(config: TraceConfig, session: Session) -> Outcome:
     """Say which channels of a network can be removed, each group in all its places, and which cannot and why."""
     import torch
@@ -770,7 +792,7 @@ class PretrainConfig(ModelOptions, DataOptions):
     jitter: bool = Field(False, description="show half of the batches turned, scaled or in other contrast")
 
 
-@line.command(PretrainConfig)
+@_command(PretrainConfig)
 def pretrain(config: PretrainConfig, session: Session) -> Outcome:
     """Train a network on a reference set; what it leaves is to be cut."""
     import math
@@ -848,7 +870,7 @@ class MetaFitConfig(ModelOptions, DataOptions):
     shots: int = Field(4, ge=1, description="examples of a class to learn from")
     queries: int = Field(4, ge=1, description="other examples of a class to judge by")
     set_size: int = Field(64, ge=2, description="most examples of a task that the generator reads")
-    lr: float = Field(3e-3, gt=0, description="rate of Adam")
+    lr: float = Field(1e-2, gt=0, description="rate of Adam")
     encoder: Literal["instances", "attention", "pma", "subsample"] = Field(
         "instances", description="what the generator shows the network: a set itself, or pseudo-instances of it"
     )
@@ -857,8 +879,8 @@ class MetaFitConfig(ModelOptions, DataOptions):
     )
     pseudo: int = Field(32, ge=1, description="pseudo-instances of attention and pma, examples of subsample")
     labels: bool = Field(False, description="let the generator see the classes of its set")
-    inner: Literal["ridge", "class-mean", "slice"] = Field(
-        "ridge", description="classifier of a task: closed form, means of classes, or rows of the network's own head"
+    inner: Literal["class-mean", "ridge", "slice"] = Field(
+        "class-mean", description="classifier of a task: means of classes, closed form, or rows of the network's own"
     )
     gates: Literal["annealed", "concrete", "hard"] = Field(
         "annealed", description="deterministic and sharpening; samples; or those, rounded forwards"
@@ -867,18 +889,19 @@ class MetaFitConfig(ModelOptions, DataOptions):
         "projected", description="how the budget is kept: exactly, by dual ascent, by a penalty, or by a prior"
     )
     budgets: tuple[float, float] = Field((0.1, 0.5), description="shares of the multiply-adds to draw budgets between")
-    swap: float = Field(0.0, ge=0, description="weight of the reward for masks that only their own task likes")
+    swap: float = Field(0.1, ge=0, description="weight of the reward for masks that only their own task likes")
     jitter: bool = Field(True, description="look at each task through a random transform")
 
 
 _META = ("iters", "tasks", "ways", "shots", "queries", "set_size", "lr", "inner", "gates", "penalty", "budgets", "swap")
 
 
-@line.command(MetaFitConfig)
+@_command(MetaFitConfig)
 def meta_fit(config: MetaFitConfig, session: Session) -> Outcome:
     """Train a mask generator for a network, once; it then serves any new data and any budget."""
     import numpy as np
 
+    from stamp.examples import check_fits
     from stamp.generator import MaskGenerator
     from stamp.meta import MetaConfig, MetaTrainer
     from stamp.plots import plot_training
@@ -891,6 +914,8 @@ def meta_fit(config: MetaFitConfig, session: Session) -> Outcome:
     references = [_read(options, source, "train") for source in config.data]
     held = [_read(options, source, "train") for source in config.validation]
     model, _ = _opened(config, references[0].shape)
+    for reference in references:
+        check_fits(model, reference)
     model = model.to(session.device)
     groups = _traced(model, references[0].inputs(slice(0, 2)))
     generator = MaskGenerator(
@@ -902,7 +927,7 @@ def meta_fit(config: MetaFitConfig, session: Session) -> Outcome:
     state = session.run.load_checkpoint()
     done = 0 if state is None else len(state["records"])
     notes: list[str] = []
-    with session.progress("meta-fit", config.iters, done) as advance, _noting(notes):
+    with session.progress("meta-fit", config.iters, done) as advance:
 
         def after(step: Any) -> None:
             session.run.log(step=float(step.step), loss=step.loss, accuracy=step.accuracy, spread=step.spread,
@@ -959,7 +984,7 @@ class PruneConfig(ModelOptions, DataOptions):
     plan_out: Path | None = Field(None, description="where to write the plan, too (default: in the run folder only)")
 
 
-@line.command(PruneConfig)
+@_command(PruneConfig)
 def prune(config: PruneConfig, session: Session) -> Outcome:
     """Choose channels for new data and cut the network: a plan, and the small network's weights."""
     from stamp.examples import check_fits
@@ -985,13 +1010,12 @@ def prune(config: PruneConfig, session: Session) -> Outcome:
     method: str | MaskGenerator = config.method
     if config.method == "stamp" and config.generator is not None:
         method = _generator_at(config.generator)(groups).to(session.device).eval()
+    plan = pruned(
+        model, groups, method=method, data=train, budget=budget, mode=config.mode, threshold=config.threshold,
+        round_to=config.round_to, min_channels=config.min_channels, sets=config.sets, set_size=config.set_size,
+        adapt_steps=config.adapt_steps, seed=config.seed,
+    )  # fmt: skip
     notes: list[str] = []
-    with _noting(notes):
-        plan = pruned(
-            model, groups, method=method, data=train, budget=budget, mode=config.mode, threshold=config.threshold,
-            round_to=config.round_to, min_channels=config.min_channels, sets=config.sets, set_size=config.set_size,
-            adapt_steps=config.adapt_steps, seed=config.seed,
-        )  # fmt: skip
     small = plan.apply(model, fold=config.fold)
     difference = plan.check(model, small, train.inputs(slice(0, 8)).to(session.device), fold=config.fold)
     # Statistics first: the head is made of what they make.
@@ -1032,7 +1056,7 @@ class FinetuneConfig(PlanOptions, DataOptions):
     weight_decay: float = Field(5e-4, ge=0, description="of SGD with momentum 0.9")
 
 
-@line.command(FinetuneConfig)
+@_command(FinetuneConfig)
 def finetune(config: FinetuneConfig, session: Session) -> Outcome:
     """Train a small network on the new data."""
     from stamp.plan import save_weights
@@ -1081,10 +1105,10 @@ class EvaluateConfig(PlanOptions, DataOptions):
     """Settings of ``evaluate``."""
 
     data: str = argument(f"data: {_SOURCE}")
-    split: Literal["train", "validation", "test", "all"] = Field("test", description="which part of the data")
+    split: _Split = Field("test", description="which part of the data")
 
 
-@line.command(EvaluateConfig)
+@_command(EvaluateConfig)
 def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     """Say how many examples a small network classifies rightly."""
     from stamp.training import accuracy
@@ -1115,7 +1139,7 @@ class BenchConfig(PlanOptions):
     suggest_round_to: bool = Field(False, description="measure which multiple of channels suits this machine")
 
 
-@line.command(BenchConfig)
+@_command(BenchConfig)
 def bench(config: BenchConfig, session: Session) -> Outcome:
     """Count and time a small network beside the dense one, in turns."""
     import torch
@@ -1172,7 +1196,7 @@ class ExportConfig(PlanOptions):
     fold_bn: bool = Field(False, description="fold batch norms into convolutions first")
 
 
-@line.command(ExportConfig)
+@_command(ExportConfig)
 def export(config: ExportConfig, session: Session) -> Outcome:
     """Write a small network for other programs, and check that the file says the same."""
     import torch
@@ -1212,7 +1236,7 @@ class PlotConfig(CommandConfig):
     output: Path | None = Field(None, description="PNG, SVG or PDF to write (default: in the run folder of plot)")
 
 
-@line.command(PlotConfig)
+@_command(PlotConfig)
 def plot(config: PlotConfig, session: Session) -> Outcome:
     """Draw accuracy over cost, kept widths, the overlap of masks, adaptivity, or a meta-training."""
     if not config.runs:
@@ -1348,7 +1372,7 @@ class DataConfig(DataOptions):
     source: str = argument(_SOURCE)
 
 
-@line.command(DataConfig)
+@_command(DataConfig)
 def data(config: DataConfig, session: Session) -> Outcome:
     """Say how a source is divided into examples to train on, to choose by and to test on."""
     del session

@@ -368,7 +368,7 @@ class Cell(TypedDict):
 
     accuracy: dict[str, float]
     ratios: dict[str, float]
-    widths: dict[str, tuple[int, int]]
+    widths: dict[str, list[int]]
     mask_seconds: float
     tune_seconds: float
     lr: float
@@ -459,7 +459,7 @@ def _measured(bench: _Bench, method: str, steps: Sequence[int], lr: float) -> Ce
     return {
         "accuracy": {str(count): float(np.mean(values)) for count, values in right.items()},
         "ratios": {name: float(np.mean([plan.ratios[name] for plan in plans])) for name in plans[0].ratios},
-        "widths": {name: (kept, widths[name]) for name, kept in plans[0].widths().items()},
+        "widths": {name: [kept, widths[name]] for name, kept in plans[0].widths().items()},
         "mask_seconds": float(np.mean([plan.seconds for plan in plans])),
         "tune_seconds": seconds,
         "lr": lr,
@@ -483,7 +483,7 @@ def _popup(bench: _Bench, steps: Sequence[int]) -> Cell:
     return {
         "accuracy": right,
         "ratios": {"macs": 1.0, "params": kept},
-        "widths": {name: (width, width) for name, width in bench.backbone.groups.widths().items()},
+        "widths": {name: [width, width] for name, width in bench.backbone.groups.widths().items()},
         "mask_seconds": 0.0,
         "tune_seconds": time.perf_counter() - start,
         "lr": 0.1,
