@@ -255,14 +255,20 @@ def test_gates_that_read_nothing_need_no_encoder(backbone):
 def test_total_time_counts_what_each_way_does(backbone):
     found = total_time(backbone, target(), QUARTER, PROTOCOL, epochs=3)
     assert 0 < found["mask"] < found["stamp"]
-    assert found["dense_seconds"] < found["usual_stopped"] <= found["usual"] or found["usual_stopped"] < found["usual"]
+    assert 0 < found["dense_seconds"] < found["cut_at"] < found["usual"]
+    assert found["cut_at"] - found["dense_seconds"] < found["usual_stopped"] <= found["usual"] + 1e-9
     for way in (STAMP, "dense, then l1"):
         at, right = found["courses"][way]
         assert at == sorted(at)
         assert len(at) == len(right)
-    last = found["courses"][STAMP]
-    assert found["stamp"] == pytest.approx(last[0][-1], abs=0.05)
-    assert found["reached"][STAMP] == (max(last[1]) >= found["goal"] - 1e-9)
+    at, right = found["courses"][STAMP]
+    assert found["stamp"] == pytest.approx(at[-1], abs=1e-6)
+    assert found["reached"][STAMP] == (max(right) >= found["goal"] - 1e-9)
+    at, right = found["courses"]["dense, then l1"]
+    small = [value for when, value in zip(at, right, strict=True) if when >= found["cut_at"]]
+    assert 1 <= len(small) <= 3
+    assert right[2] - 0.01 == pytest.approx(found["goal"])
+    assert found["usual"] == pytest.approx(at[-1], abs=1e-6)
 
 
 def test_the_rapid_experiment(backbone, tmp_path):

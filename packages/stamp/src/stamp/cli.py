@@ -236,6 +236,9 @@ class ProtocolOptions(CommandConfig):
     reference_limit: int | None = Field(None, ge=2, description="at most so many training examples of the reference")
     pretrain_steps: int = Field(600, ge=1, description="steps of training the network on the reference")
     pretrain_lr: float = Field(0.1, gt=0, description="rate of that training, falling along a cosine")
+    pretrain_jitter: bool = Field(
+        False, description="show half of the batches of that training turned, scaled or in other contrast"
+    )
     iters: int = Field(300, ge=0, description="meta-steps of the generator")
     tasks: int = Field(2, ge=1, description="tasks of a meta-step")
     ways: tuple[int, int] = Field((5, 10), description="fewest and most classes of a task")
@@ -256,8 +259,8 @@ def _protocol(config: ProtocolOptions, **more: Any) -> Protocol:
     from stamp.meta import MetaConfig
 
     meta = MetaConfig(iters=config.iters, tasks=config.tasks, ways=config.ways)
-    names = ("width", "size", "pretrain_steps", "pretrain_lr", "encoder", "head", "pseudo", "labels", "sets", "lr")
-    values: dict[str, Any] = {name: getattr(config, name) for name in (*names, "draws", "tuned_draws")}
+    names = ("width", "size", "pretrain_steps", "pretrain_lr", "pretrain_jitter", "encoder", "head", "pseudo", "labels")
+    values: dict[str, Any] = {name: getattr(config, name) for name in (*names, "sets", "lr", "draws", "tuned_draws")}
     values |= {"model": config.network, "channels": _channels(config.channels), "meta": meta}
     return Protocol(**{**values, **more})
 
@@ -536,7 +539,7 @@ class AdaptivityConfig(ProtocolOptions):
     limit: int = Field(1000, ge=20, description="training examples of each set")
     control: bool = Field(True, description="meta-fit gates that read nothing, too: one mask for all")
     pretrain_steps: int = Field(300, ge=1, description="steps of training each network")
-    iters: int = Field(200, ge=0, description="meta-steps of the generator")
+    iters: int = Field(150, ge=0, description="meta-steps of the generator")
     ways: tuple[int, int] = Field((5, 5), description="fewest and most classes of a task")
 
 
@@ -549,8 +552,8 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
     from stamp.plots import plot_adaptivity, plot_widths
 
     meta = MetaConfig(
-        iters=config.iters, tasks=config.tasks, ways=config.ways, inner="slice", jitter=False,
-        budgets=(config.budget, config.budget),
+        iters=config.iters, tasks=config.tasks, ways=config.ways, inner="slice", jitter=False, gates="concrete",
+        temperature=(0.67, 0.1), budgets=(config.budget, config.budget),
     )  # fmt: skip
     protocol = _protocol(config, meta=meta)
 
@@ -659,7 +662,7 @@ def rapid(config: RapidConfig, session: Session) -> Outcome:
     _draw_comparison(session, found.results)
     first = ways[config.seed]
     courses = {
-        label: Course(*course, small_from=0.0 if label == experiments.STAMP else first["dense_seconds"])
+        label: Course(*course, small_from=0.0 if label == experiments.STAMP else first["cut_at"])
         for label, course in first["courses"].items()
     }
     plot_rapid(courses, session.run.artifact("rapid.png"), dense=first["goal"] + 0.01, title="the first seed")

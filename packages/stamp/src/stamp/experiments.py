@@ -254,6 +254,9 @@ def fit_generator(
     )  # fmt: skip
     generator.to(next(model.parameters()).device)
     config = protocol.meta.model_copy(update={"seed": seed})
+    if head == "free":
+        # One mask for all tasks has no rivals.
+        config = config.model_copy(update={"swap": 0.0})
     history = MetaTrainer(model, generator, reference, config=config).fit(state=state, on_step=on_step)
     return generator.eval(), history
 
@@ -831,7 +834,7 @@ class TotalTime(TypedDict):
 
     ``stamp``: mask, surgery, fine-tuning until the validation accuracy is within a point of the dense network's.
     ``usual``: the dense network fine-tuned, cut by ``l1``, and fine-tuned until then, too. A course holds the seconds
-    and validation accuracies of each epoch.
+    and validation accuracies of each epoch; the usual one is that of a small network from ``cut_at`` on.
     """
 
     stamp: float
@@ -843,6 +846,7 @@ class TotalTime(TypedDict):
     goal: float
     courses: dict[str, tuple[list[float], list[float]]]
     dense_seconds: float
+    cut_at: float
 
 
 def total_time(
@@ -930,6 +934,7 @@ def total_time(
             "dense, then l1": (dense_course[0] + usual_course[0], dense_course[1] + usual_course[1]),
         },
         "dense_seconds": dense_seconds,
+        "cut_at": dense_seconds + usual_ready,
     }
 
 
