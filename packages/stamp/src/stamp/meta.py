@@ -32,7 +32,7 @@ from stamp.generator import MaskGenerator
 from stamp.plan import PlanError, PrunePlan
 from stamp.projection import project
 from stamp.sampling import bernoulli_kl, concrete
-from stamp.selection import overlap, select
+from stamp.selection import overlap, select, widths_like
 from stamp.tasks import Task, TaskSampler
 from stamp.training import class_mean_weights, head_name, penultimate
 
@@ -104,7 +104,8 @@ class MetaRecord:
     accuracy : mean accuracy on the queries, in [0, 1], with gates as they were
     ratio : expected share of the multiply-adds
     spread : mean of ``pi (1 - pi)``; 0 where every decision is sharp
-    overlap : mean over the groups of the intersection over union of what two tasks of the step keep; nan of one task
+    overlap : mean over the groups of the intersection over union of what two tasks of the step keep, of each group the
+        best at its expected width; nan of one task
     validation : accuracy on validation tasks, mean over budgets, or None
     seconds : of training so far
     """
@@ -218,6 +219,10 @@ class MetaTrainer:
         self._offsets = [0]
         for data in sets:
             self._offsets.append(self._offsets[-1] + data.num_classes)
+        outputs = cast("nn.Linear", self.model.get_submodule(self.head)).out_features
+        if c.inner == "slice" and self._offsets[-1] > outputs:
+            number = self._offsets[-1]
+            raise InputError(f"inner: 'slice' needs a head for all {number} reference classes, not {outputs}")
         self._validation: list[Task] = []
         if validation is not None:
             held = [validation] if isinstance(validation, Examples) else list(validation)
@@ -344,6 +349,11 @@ class MetaTrainer:
             shifted = zip(tasks, [*drawn[1:], drawn[0]], strict=True)
             other = torch.stack([functional.cross_entropy(*self._judged(task, gates)) for task, gates in shifted])
             loss = loss + c.swap * functional.relu(0.2 + own - other).mean()
+        if not bool(torch.isfinite(loss)):
+            raise InputError(
+                f"step {step + 1}: the loss is {float(loss)}; the network gives no finite features for some inputs, or"
+                " lr= is too high"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * max(0.05, 1 - done)
         self.optimizer.zero_grad(set_to_none=True)
@@ -355,8 +365,7 @@ class MetaTrainer:
             flat = torch.cat([value for pi in masks for value in pi.values()])
             shared = float("nan")
             if len(tasks) > 1:
-                first, second = ({name: pi > 0.5 for name, pi in masks[k].items()} for k in (0, 1))
-                found = overlap(first, second)
+                found = overlap(*(widths_like(pi, _expected_widths(pi)) for pi in masks[:2]))
                 shared = sum(found.values()) / len(found)
             spread = float((flat * (1 - flat)).mean())
         return float(own.detach().mean()), sum(hits) / len(hits), float(ratios.detach().mean()), spread, shared
@@ -415,10 +424,6 @@ class MetaTrainer:
             return class_mean_weights(support, task.support_y, task.ways)
         layer = cast("nn.Linear", model.get_submodule(self.head))
         rows = torch.tensor(task.classes, device=self.device) + self._offsets[task.source]
-        if self._offsets[-1] > layer.out_features:
-            raise InputError(
-                f"inner: 'slice' needs a head for all {self._offsets[-1]} reference classes, not {layer.out_features}"
-            )
         bias = layer.bias[rows] if cast("Tensor | None", layer.bias) is not None else support.new_zeros(len(rows))
         return layer.weight[rows], bias
 
@@ -496,6 +501,10 @@ def _check(c: MetaConfig) -> None:
         raise InputError("inner_steps: ridge is solved in closed form; take inner='class-mean' for gradient steps")
     if c.second_order and c.adapt != "head":
         raise InputError(f"second_order: is for adapt='head' only, not '{c.adapt}'")
+
+
+def _expected_widths(masks: _Gates) -> dict[str, int]:
+    return {name: max(1, round(float(pi.sum()))) for name, pi in masks.items()}
 
 
 def _moved(task: Task, like: Tensor) -> Task:

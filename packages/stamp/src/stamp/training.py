@@ -144,11 +144,11 @@ def class_mean_weights(
     >>> (torch.tensor([[2.0, 0.0]]) @ weight.T + bias).tolist()
     [[10.0, 0.0]]
     """
-    tiny = torch.finfo(features.dtype).tiny
     sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, y, features)
     means = sums / torch.bincount(y, minlength=num_classes).clamp_min(1).to(features)[:, None]
-    norm = features.norm(dim=1).mean().clamp_min(tiny)
-    weight = scale * means / (means.norm(dim=1, keepdim=True).clamp_min(tiny) * norm)
+    lengths = means.norm(dim=1, keepdim=True) * features.norm(dim=1).mean()
+    # Where all features are zero, e.g. gated off, there is no direction: zeros, and finite gradients.
+    weight = scale * means / torch.where(lengths > 0, lengths, 1.0)
     return weight, weight.new_zeros(num_classes)
 
 
