@@ -279,81 +279,104 @@ def _reference(config: ProtocolOptions, protocol: Protocol) -> Callable[[int], T
 class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
-    classes: int = Field(30, ge=5, description="printed characters of the reference")
-    instances: int = Field(30, ge=4, description="drawings of each")
-    pretrain_steps: int = Field(400, ge=1, description="steps of training the network on the reference")
-    iters: int = Field(120, ge=0, description="meta-steps of the generator, and of the gates that read nothing")
-    steps: int = Field(60, ge=1, description="steps of fine-tuning")
+    classes: int = Field(20, ge=5, description="printed characters")
+    instances: int = Field(40, ge=4, description="drawings of each")
+    limit: int = Field(1000, ge=20, description="handwritten digits to train on, at most 1,078")
+    pretrain_steps: int = Field(400, ge=1, description="steps of training the network")
+    iters: int = Field(120, ge=0, description="meta-steps of the generator")
     budget: float = Field(0.25, gt=0, le=1, description="share of the dense network's multiply-adds")
-    limit: int = Field(1078, ge=20, description="handwritten digits to fine-tune on, at most 1,078")
-    width: float = Field(0.5, gt=0, description="factor on the network's 32, 64 and 64 channels")
     draws: int = Field(10, ge=1, description="random masks that are averaged over")
+    repeats: int = Field(20, ge=1, description="passes of each network that are timed")
 
 
 @_command(DemoConfig)
 def demo(config: DemoConfig, session: Session) -> Outcome:
-    """Train a network on printed characters, cut it for handwritten digits in ten ways, and compare."""
-    from stamp.experiments import (
-        DENSE,
-        FREE,
-        OTHER,
-        STAMP,
-        Protocol,
-        Target,
-        compare,
-        load_target,
-        make_backbone,
-        paired,
-        table_of,
-    )
+    """Train one network on digits and characters, cut it to a quarter for each, and compare masks at equal widths."""
+    import torch
+
+    from shared_core.device import one_thread
+    from stamp.experiments import Protocol, load_target
     from stamp.meta import MetaConfig
+    from stamp.networks import smallconv
+    from stamp.planted import study
+    from stamp.plots import plot_adaptivity
+    from stamp.timing import time_together
 
-    protocol = Protocol(
-        width=config.width, pretrain_steps=config.pretrain_steps, draws=config.draws, tuned_draws=2,
-        meta=MetaConfig(iters=config.iters, tasks=2, ways=(5, 10)),
+    meta = MetaConfig(
+        iters=config.iters, tasks=2, ways=(5, 10), inner="slice", jitter=False, gates="concrete",
+        temperature=(0.67, 0.1), budgets=(config.budget, config.budget),
     )  # fmt: skip
-    methods = (DENSE, STAMP, OTHER, FREE, "random", "l1", "bn", "act", "snip")
-    unseen = max(5, config.classes // 2)
+    protocol = Protocol(pretrain_steps=config.pretrain_steps, draws=config.draws, meta=meta)
 
-    def glyphs(seed: int) -> tuple[Target, Examples]:
-        """Characters for the reference, and others for a mask that is not made for digits."""
-        found = load_target("glyphs", protocol, seed=seed, classes=config.classes + unseen, instances=config.instances)
-        own, other = range(config.classes), range(config.classes, config.classes + unseen)
-        parts = (part.select(own) for part in (found.train, found.validation, found.test))
-        return Target(*parts), replace(found.train.select(other), name="other glyphs")
+    def domains(seed: int) -> dict[str, Target]:
+        return {
+            "digits": load_target("digits", protocol, seed=seed, limit=config.limit),
+            "characters": load_target(
+                "glyphs", protocol, seed=seed, classes=config.classes, instances=config.instances
+            ),
+        }
 
-    steps = (0, config.steps)
-    with session.progress("demo", len(methods)) as advance:
-        found = compare(
+    with session.progress("demo", 1) as advance:
+        found = study(
             session.run,
-            lambda seed: make_backbone(glyphs(seed)[0], protocol, seed=seed, methods=methods, device=session.device),
-            {"digits": lambda seed: load_target("digits", protocol, seed=seed, limit=config.limit)},
-            methods=methods,
-            budgets=(_budget(config.budget, "macs"),),
+            "plain",
+            domains,
             seeds=(config.seed,),
             protocol=protocol,
-            steps=steps,
-            others=lambda seed: (glyphs(seed)[1],),
+            budget=config.budget,
+            control=False,
+            draws=config.draws,
             device=session.device,
             advance=lambda note, done: advance(done, note=note),
         )
-    shown = [row for row in found.results if row.unit != "s" or row.metric == "mask"]
-    _draw_comparison(session, shown)
-    claims = [*paired(found.cells, 0, others=(OTHER, FREE)), *paired(found.cells, config.steps)]
-    facts = found.backbones[config.seed]
-    seconds = facts["seconds"]
-    notes = [
-        f"A network for {config.classes} printed characters ({100 * facts['accuracy']:.0f} % right, trained in"
-        f" {seconds['pretrain']:.0f} s) is cut to {100 * config.budget:g} % of its multiply-adds for digits by hand.",
-        f"stamp: a generator, meta-fitted on the characters once ({seconds[STAMP]:.0f} s), reads digits, not labels.",
-        f"{OTHER}: its mask for other characters, at the same widths. {FREE}: one mask for all data, fitted alike.",
-        "The others rank channels. All get statistics of the digits, class means and the same fine-tuning.",
-        "",
-        *table_of(found, steps, "digits"),
-        "",
-        "One seed, on the test digits; 'stamp compare' takes several, and gives intervals.",
+    seen = found.seen[config.seed]
+    table = seen["recalibrated"]
+    plot_adaptivity(
+        table, session.run.artifact("adaptivity.png"), title="one network, cut to a quarter, no fine-tuning"
+    )
+    networks: dict[str, nn.Module] = {"dense": smallconv(10, 1, channels=(32, 64, 64))}
+    for name, widths in seen["widths"].items():
+        networks[name] = smallconv(10, 1, channels=tuple(kept for kept, _ in widths.values()))
+    with one_thread(str(session.device) == "cpu"):
+        timed = time_together(
+            {name: network.to(session.device).eval() for name, network in networks.items()},
+            torch.rand(64, 1, 16, 16, device=session.device),
+            repeats=config.repeats,
+        )
+    dense = timed.p50("dense")
+    rows = [
+        summarize(
+            [timed.p50(name)],
+            dataset="speed",
+            method=name,
+            metric="batch of 64",
+            unit="ms",
+            better="lower",
+            seconds=0.0,
+        )
+        for name in networks
     ]
-    return Outcome(shown, claims, notes)
+    notes = [
+        f"One network, trained on handwritten digits and {config.classes} printed characters, cut to"
+        f" {100 * config.budget:g} % of its multiply-adds for each.",
+        f"own: the mask that a generator makes of ten unlabelled batches; it was meta-fitted once, in"
+        f" {seen['seconds']:.0f} s. other: its mask for the other set.",
+        "The rest choose the same numbers of channels. All get new batch statistics, and no fine-tuning.",
+        "",
+        "accuracy in % on held-out images",
+        "".join([f"{'':12}", *(f"{mask:>8}" for mask in next(iter(table.values())))]),
+        *("".join([f"{name:12}", *(f"{100 * value:8.1f}" for value in row.values())]) for name, row in table.items()),
+        "",
+        *(
+            f"{name}: {timed.p50(name):.2f} ms for a batch of 64, {dense / timed.p50(name):.1f} times as fast as dense"
+            f" ({dense:.2f} ms); widths " + ", ".join(f"{kept} of {all_}" for kept, all_ in widths.values())
+            for name, widths in seen["widths"].items()
+        ),
+        "",
+        "One seed; 'stamp adaptivity digits glyphs --kind plain' takes several, and gives intervals.",
+    ]
+    shown = [row for row in found.results if "not recalibrated" not in row.metric]
+    return Outcome([*shown, *rows], found.claims, notes)
 
 
 _DRAWN = ("accuracy", "batch of")
@@ -531,12 +554,16 @@ class AdaptivityConfig(ProtocolOptions):
     """Settings of ``adaptivity``."""
 
     domains: tuple[str, ...] = argument("two or more sets of images of one channel", ("mnist", "digits"))
-    kind: Literal["planted", "shared"] = Field(
-        "planted", description="network: specialists merged, so that the right mask is known; or one trained on all"
+    kind: Literal["planted", "shared", "plain"] = Field(
+        "planted",
+        description="network: specialists merged, so that the right mask is known; one trained on all, each set in its"
+        " channel; or all sets in one channel",
     )
     budget: float = Field(0.25, gt=0, le=1, description="share of the dense network's multiply-adds")
     seeds: int = Field(3, ge=1, description="repetitions: networks, generators and masks")
     limit: int = Field(1000, ge=20, description="training examples of each set")
+    classes: int = Field(20, ge=2, description="classes of a set that has hundreds: glyphs, omniglot, hershey")
+    instances: int = Field(40, ge=4, description="images of each of these")
     control: bool = Field(True, description="meta-fit gates that read nothing, too: one mask for all")
     pretrain_steps: int = Field(300, ge=1, description="steps of training each network")
     iters: int = Field(150, ge=0, description="meta-steps of the generator")
@@ -560,7 +587,9 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
     def domains(seed: int) -> dict[str, Target]:
         found: dict[str, Target] = {}
         for source in config.domains:
-            target = load_target(source, protocol, seed=seed, limit=config.limit)
+            drawn = source in ("glyphs", "omniglot", "hershey")
+            sizes = {"classes": config.classes, "instances": config.instances} if drawn else {"limit": config.limit}
+            target = load_target(source, protocol, seed=seed, **sizes)
             name = Path(source).stem if Path(source).exists() else source
             if name in found:
                 raise InputError(f"DOMAINS: two of them are called '{name}'; name different ones")
