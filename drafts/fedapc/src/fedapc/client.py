@@ -1,0 +1,539 @@
+"""A client: private tasks, one after the other, and an answer in bytes to every request in bytes (spec 2.5)."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedapc import messages, wire
+from fedapc.decomposition import AdaptiveInit, AttentionInit, DecomposedModel, Layout, RunningTask, Transfer
+from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TaskError, TrainingDivergedError
+from fedapc.objective import RetroactivePenalty, l1_norm, proximal_step
+from fedapc.seeds import derive, generator
+from fedapc.selection import Score, rows_to_send
+from fedapc.sparse import SparseTensor
+from fedapc.states import State, bytes_of, described, description, tensor_of
+from shared_core.errors import InputError
+
+__all__ = ["Client", "Learning", "Retroactive", "Task"]
+
+Retroactive = Literal["shared", "joint", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Examples that a client has while a task runs.
+
+    Parameters
+    ----------
+    x : inputs
+    y : classes 0..classes-1
+    classes : of the task
+    validation : inputs and classes that the learning rate is lowered by. Default: none, it stays
+
+    Raises
+    ------
+    TaskError
+        For no examples, fewer than two classes, or labels that are none.
+    """
+
+    x: Shaped[Tensor, "examples ..."]
+    y: Int64[Tensor, " examples"]
+    classes: int
+    validation: tuple[Shaped[Tensor, "held ..."], Int64[Tensor, " held"]] | None = None
+
+    def __post_init__(self) -> None:
+        for what, x, y in (
+            ("training", self.x, self.y),
+            *((("validation", *self.validation),) if self.validation else ()),
+        ):
+            if len(x) != len(y) or not len(y):
+                raise TaskError(f"{what}: {len(x)} inputs and {len(y)} labels; give as many of both, at least one")
+            odd = sorted({int(label) for label in y.unique() if not 0 <= int(label) < self.classes})
+            if odd:
+                raise TaskError(f"{what}: labels {odd} are not among 0..{self.classes - 1}")
+        if self.classes < 2 or len(self.y.unique()) < 2:
+            raise TaskError(f"{len(self.y.unique())} of {self.classes} classes have examples; a task needs two")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a client learns (spec 2.3, 2.6, 2.7).
+
+    Parameters
+    ----------
+    epochs : passes over the task's examples a round
+    batch_size : examples a step
+    optimizer : ``adam`` or ``sgd``, begun afresh every round: the base was just overwritten
+    lr : learning rate; Adam makes no part sparse unless this is below `threshold`
+    patience : epochs without a lower validation loss before `lr` is divided by `lr_factor`
+    lr_factor : divides the learning rate
+    least_lr : below it a task is not trained any more
+    attention_lr : multiplies the learning rate of the attention, which Adam would hardly move else
+    sparsity : coefficient of the L1 norm of adaptive parts
+    l1_solver : ``subgradient``, or ``prox`` for exact zeros
+    mask_sparsity : coefficient of the L1 norm of raw masks
+    retention : coefficient of the retroactive penalty
+    retroactive : parts of past tasks follow the base by one ``shared`` compensation, at a cost that their number does
+        not change; by entries of their own, ``joint``; or stay, ``none``, as in the authors' code
+    weight_decay : of the task's part and mask, and of the base in a client's first task
+    threshold : what an entry of a part has to exceed to be kept, evaluated and sent
+    mask, adaptive, transfer, adaptive_init, adaptive_factor, attention_init : see `DecomposedModel`
+    upload_fraction, score : see `fedapc.selection.rows_to_send`
+    share_adaptive : send adaptive parts when asked
+
+    Raises
+    ------
+    InputError
+        For numbers out of range.
+    """
+
+    epochs: int = 1
+    batch_size: int = 100
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-3 / 3
+    patience: int = 3
+    lr_factor: float = 3.0
+    least_lr: float = 1e-10
+    attention_lr: float = 30.0
+    sparsity: float = 1e-3
+    l1_solver: Literal["subgradient", "prox"] = "subgradient"
+    mask_sparsity: float = 0.0
+    retention: float = 100.0
+    retroactive: Retroactive = "shared"
+    weight_decay: float = 1e-4
+    threshold: float = 1e-3
+    mask: bool = True
+    adaptive: bool = True
+    transfer: Transfer = "learned"
+    adaptive_init: AdaptiveInit = "scaled"
+    adaptive_factor: float = 3.0
+    attention_init: AttentionInit = "zeros"
+    upload_fraction: float = 0.3
+    score: Score = "gated_norm"
+    share_adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)}, expected at least 1")
+        for name in ("lr", "attention_lr", "adaptive_factor"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name}: {getattr(self, name)}, expected a positive number")
+        for name in ("sparsity", "mask_sparsity", "retention", "weight_decay", "threshold", "least_lr"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name}: {getattr(self, name)}, expected 0 or more")
+        if not 0 < self.upload_fraction <= 1:
+            raise InputError(f"upload_fraction: {self.upload_fraction}, expected more than 0 and at most 1")
+        if not self.lr_factor > 1:
+            raise InputError(f"lr_factor: {self.lr_factor}, expected more than 1")
+        if self.adaptive and self.optimizer == "adam" and self.lr >= self.threshold > 0:
+            warnings.warn(
+                f"lr {self.lr} is not below the threshold {self.threshold}: Adam keeps weights that the L1 norm pins to"
+                " zero about lr away from it, so that parts stay dense; lower lr, or raise the threshold",
+                SparsityWarning,
+                stacklevel=2,
+            )
+
+
+@dataclass
+class _Pace:
+    """Where the learning rate of a task is."""
+
+    lr: float
+    best: float = float("inf")
+    waited: int = 0
+
+    def see(self, loss: float, learning: Learning) -> None:
+        if loss < self.best:
+            self.best, self.waited = loss, 0
+            return
+        self.waited += 1
+        if self.waited >= learning.patience:
+            self.lr, self.waited = self.lr / learning.lr_factor, 0
+
+
+@dataclass(eq=False)
+class _Retention:
+    """Anchors of the task that runs, and where the parts of past tasks have moved to since."""
+
+    penalties: dict[str, RetroactivePenalty] = field(default_factory=dict[str, RetroactivePenalty])
+    moved: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class Client:
+    """A client of the federation; between rounds it is a state and nothing runs.
+
+    Parameters
+    ----------
+    name : that the server knows it by, up to 64 bytes
+    module : the network; clients may share one, nobody changes it
+    tasks : in their order
+    learning : how it learns
+    layout : of the network. Default: read off it
+    seed : of all draws, together with the name, the task and the round
+
+    Examples
+    --------
+    >>> from fedapc.server import Server
+    >>> from fedapc.decomposition import initial_base
+    >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> client = Client("a", net, [Task(torch.rand(20, 8), torch.arange(20) % 2, classes=2)])
+    >>> server = Server(initial_base(net, client.layout), {"a": 1}, rounds=1)
+    >>> server.receive("a", client.answer(server.requests()["a"]))
+    True
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        tasks: Sequence[Task],
+        learning: Learning | None = None,
+        *,
+        layout: Layout | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.name = name
+        self.tasks = list(tasks)
+        self.learning = learning or Learning()
+        self.layout = layout or Layout.of(module)
+        self.model = DecomposedModel(
+            module,
+            self.layout,
+            mask=self.learning.mask,
+            adaptive=self.learning.adaptive,
+            transfer=self.learning.transfer,
+            adaptive_init=self.learning.adaptive_init,
+            adaptive_factor=self.learning.adaptive_factor,
+            attention_init=self.learning.attention_init,
+            threshold=self.learning.threshold,
+        )
+        self._seed = seed
+        self._round = -1
+        self._pace = _Pace(self.learning.lr)
+        self._retention = _Retention()
+        self._answered: tuple[str, bytes] = ("", b"")
+
+    def answer(self, request: bytes) -> bytes:
+        """Do a round of training; the request of the last round again gets the answer of the last round again.
+
+        Raises
+        ------
+        WireError
+            For bytes that are no request.
+        ModelMismatchError
+            For a request to another architecture.
+        ProtocolError
+            For a request to another client, of a round or a task that is over, or of a task that this one has not.
+        TrainingDivergedError
+            When a loss is not finite. After this and every other exception the client is as it was before.
+        """
+        digest = hashlib.sha256(request).hexdigest()
+        if digest == self._answered[0]:
+            return self._answered[1]
+        message = messages.unpack(request)
+        self._check(message)
+        before = self.state()
+        try:
+            reply = self._do(message)
+        except BaseException:
+            self.load_state(before)
+            raise
+        self._answered = digest, reply
+        return reply
+
+    def predict(
+        self, x: Shaped[Tensor, "batch ..."], task: int, batch_size: int = 1000
+    ) -> Float[Tensor, "batch classes"]:
+        """Return logits of a task that was begun, with the base as it is now."""
+        weights = self.model.weights(task)
+        with torch.no_grad():
+            return torch.cat([self.model.run(weights, task, part, training=False) for part in x.split(batch_size)])
+
+    def accuracy(self, x: Shaped[Tensor, "batch ..."], y: Int64[Tensor, " batch"], task: int) -> float:
+        """Share of examples whose class has the greatest logit."""
+        return float((self.predict(x, task).argmax(1) == y).double().mean())
+
+    def export(self, task: int) -> nn.Module:
+        """Return a plain network with the weights of a task."""
+        return self.model.export(task)
+
+    def state(self) -> State:
+        """Return all that a restart needs but the tasks: private, as adaptive parts and masks are."""
+        tensors, about = self.model.state()
+        found = {f"model/{name}": value for name, value in tensors.items()}
+        for name, penalty in self._retention.penalties.items():
+            found[f"anchor.base/{name}"] = penalty.base.clone()
+            found[f"anchor.values/{name}"] = penalty.values.clone()
+        found["answer"] = tensor_of(self._answered[1])
+        return described(
+            found,
+            {
+                "kind": "client",
+                "name": self.name,
+                "model": about,
+                "round": self._round,
+                "pace": [self._pace.lr, self._pace.best, self._pace.waited],
+                "digest": self._answered[0],
+            },
+        )
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` returned.
+
+        Raises
+        ------
+        InputError
+            For the state of something else, or of another client.
+        """
+        about = description(state, "client")
+        if about["name"] != self.name:
+            raise InputError(f"client '{self.name}': this is the state of client '{about['name']}'")
+        prefix = "model/"
+        tensors = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+        self.model.load_state(tensors, about["model"])
+        self._round = about["round"]
+        self._pace = _Pace(*about["pace"])
+        self._answered = about["digest"], bytes_of(state["answer"])
+        self._retention = _Retention()
+        if f"anchor.base/{next(iter(self.layout.layers))}" in state:
+            self._take_anchors({name: state[f"anchor.base/{name}"] for name in self.layout.layers})
+            for name, penalty in self._retention.penalties.items():
+                values = state[f"anchor.values/{name}"].clone()
+                self._retention.penalties[name] = replace(penalty, values=values)
+
+    def _check(self, message: messages.Message) -> None:
+        if message.kind != "request" or message.client != self.name:
+            raise ProtocolError(f"client '{self.name}': got a message '{message.kind}' of client '{message.client}'")
+        if message.layout != self.layout.fingerprint():
+            raise ModelMismatchError(
+                f"client '{self.name}': the server's network has other layers than this one's,"
+                f" {', '.join(f'{name} {shape}' for name, shape in self.layout.layers.items())}"
+            )
+        if message.round <= self._round:
+            raise ProtocolError(f"client '{self.name}': round {message.round} is over, the last was {self._round}")
+        if message.task >= len(self.tasks):
+            raise ProtocolError(f"client '{self.name}': has {len(self.tasks)} tasks, was asked for task {message.task}")
+        if self.model.tasks and message.task < max(self.model.tasks):
+            raise ProtocolError(f"client '{self.name}': task {message.task} is over, {max(self.model.tasks)} runs")
+
+    def _do(self, message: messages.Message) -> bytes:
+        received = self._read_base(message)
+        running = self.model.running
+        if running is None or running[0] != message.task:
+            if running is not None:
+                self.model.finish()
+            self._retention = _Retention()
+            if self.model.finished and self.learning.retention:
+                self._take_anchors(self.model.base)
+            self._load(received)
+            self._begin(message)
+        else:
+            self._load(received)
+        self._train(message)
+        self._round = message.round
+        return self._update(message)
+
+    def _read_base(self, message: messages.Message) -> dict[str, tuple[Tensor, Tensor]]:
+        sections = message.of_kind("base")
+        if len(sections) != 1 or len(sections[0].tensors) != len(self.layout.layers):
+            raise ProtocolError(f"client '{self.name}': expected one base of {len(self.layout.layers)} layers")
+        return {
+            name: wire.decode(blob, shape=tuple(shape), limit=wire.MOST_ELEMENTS, finite=True).by_rows()
+            for (name, shape), blob in zip(self.layout.layers.items(), sections[0].tensors, strict=True)
+        }
+
+    def _load(self, received: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for name, (rows, values) in received.items():
+            base = self.model.base[name].detach().clone()
+            base[rows] = values.to(base)
+            self.model.base[name] = base
+
+    def _begin(self, message: messages.Message) -> None:
+        sections = message.of_kind("knowledge")
+        knowledge: list[dict[str, SparseTensor]] = []
+        for section in sections:
+            if len(section.tensors) != len(self.layout.layers):
+                raise ModelMismatchError(f"client '{self.name}': a part of '{section.client}' has other layers")
+            pairs = zip(self.layout.layers.items(), section.tensors, strict=True)
+            knowledge.append(
+                {
+                    name: wire.decode(blob, shape=tuple(shape), limit=wire.MOST_ELEMENTS, finite=True).sparse()
+                    for (name, shape), blob in pairs
+                }
+            )
+        self._pace = _Pace(self.learning.lr)
+        self.model.begin(
+            message.task,
+            self.tasks[message.task].classes,
+            knowledge,
+            [(section.client, section.task) for section in sections],
+            seed=derive(self._seed, self.name),
+        )
+
+    def _take_anchors(self, base: Mapping[str, Tensor]) -> None:
+        done = list(self.model.finished.values())
+        for name in self.layout.layers:
+            parts = [task.adaptive[name] for task in done] if self.learning.adaptive else []
+            gates = [task.gates.get(name) for task in done]
+            frozen = self.learning.retroactive == "none" or not parts
+            self._retention.penalties[name] = RetroactivePenalty.of(base[name], gates, [] if frozen else parts)
+
+    def _train(self, message: messages.Message) -> None:
+        learning, task = self.learning, self.tasks[message.task]
+        running = self._running()
+        for base in self.model.base.values():
+            base.requires_grad_()
+        self._let_past_parts_move()
+        slopes = {
+            name: self._retention.penalties[name].shared_l1_slope(moved)
+            for name, moved in self.model.compensation.items()
+        }
+        optimizer = self._optimizer(running)
+        sparse = [*running.adaptive.values(), *self._retention.moved.values()]
+        with torch.random.fork_rng(devices=[]):
+            # What the network itself draws, e.g. dropout, comes from the global state.
+            torch.manual_seed(derive(self._seed, self.name, "network", message.round))
+            for epoch in range(learning.epochs):
+                if self._pace.lr < learning.least_lr:
+                    break
+                for number, group in enumerate(optimizer.param_groups):
+                    group["lr"] = self._pace.lr * (learning.attention_lr if number == 1 else 1.0)
+                random = generator(self._seed, self.name, "shuffle", message.round, epoch)
+                total = torch.zeros((), dtype=torch.float64)
+                for chosen in torch.randperm(len(task.y), generator=random).split(learning.batch_size):
+                    optimizer.zero_grad(set_to_none=True)
+                    loss = self._loss(running, slopes, task.x[chosen], task.y[chosen], message.task)
+                    loss.backward()
+                    optimizer.step()
+                    if learning.l1_solver == "prox":
+                        proximal_step(optimizer, sparse, learning.sparsity)
+                    total += loss.detach()
+                if not bool(torch.isfinite(total)):
+                    raise TrainingDivergedError(
+                        f"client '{self.name}', task {message.task}, round {message.round}: the loss is not finite;"
+                        " lower lr, or look for values out of range in the data"
+                    )
+                if task.validation is not None:
+                    self._pace.see(self._validation_loss(task, message.task), learning)
+        self._rest(running)
+
+    def _loss(
+        self, running: RunningTask, slopes: Mapping[str, Tensor], x: Tensor, y: Tensor, task: int
+    ) -> Float[Tensor, ""]:
+        learning = self.learning
+        logits = self.model.run(self.model.training_weights(), task, x, training=True)
+        if logits.shape != (len(y), running.classes):
+            raise ModelMismatchError(
+                f"client '{self.name}', task {task}: the network returns {tuple(logits.shape)}, expected"
+                f" {(len(y), running.classes)}: its head '{self.layout.head}' has to come last"
+            )
+        loss = functional.cross_entropy(logits, y)
+        direct = learning.l1_solver == "subgradient"
+        if learning.sparsity and direct and running.adaptive:
+            loss = loss + learning.sparsity * l1_norm(running.adaptive.values())
+        if learning.mask_sparsity and running.mask:
+            loss = loss + learning.mask_sparsity * l1_norm(running.mask.values())
+        for name, penalty in self._retention.penalties.items():
+            base = self.model.base[name]
+            if name in self.model.compensation:
+                moved = self.model.compensation[name]
+                loss = loss + learning.retention * penalty.shared(base, moved)
+                if learning.sparsity:
+                    loss = loss + learning.sparsity * (slopes[name] * moved).sum()
+            elif name in self._retention.moved:
+                values = self._retention.moved[name]
+                loss = loss + learning.retention * penalty.joint(base, values)
+                if learning.sparsity and direct:
+                    loss = loss + learning.sparsity * values.abs().sum()
+            else:
+                loss = loss + learning.retention * penalty.frozen(base)
+        return loss
+
+    def _let_past_parts_move(self) -> None:
+        """Begin a round with the parts of past tasks where the last one left them."""
+        kind = self.learning.retroactive
+        if kind == "none" or not self.learning.adaptive or not self._retention.penalties:
+            return
+        for name, penalty in self._retention.penalties.items():
+            if kind == "shared":
+                moved = self.model.compensation.get(name)
+                start = torch.zeros_like(penalty.base) if moved is None else moved.detach().clone()
+                self.model.compensation[name] = start.requires_grad_()
+            else:
+                parts = [done.adaptive[name].values for done in self.model.finished.values()]
+                self._retention.moved[name] = torch.cat(parts).detach().requires_grad_()
+
+    def _optimizer(self, running: RunningTask) -> torch.optim.Optimizer:
+        decay = self.learning.weight_decay
+        bases, first = list(self.model.base.values()), not self.model.finished
+        decayed = [*running.adaptive.values(), *running.mask.values(), *(bases if first else [])]
+        free = [*running.own.values(), *([] if first else bases)]
+        free += [*self.model.compensation.values(), *self._retention.moved.values()]
+        attention = [weights for weights in running.attention.values() if weights.requires_grad]
+        # Of the objective, 1/2 weight_decay ||.||^2 is what optimizers call weight decay.
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": decay},
+            {"params": attention, "weight_decay": 0.0},
+            {"params": free, "weight_decay": 0.0},
+        ]
+        kind = torch.optim.Adam if self.learning.optimizer == "adam" else torch.optim.SGD
+        return kind(groups, lr=self._pace.lr)
+
+    def _rest(self, running: RunningTask) -> None:
+        """Keep values only: gradients are for the round."""
+        for tensor in (*running.own.values(), *running.mask.values(), *running.adaptive.values()):
+            tensor.grad = None
+        for tensor in running.attention.values():
+            tensor.grad = None
+        for tensors in (self.model.base, self.model.compensation):
+            for name, value in tensors.items():
+                tensors[name] = value.detach()
+        for name, values in self._retention.moved.items():
+            parts = self._retention.penalties[name].split(values)
+            for (task, done), part in zip(self.model.finished.items(), parts, strict=True):
+                self.model.finished[task] = replace(done, adaptive={**done.adaptive, name: part})
+        self._retention.moved = {}
+
+    def _validation_loss(self, task: Task, number: int) -> float:
+        assert task.validation is not None
+        x, y = task.validation
+        return float(functional.cross_entropy(self.predict(x, number), y))
+
+    def _running(self) -> RunningTask:
+        assert self.model.running is not None
+        return self.model.running[1]
+
+    def _update(self, message: messages.Message) -> bytes:
+        running = self._running()
+        rows = {
+            name: rows_to_send(base, running.mask.get(name), self.learning.upload_fraction, self.learning.score)
+            for name, base in self.model.base.items()
+        }
+        blobs = tuple(wire.encode(base, rows=rows[name]) for name, base in self.model.base.items())
+        sections = [messages.Section("base", self.name, message.task, blobs)]
+        if self.learning.share_adaptive and self.learning.adaptive:
+            known = [task for task in message.wanted if task in self.model.tasks]
+            for task in known:
+                parts = tuple(wire.encode_sparse(part) for part in self.model.part(task).values())
+                sections.append(messages.Section("adaptive", self.name, task, parts))
+        return messages.pack(
+            messages.Message(
+                "update",
+                self.name,
+                message.round,
+                message.task,
+                message.layout,
+                examples=len(self.tasks[message.task].y),
+                sections=tuple(sections),
+            )
+        )

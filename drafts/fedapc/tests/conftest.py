@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+source = Path(__file__).parent.parent / "src"
+sys.path.insert(0, str(source))
+
+modules = [path.stem for path in (source / "fedapc").glob("*.py") if path.stem not in {"__init__", "cli"}]
+jaxtyping.install_import_hook([f"fedapc.{name}" for name in modules], typechecker="beartype.beartype")
+
+
+@pytest.fixture
+def unchecked():
+    """Switch run-time checks of annotations off: bad input must meet the function's own message."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
