@@ -373,7 +373,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
             for name, widths in seen["widths"].items()
         ),
         "",
-        "One seed; 'stamp adaptivity digits glyphs --kind plain' takes several, and gives intervals.",
+        "One seed; 'stamp adaptivity digits,glyphs --kind plain' takes several, and gives intervals.",
     ]
     shown = [row for row in found.results if "not recalibrated" not in row.metric]
     return Outcome([*shown, *rows], found.claims, notes)
