@@ -182,6 +182,18 @@ def test_claims_are_about_the_worst_data_set(planted, shared):
     assert [claim.threshold for claim in shared.claims] == [10, 0]
 
 
+def test_in_a_plain_network_all_sets_come_in_by_the_same_channel(tmp_path):
+    found = study(run_in(tmp_path), "plain", domains, seeds=(0,), **{**OPTIONS, "control": False})
+    assert set(found.seen[0]["recalibrated"]) == {"upright", "lying"}
+    assert not found.seen[0]["precision"]
+    rows = found.seen[0]["recalibrated"].values()
+    better, best = found.claims
+    assert better.value == pytest.approx(min(100 * (row["own"] - row["other"]) for row in rows))
+    assert better.holds == (better.value > 0)
+    ahead = min(100 * (row["own"] - max(row[m] for m in ("random", "l1", "bn", "act"))) for row in rows)
+    assert best.value == pytest.approx(ahead)
+
+
 def test_a_study_that_was_interrupted_repeats_only_what_it_had_not_done(interrupted):
     found, asked = interrupted
     assert asked == [0, 1, 1]

@@ -382,9 +382,9 @@ def _claims(kind: Kind, seen: Mapping[int, Seen]) -> list[Claim]:
 
     def points(text: str, masks: Sequence[str], threshold: float) -> Claim:
         value = ahead(masks)
-        return Claim(
-            text=f"{text} ({where})", source=source, holds=value >= threshold, value=value, threshold=threshold
-        )
+        # No better than equal is not better.
+        holds = value >= threshold if threshold else value > 0
+        return Claim(text=f"{text} ({where})", source=source, holds=holds, value=value, threshold=threshold)
 
     if kind == "plain":
         found = [
