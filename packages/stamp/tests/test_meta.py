@@ -7,19 +7,24 @@ import warnings
 
 import pytest
 import torch
+import worlds
+import zoo
+from pydantic import ValidationError
 from sklearn.linear_model import Ridge
 from torch import nn
 from torch.nn import functional
 
+from shared_core.errors import InputError
 from shared_core.runs import load_tree, save_tree
 from stamp.counting import CostModel
-from stamp.examples import Examples
+from stamp.examples import DataError, Examples
 from stamp.generator import MaskGenerator
 from stamp.groups import trace
-from stamp.meta import MetaConfig, MetaTrainer
+from stamp.meta import MetaConfig, MetaHistory, MetaTrainer
 from stamp.projection import project
+from stamp.selection import overlap, select
 from stamp.tasks import Task
-from stamp.training import class_mean_weights
+from stamp.training import HeadError, class_mean_weights
 
 FEATURES, CLASSES = 5, 4
 
@@ -271,11 +276,12 @@ def test_norms_take_the_statistics_of_the_batch_or_the_running_ones(batch):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_gates_that_switch_everything_off_leave_numbers():
+@pytest.mark.parametrize("gate", [0.0, 1e-38, 1e-25, 1e-12])
+def test_gates_that_switch_everything_off_leave_numbers(gate):
     features = torch.rand(6, 3, generator=seeded())
-    gates = torch.zeros(3, requires_grad=True)
+    gates = torch.full((3,), gate, requires_grad=True)
     weight, bias = class_mean_weights(features * gates, torch.arange(6) % 2, 2)
-    assert not weight.any()
+    assert bool((weight.abs() < 1e-9).all())
     functional.cross_entropy(features * gates @ weight.T + bias, torch.arange(6) % 2).backward()
     assert bool(gates.grad.isfinite().all())
 
@@ -500,32 +506,189 @@ def test_the_divergence_pulls_to_its_prior():
 # ---- does it read what it is given?
 
 
-def two_worlds(width=8, seed=0):
-    """A network of which the first half of the channels of each layer is for the first half of the inputs, the others
-    for the others, in a random order; and a data set for each half, of classes of their own."""
-    generator = seeded(seed)
-    owners = [torch.arange(2 * width)[torch.randperm(2 * width, generator=generator)] // width for _ in range(2)]
-    sources = [torch.arange(12) // 6, *owners]
-    sizes = (12, 2 * width, 2 * width)
-    net = nn.Sequential(nn.Linear(12, 2 * width), nn.ReLU(), nn.Linear(2 * width, 2 * width), nn.ReLU(),
-                        nn.Linear(2 * width, 8))  # fmt: skip
+def kept(generator, net, groups, data, budget=0.25):
+    cost = CostModel.macs(net, groups, data.x[:1])
+    return select(generator.pi(net, data, sets=4, cost=cost, budget=budget), cost, budget)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_masks_of_two_worlds_keep_their_own_channels(seed):
+    net, groups, data, owners = worlds.two_worlds(seed=seed)
+    generator, history, caught = worlds.trained(seed=seed)
+    masks = [kept(generator, net, groups, d) for d in data]
+    for world, mask in enumerate(masks):
+        for owner, keep in zip(owners, mask.values(), strict=True):
+            assert int(keep.sum()) >= 3
+            assert float((owner[keep] == world).float().mean()) >= 0.9
+    assert max(overlap(*masks).values()) <= 0.1
+    assert not history.ignored
+    assert not caught
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_free_gates_ignore_the_data_and_nobody_is_warned():
+    net, groups, data, _ = worlds.two_worlds()
+    generator, history, caught = worlds.trained("free")
+    masks = [kept(generator, net, groups, d) for d in data]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert history.ignored
+    assert not caught
+    assert {record.overlap for record in history.records} == {1.0}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("settings", [{}, {"gates": "concrete", "penalty": "kl"}], ids=str)
+def test_a_generator_that_ignores_its_input_is_told_of(settings):
+    net, groups, data, _ = worlds.two_worlds()
+    generator = worlds.dead(groups)
+    trainer = MetaTrainer(net, generator, data, config=MetaConfig(iters=4, ways=worlds.WAYS, **settings))
+    with pytest.warns(UserWarning, match="the generator ignores its input: masks of different tasks overlap") as caught:
+        history = trainer.fit()
+    assert history.ignored
+    assert len(caught) == 1
+    assert not generator.head.second.weight.any()
+    # Low probabilities alone are no such sign: where all are below one half, what is likeliest still differs.
+    reads = MaskGenerator(groups)
     with torch.no_grad():
-        for layer, (before, after), size in zip((net[0], net[2]), itertools.pairwise(sources), sizes, strict=False):
-            layer.weight.normal_(0.0, (4 / size) ** 0.5, generator=generator)
-            layer.weight.mul_(after[:, None] == before[None, :])
-            layer.bias.normal_(0.0, 0.1, generator=generator)
-    data = []
-    for world in range(2):
-        centres = torch.randn(4, 6, generator=generator)
-        y = torch.arange(240) % 4
-        x = torch.zeros(240, 12)
-        x[:, 6 * world : 6 * world + 6] = centres[y] + 0.6 * torch.randn(240, 6, generator=generator)
-        data.append(Examples(x, y, tuple("abcd"), f"world {world}"))
-    # The head: a ridge regression of all eight classes on the last layer.
+        for own in reads.head.free:
+            own.fill_(-3.0)
+        reads.head.second.weight.mul_(10)
+    history = quiet(MetaTrainer(net, reads, data, config=MetaConfig(iters=4, ways=worlds.WAYS, penalty="kl")))
+    assert not history.ignored
+    assert not MetaHistory().ignored
+
+
+def test_the_overlap_is_that_of_the_likeliest_channels_of_two_tasks():
+    model, groups, _ = double_perceptron()
+    generator = MaskGenerator(groups, head="mlp", seed=3).double()
+    tasks = doubled(task(), task((1, 0), 6, 2, seed=1))
+    other = copy.deepcopy(generator)
+    trainer = trainer_of(model, generator, tasks)
+    record = quiet(trainer).records[0]
+    masks = [
+        project(other.logits(model, t.support), trainer.cost, 0.4, temperature=0.7)[0] for t in tasks
+    ]  # fmt: skip
+    ratios = []
+    for name in masks[0]:
+        best = [
+            set(pi[name].argsort(descending=True)[: round(float(pi[name].sum().detach()))].tolist()) for pi in masks
+        ]
+        ratios.append(len(best[0] & best[1]) / len(best[0] | best[1]))
+    assert 0 < sum(ratios) < len(ratios)
+    assert abs(record.overlap - sum(ratios) / len(ratios)) <= 1e-9
+
+
+def test_masks_are_rewarded_where_another_task_would_not_like_them():
+    model, groups, _ = double_perceptron()
+    generator = MaskGenerator(groups, head="mlp", seed=3).double()
+    tasks = doubled(task(), task((1, 0), 6, 2, seed=1), task((3, 1, 2), seed=2))
+    other = copy.deepcopy(generator)
+    trainer = trainer_of(model, generator, tasks, swap=0.7, tasks=3)
+    record = quiet(trainer).records[0]
+    gates = [project(other.logits(model, t.support), trainer.cost, 0.4, temperature=0.7)[0] for t in tasks]
+
+    def loss(t, own):
+        return functional.cross_entropy(by_hand(model, own, t), t.query_y)
+
+    own = torch.stack([loss(t, g) for t, g in zip(tasks, gates, strict=True)])
+    swapped = torch.stack([loss(tasks[k], gates[(k + 1) % 3]) for k in range(3)])
+    assert abs(record.loss - float(own.mean().detach())) <= 1e-9
+    total = own.mean() + 0.7 * (0.2 + own - swapped).clamp_min(0).mean()
+    assert int((0.2 + own - swapped > 0).sum()) > 0
+    wanted = torch.autograd.grad(total, list(other.parameters()))
+    norm = math.sqrt(sum(float(w.square().sum()) for w in wanted))
+    for w, parameter in zip(wanted, generator.parameters(), strict=True):
+        assert (parameter.grad - w * min(1.0, 1 / (norm + 1e-6))).abs().max() <= 1e-8
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budgets": (0.5, 0.1)}, "budgets: must be two shares"),
+        ({"budgets": (0.0, 0.5)}, "budgets: must be two shares"),
+        ({"budgets": (0.1, 1.5)}, "budgets: must be two shares"),
+        ({"temperature": (0.1, 0.5)}, "temperature: must fall"),
+        ({"temperature": (0.5, 0.0)}, "temperature: must fall"),
+        ({"inner": "ridge", "inner_steps": 2}, "inner_steps: ridge is solved in closed form"),
+        ({"inner": "class-mean", "second_order": True, "adapt": "all"}, "second_order: is for adapt='head' only"),
+        ({"inner": "slice", "ways": (2, 3)}, "'slice' needs a head for all 12 reference classes, not 8"),
+        ({"ways": (1, 3)}, "ways: must be two numbers"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, words):
+    model, generator = on_images()
+    data = vectors(shape=(1, 8, 8))
+    with pytest.raises(InputError, match=words) as caught:
+        MetaTrainer(model, generator, [data] * 3, config=MetaConfig(**settings))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"iter": 3}, {"iters": -1}, {"tasks": 0}, {"lr": 0.0}, {"prior": 1.0}, {"gates": "soft"}, {"swap": -1.0}],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValidationError):
+        MetaConfig(**settings)
+    with pytest.raises(ValidationError):
+        MetaConfig().iters = 3
+
+
+def test_what_does_not_fit_is_refused_in_a_line():
+    model, generator = on_images()
+    data = vectors(shape=(1, 8, 8))
+    with pytest.raises(DataError, match="takes 1 channels"):
+        MetaTrainer(model, generator, [data, vectors(shape=(3, 8, 8), name="colour")])
+    with pytest.raises(InputError, match="give at least one set"):
+        MetaTrainer(model, generator, [])
+    lonely = Examples(data.x[:3], torch.arange(3), tuple("abc"), "lonely")
+    for options in ({"reference": lonely}, {"reference": data, "validation": lonely}):
+        with pytest.raises(DataError, match="lonely: 0 classes have two examples"):
+            MetaTrainer(model, generator, **options)
+    wide = convolutional()
+    wide[3], wide[4], wide[9] = nn.Conv2d(4, 7, 3), nn.BatchNorm2d(7), nn.Linear(7, 8)
+    others = [wide, nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 8))]
+    for other in others:
+        with pytest.raises(InputError, match="generator: it was made for another network") as caught:
+            MetaTrainer(other, generator, data)
+        assert "\n" not in str(caught.value)
+    tokens, x = zoo.build("windowed")
+    with pytest.raises(HeadError, match="pool first"):
+        MetaTrainer(tokens.float(), MaskGenerator(trace(tokens, x.float())), vectors(shape=(3, 8, 8)))
+    for head in ("0", "nothing"):
+        with pytest.raises(HeadError):
+            MetaTrainer(model, generator, data, head=head)
+    broken = convolutional()
     with torch.no_grad():
-        features = torch.cat([net[:4](d.x) for d in data])
-        target = functional.one_hot(torch.cat([data[0].y, data[1].y + 4])).float()
-        gram = features.T @ features + 0.5 * torch.eye(2 * width)
-        net[4].weight.copy_(10 * torch.linalg.solve(gram, features.T @ target).T)
-        net[4].bias.zero_()
-    return net.eval(), data, owners
+        broken[3].weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(InputError, match="step 1: the loss is nan"):
+        quiet(MetaTrainer(broken, generator, data, config=small()))
+
+
+def test_states_of_other_trainings_are_refused_in_a_line():
+    data = vectors(shape=(1, 8, 8))
+
+    def trainer(**settings):
+        return MetaTrainer(*on_images(), data, config=small(**settings))
+
+    first = trainer()
+    quiet(first)
+    state = first.state()
+    other, _, generator = double_perceptron()
+    refused = [
+        (trainer(seed=1), state, "other settings"),
+        (MetaTrainer(other.float(), generator.float(), vectors(), config=small()), state, "another network"),
+        (trainer(), {}, "not that of a meta-training"),
+        (trainer(), {**state, "generator": {}}, "not that of a meta-training"),
+        (trainer(), {**state, "records": [{"step": 1}]}, "not that of a meta-training"),
+        (trainer(), {**state, "random": None}, "not that of a meta-training"),
+        (trainer(), {**state, "optimizer": {"state": {}}}, "not that of a meta-training"),
+    ]
+    for made, given, words in refused:
+        with pytest.raises(InputError, match=words) as caught:
+            quiet(made, state=given)
+        assert "\n" not in str(caught.value)

@@ -42,7 +42,41 @@ _Gates = dict[str, Tensor]
 
 
 class MetaConfig(BaseModel):
-    """Settings of meta-training, checked; every one has a default that works on small data."""
+    """Settings of meta-training, checked; every one has a default that works on small data.
+
+    Parameters
+    ----------
+    iters : outer steps
+    tasks : tasks of a step, over all reference sets in turn
+    ways : fewest and most classes of a task
+    shots : examples of a class to learn from
+    queries : other examples of a class to judge by
+    set_size : most examples of a task that the generator reads
+    lr : Adam's learning rate for the networks of the generator
+    own_lr : that for the logits of the channels' own
+    inner : classifier of a task: means of classes, closed form, or rows of the network's own head
+    inner_steps : gradient steps of the inner adaptation (not with ridge)
+    inner_lr : learning rate of these steps
+    adapt : what they change
+    second_order : differentiate through the steps of the head
+    gates : deterministic and sharpening; binary concrete samples; those, rounded forwards
+    temperature : at the start and at the end, geometric between
+    penalty : how the budget is kept: exactly, by dual ascent, by a squared penalty, or by a prior
+    budgets : share of the multiply-adds, drawn between these
+    cost_weight : of the penalties dual (at the start) and squared
+    prior : keep rate of the prior, penalty kl
+    kl_weight : of the divergence from the prior, over a task's examples
+    swap : weight of the reward for masks that only their own task likes; off with one task
+    jitter : look at each task through a random transform
+    batch_statistics : judge with the batch's statistics, as after recalibration, and not with the running
+    validate_every : steps between validations, where there are validation examples
+    seed : of tasks, budgets and gates
+
+    Examples
+    --------
+    >>> MetaConfig(iters=100, budgets=(0.25, 0.25)).gates
+    'annealed'
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -194,6 +228,8 @@ class MetaTrainer:
     ) -> None:
         self.config = c = MetaConfig() if config is None else config
         sets = [reference] if isinstance(reference, Examples) else list(reference)
+        if not sets:
+            raise InputError("reference: give at least one set of examples")
         for data in sets:
             check_fits(model, data)
         _check(c)

@@ -147,8 +147,8 @@ def class_mean_weights(
     sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, y, features)
     means = sums / torch.bincount(y, minlength=num_classes).clamp_min(1).to(features)[:, None]
     lengths = means.norm(dim=1, keepdim=True) * features.norm(dim=1).mean()
-    # Where all features are zero, e.g. gated off, there is no direction: zeros, and finite gradients.
-    weight = scale * means / torch.where(lengths > 0, lengths, 1.0)
+    # Where all features are next to zero, e.g. gated off, there is no direction: no logits, and finite gradients.
+    weight = scale * means / torch.where(lengths > torch.finfo(features.dtype).eps ** 2, lengths, 1.0)
     return weight, weight.new_zeros(num_classes)
 
 
