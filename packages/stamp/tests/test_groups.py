@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import zoo
-from stamp.groups import ChannelGroups, Group, GroupsError, Slot, TraceError, trace
 from torch import nn
 from torch.nn import functional as F
+
+from stamp.groups import ChannelGroups, Group, GroupsError, Slot, TraceError, trace
 
 x8 = torch.randn(2, 3, 8, 8)
 

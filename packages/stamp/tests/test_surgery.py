@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import zoo
-from stamp.groups import ChannelGroups, Group, Slot, trace
-from stamp.surgery import KeepError, Masked, cut, gated_parameters, masked, restrict
 from torch import nn
 from torch.func import functional_call
+
+from stamp.groups import ChannelGroups, Group, Slot, trace
+from stamp.surgery import KeepError, Masked, cut, gated_parameters, masked, restrict
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

@@ -25,7 +25,17 @@ __all__ = ["CostModel", "macs", "parameters"]
 
 
 def parameters(model: nn.Module) -> int:
-    """Count the numbers in a network's parameters; a parameter that is used twice counts once."""
+    """Count the numbers in a network's parameters; a parameter that is used twice counts once.
+
+    Parameters
+    ----------
+    model : any network
+
+    Examples
+    --------
+    >>> parameters(nn.Linear(3, 4))
+    16
+    """
     return sum(parameter.numel() for parameter in model.parameters())
 
 

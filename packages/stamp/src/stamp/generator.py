@@ -303,13 +303,11 @@ class MaskGenerator(nn.Module):
         ----------
         path : of a safetensors file
         """
-        about = {
-            "stamp.generator": str(_VERSION),
-            "settings": json.dumps(self.settings),
-            "signature": self.groups.signature(),
-        }
+        about = {"version": _VERSION, "settings": self.settings, "signature": self.groups.signature()}
         with atomic_path(Path(path)) as temporary:
-            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary, about)
+            tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
+            # One entry: safetensors writes several in no fixed order.
+            save_file(tensors, temporary, {"stamp.generator": json.dumps(about, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path, groups: ChannelGroups) -> MaskGenerator:
@@ -327,16 +325,21 @@ class MaskGenerator(nn.Module):
         """
         try:
             with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-                about = cast("dict[str, str]", file.metadata() or {})
+                header = cast("dict[str, str]", file.metadata() or {})
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise GeneratorError(f"{path}: there is no such file; `stamp meta-fit` writes one") from None
         except (OSError, SafetensorError) as error:
             raise GeneratorError(f"{path}: is no generator ({str(error).splitlines()[0]})") from None
-        if about.get("stamp.generator") != str(_VERSION):
+        try:
+            about: dict[str, Any] = json.loads(header.get("stamp.generator", "{}"))
+            version = about.get("version")
+        except (ValueError, AttributeError):
+            raise GeneratorError(f"{path}: its settings cannot be read; the file is damaged") from None
+        if version != _VERSION:
             raise GeneratorError(f"{path}: holds tensors, but no generator of this version of stamp")
         try:
-            made = cls(groups, **json.loads(about["settings"]))
+            made = cls(groups, **about["settings"])
         except (KeyError, TypeError, ValueError):
             raise GeneratorError(f"{path}: its settings cannot be read; the file is damaged") from None
         if about.get("signature") != groups.signature():

@@ -304,7 +304,7 @@ def adaptivity(
     ----------
     model : pretrained
     groups : traced from it
-    generator : meta-trained, or scores by data set and group
+    generator : meta-trained; or scores ``(width,)`` by data set and group
     sets : by name, training and test examples
     budget : share of the multiply-adds
     baselines : named methods
