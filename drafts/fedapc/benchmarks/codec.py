@@ -28,9 +28,8 @@ def main():
     tensor = torch.randn(SHAPE, generator=random)
     chance = torch.rand(SHAPE, generator=random)
     megabytes = tensor.numel() * 4 / 1e6
-    print(
-        f"{megabytes:.1f} MB of float32, MB/s dense-equivalent\n{'kept':>12} {'codec':>7} {'encode':>8} {'decode':>8} {'dense':>8}"
-    )
+    print(f"{megabytes:.1f} MB of float32, MB/s dense-equivalent")
+    print(f"{'kept':>12} {'codec':>7} {'encode':>8} {'decode':>8} {'dense':>8}")
     cases = {f"{density:g}": {"keep": chance < density} for density in (0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0)}
     cases["rows 0.3"] = {"rows": torch.rand(SHAPE[0], generator=random) < 0.3}
     for name, options in cases.items():

@@ -11,7 +11,7 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 source = Path(__file__).parent.parent / "src"
-sys.path.insert(0, str(source))
+sys.path[:0] = [str(source), str(Path(__file__).parent)]
 
 modules = [path.stem for path in (source / "fedapc").glob("*.py") if path.stem not in {"__init__", "cli"}]
 jaxtyping.install_import_hook([f"fedapc.{name}" for name in modules], typechecker="beartype.beartype")

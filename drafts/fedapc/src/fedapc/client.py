@@ -487,7 +487,7 @@ class Client:
             {"params": free, "weight_decay": 0.0},
         ]
         kind = torch.optim.Adam if self.learning.optimizer == "adam" else torch.optim.SGD
-        return kind(groups, lr=self._pace.lr)
+        return kind(groups, lr=self._pace.lr, fused=True)
 
     def _rest(self, running: RunningTask) -> None:
         """Keep values only: gradients are for the round."""

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,6 +25,7 @@ Channel = Callable[[str, int, bytes], Iterable[bytes]]
 _FAULTS = (InputError, TrainingDivergedError)
 
 
+@runtime_checkable
 class Fleet(Protocol):
     """Clients, wherever they are."""
 
@@ -100,7 +101,7 @@ class ProcessFleet:
             self._pipes.append(here)
             self._workers.append(process)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ProcessFleet:
         return self
 
     def __exit__(
@@ -179,7 +180,7 @@ def simulate(
     -------
     The server's ledger.
     """
-    fleet = cast("Fleet", clients) if hasattr(clients, "answers") else LocalFleet(cast("Iterable[Client]", clients))
+    fleet = clients if isinstance(clients, Fleet) else LocalFleet(clients)
     left = rounds
     while not server.done and left != 0:
         now = server.round

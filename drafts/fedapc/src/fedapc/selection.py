@@ -65,7 +65,7 @@ def rows_to_send(
 
 def aggregate(
     previous: Float[Tensor, "rows ..."],
-    uploads: Iterable[tuple[Bool[Tensor, " rows"], Float[Tensor, "sent ..."]]],
+    uploads: Iterable[tuple[Bool[Tensor, " rows"], Float[Tensor, "_ ..."]]],
 ) -> tuple[Float[Tensor, "rows ..."], Bool[Tensor, " rows"]]:
     """Average every row over the clients that sent it, in float64 and in the order given.
 
