@@ -105,8 +105,8 @@ def prune(
     if isinstance(method, MaskGenerator):
         method.check(groups)
     name = _name(method)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example = examples.inputs(slice(0, 1)).to(device)
+    like = next(iter(model.parameters()), torch.zeros(()))
+    example = examples.inputs(slice(0, 1)).to(like)
     head = head_name(model) if head is None else head
     macs = CostModel.macs(model, groups, example)
     params = CostModel.parameters(model, groups)
@@ -114,7 +114,8 @@ def prune(
         return PrunePlan({}, groups, method=name, budget={}, ratios={"macs": 1.0, "params": 1.0}, head=head)
     timed = budget.kind.startswith("latency")
     if timed and table is None:
-        table = LatencyTable.build(model, groups, examples.inputs(slice(0, 64)).to(device), device=str(device))
+        batch = examples.inputs(slice(0, 64)).to(like)
+        table = LatencyTable.build(model, groups, batch, device=str(like.device))
     cost: Cost = table if timed and table is not None else params if budget.kind == "params" else macs
     share = budget.fraction(table.dense_ms if table is not None else 1.0) if timed else budget.value
     random = torch.Generator().manual_seed(seed)
@@ -145,10 +146,11 @@ def prune(
         scores = {group: value.detach().cpu() for group, value in scores.items()}
         if timed and mode != "threshold":
             target = share * table.dense_ms if table is not None else 0.0
-            batch = examples.inputs(slice(0, 64)).to(device)
+            batch = examples.inputs(slice(0, 64)).to(like)
             fit = fit_latency(
-                model, groups, scores, target, batch, cost=table, min_channels=min_channels, round_to=round_to
-            )
+                model, groups, scores, target, batch, cost=table, mode=mode, min_channels=min_channels,
+                round_to=round_to, device=str(like.device),
+            )  # fmt: skip
             keep = dict(fit.keep)
         else:
             keep = select(
@@ -322,10 +324,13 @@ def adaptivity(
     """
     if not sets:
         raise InputError("sets: give at least one data set, as {name: (train, test)}")
+    for pair in sets.values():
+        for data in pair:
+            check_fits(model, data)
     random = torch.Generator().manual_seed(seed)
     first = next(iter(sets.values()))[0]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    cost = CostModel.macs(model, groups, first.inputs(slice(0, 1)).to(device))
+    like = next(iter(model.parameters()), torch.zeros(()))
+    cost = CostModel.macs(model, groups, first.inputs(slice(0, 1)).to(like))
     scores: dict[str, dict[str, Tensor]] = {}
     for name, (train, _) in sets.items():
         if isinstance(generator, MaskGenerator):
