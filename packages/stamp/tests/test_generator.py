@@ -388,27 +388,34 @@ def test_files_of_other_things_are_refused_in_a_line(tmp_path):
         assert "is no generator" in refusal(damaged, groups)
     foreign = tmp_path / "foreign"
 
-    def write(content: object, values: dict[str, torch.Tensor] = tensors) -> None:
-        save_file(values, foreign, {"stamp.generator": content if isinstance(content, str) else json.dumps(content)})
+    def written(header, tensors=tensors):
+        save_file(tensors, foreign, None if header is None else {"stamp.generator": header})
+        return refusal(foreign, groups)
 
-    save_file(tensors, foreign)
-    assert "holds tensors, but no generator" in refusal(foreign, groups)
-    write(about | {"version": 999})
-    assert "no generator of this version" in refusal(foreign, groups)
+    MaskGenerator.load(whole, groups)
+    assert "holds tensors, but no generator" in written(None)
+    assert "no generator of this version" in written(json.dumps(about | {"version": 999}))
+    for header in ("{", "[]", "3", "null"):
+        assert "damaged" in written(header) or "no generator" in written(header)
+    for settings in ([], 3, None, {"encoder": "mean"}, {"unheard": 1}, {"pseudo": "many"}):
+        assert "damaged" in written(json.dumps(about | {"settings": settings}))
+    assert "damaged" in written(json.dumps({name: value for name, value in about.items() if name != "settings"}))
     first = next(iter(tensors))
-    for settings in ([], {"encoder": "mean"}, {"unheard": 1}, {"pseudo": "many"}):
-        write(about | {"settings": settings})
-        assert "damaged" in refusal(foreign, groups)
-    for content in ("{", "[]", {name: value for name, value in about.items() if name != "settings"}):
-        write(content)
-        assert "damaged" in refusal(foreign, groups)
     for changed in (
         {name: value for name, value in tensors.items() if name != first},
         tensors | {"more": torch.zeros(2)},
         tensors | {first: torch.zeros(2, 7)},
     ):
-        write(about, changed)
-        assert "damaged" in refusal(foreign, groups)
+        assert "damaged" in written(json.dumps(about), changed)
+
+
+def test_the_same_generator_makes_the_same_file(tmp_path):
+    _, groups = single("vgg")
+    contents = []
+    for name in ("a", "b"):
+        MaskGenerator(groups, seed=1).save(tmp_path / name)
+        contents.append((tmp_path / name).read_bytes())
+    assert contents[0] == contents[1]
 
 
 def test_generators_for_other_networks_are_refused_in_a_line(tmp_path):
