@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -20,6 +21,7 @@ from shared_core.errors import InputError
 
 __all__ = ["Channel", "Fleet", "LocalFleet", "ProcessFleet", "simulate"]
 
+Request = Callable[[str], bytes]
 # What of a client's answer arrives, of (client, round, answer): nothing, something else, several things.
 Channel = Callable[[str, int, bytes], Iterable[bytes]]
 _FAULTS = (InputError, TrainingDivergedError)
@@ -29,8 +31,8 @@ _FAULTS = (InputError, TrainingDivergedError)
 class Fleet(Protocol):
     """Clients, wherever they are."""
 
-    def answers(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Exception]]:
-        """Answers to requests, or why there is none, in the order of the requests."""
+    def answers(self, names: Sequence[str], request: Request) -> Iterator[tuple[str, bytes | Exception]]:
+        """Answers of the clients named to the requests made for them, or why there is none, in their order."""
         ...
 
 
@@ -57,16 +59,21 @@ class LocalFleet:
             self.clients[client.name] = client
         self._workers = workers
 
-    def answers(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Exception]]:
-        """Answers to requests, or why there is none, in the order of the requests."""
+    def answers(self, names: Sequence[str], request: Request) -> Iterator[tuple[str, bytes | Exception]]:
+        """Answers of the clients named to the requests made for them, or why there is none, in their order."""
         if self._workers <= 1:
-            for name, request in requests.items():
-                yield name, _answer(self.clients[name], request)
+            for name in names:
+                yield name, _answer(self.clients[name], request(name))
             return
         with ThreadPoolExecutor(self._workers) as pool:
-            found = [(name, pool.submit(_answer, self.clients[name], blob)) for name, blob in requests.items()]
-            for name, answer in found:
-                yield name, answer.result()
+            running: deque[tuple[str, Future[bytes | Exception]]] = deque()
+            for name in names:
+                running.append((name, pool.submit(_answer, self.clients[name], request(name))))
+                if len(running) > 2 * self._workers:
+                    first, answer = running.popleft()
+                    yield first, answer.result()
+            for first, answer in running:
+                yield first, answer.result()
 
 
 class ProcessFleet:
@@ -117,22 +124,22 @@ class ProcessFleet:
             worker.join()
         self._pipes, self._workers = [], []
 
-    def answers(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Exception]]:
-        """Answers to requests, or why there is none, in the order of the requests."""
+    def answers(self, names: Sequence[str], request: Request) -> Iterator[tuple[str, bytes | Exception]]:
+        """Answers of the clients named to the requests made for them, or why there is none, in their order."""
         queues: dict[int, list[str]] = {}
-        for name in requests:
+        for name in names:
             queues.setdefault(self._home[name], []).append(name)
         # One request a process at a time: a pipe holds little, and two ends that both write wait for ever.
         for queue in queues.values():
-            self._send(queue[0], "answer", requests[queue[0]])
+            self._send(queue[0], "answer", request(queue[0]))
         early: dict[str, bytes | Exception] = {}
-        for name in requests:
+        for name in names:
             queue = queues[self._home[name]]
             while name not in early:
                 first = queue.pop(0)
                 early[first] = self._receive(first)
                 if queue:
-                    self._send(queue[0], "answer", requests[queue[0]])
+                    self._send(queue[0], "answer", request(queue[0]))
             yield name, early.pop(name)
 
     def call(self, name: str, method: str, *args: object, **options: object) -> Any:
@@ -166,7 +173,7 @@ def simulate(
 ) -> Ledger:
     """Run a federation to its end; the same seeds give the same bits.
 
-    One answer is held at a time, and what the server keeps of a round: its clients' rows as they were sent.
+    A request and an answer a worker are held at a time, and what the server keeps of a round: updates as they came.
 
     Parameters
     ----------
@@ -184,7 +191,7 @@ def simulate(
     left = rounds
     while not server.done and left != 0:
         now = server.round
-        for name, answer in fleet.answers(server.requests()):
+        for name, answer in fleet.answers(server.missing(), server.request):
             if isinstance(answer, Exception):
                 server.failed(name, str(answer))
                 continue

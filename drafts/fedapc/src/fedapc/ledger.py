@@ -114,6 +114,10 @@ class Ledger:
         """Entries of what went wrong."""
         return [entry for entry in self._entries if entry.event]
 
+    def ordered(self) -> Ledger:
+        """Return the ledger by round, client and direction, down first: the same whatever order messages came in."""
+        return Ledger(sorted(self._entries, key=lambda entry: (entry.round, entry.client, entry.direction)))
+
     def to_jsonl(self) -> str:
         """Write a line of JSON an entry."""
         return "".join(json.dumps(asdict(entry)) + "\n" for entry in self._entries)

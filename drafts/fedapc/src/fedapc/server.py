@@ -82,6 +82,7 @@ class Server:
         self._heard: dict[str, set[int]] = {client: set() for client in self.tasks}
         self._open = False
         self._answers: dict[str, bytes] = {}
+        self._encoded: dict[bool, dict[str, bytes]] = {}
 
     @property
     def task(self) -> int:
@@ -107,7 +108,7 @@ class Server:
         return [client for client in self.selected() if client not in self._answers]
 
     def requests(self) -> dict[str, bytes]:
-        """Open the round, or go on with it: requests to the clients whose update has not come, by client.
+        """Make the requests to all clients of this round whose update has not come, by client.
 
         Raises
         ------
@@ -116,12 +117,28 @@ class Server:
         """
         if self.done:
             raise ProtocolError(f"all {self.round} rounds are over")
+        return {client: self.request(client) for client in self.missing()}
+
+    def request(self, client: str) -> bytes:
+        """Open the round, or go on with it: the request to one of its clients.
+
+        Raises
+        ------
+        ProtocolError
+            When all rounds are over, or the client is not of this one.
+        """
+        if self.done:
+            raise ProtocolError(f"all {self.round} rounds are over")
+        if client not in self.selected():
+            raise ProtocolError(f"client '{client}' is not of round {self.round}")
         self._open = True
-        whole = {name: wire.encode(value) for name, value in self.base.items()}
-        partial = whole
-        if not self._keep_unsent:
-            partial = {name: wire.encode(value, rows=self._sent[name]) for name, value in self.base.items()}
-        return {client: self._request(client, partial if self._heard[client] else whole) for client in self.missing()}
+        new = not self._heard[client]
+        if new not in self._encoded:
+            self._encoded[new] = {
+                name: wire.encode(value) if new or self._keep_unsent else wire.encode(value, rows=self._sent[name])
+                for name, value in self.base.items()
+            }
+        return self._request(client, self._encoded[new])
 
     def receive(self, sender: str, blob: bytes) -> bool:
         """Take what came from a client; what cannot be used is written into the ledger, and refused as a whole.
@@ -185,7 +202,7 @@ class Server:
             self._heard[message.client].add(message.task)
             for section in message.of_kind("adaptive"):
                 self.knowledge.add(message.client, section.task, section.tensors)
-        self._answers = {}
+        self._answers, self._encoded = {}, {}
         self._open = False
         self.round += 1
         return used
@@ -198,7 +215,7 @@ class Server:
         stored = list(self.knowledge)
         for number, key in enumerate(stored):
             found.update({f"part/{number}/{k}": tensor_of(blob) for k, blob in enumerate(self.knowledge[key])})
-        found["ledger"] = tensor_of(self.ledger.to_jsonl().encode())
+        found["ledger"] = tensor_of(self.ledger.ordered().to_jsonl().encode())
         return described(
             found,
             {
@@ -225,6 +242,7 @@ class Server:
             raise InputError("this is the state of a server with other layers or clients")
         self.base = {name: state[f"base/{name}"].clone() for name in self.base}
         self._sent = {name: state[f"sent/{name}"].clone() for name in self.base}
+        self._encoded = {}
         self.round, self._open = about["round"], about["open"]
         self._heard = {client: set(about["heard"][client]) for client in self.tasks}
         self._answers = {client: bytes_of(state[f"answer/{client}"]) for client in about["answers"]}
