@@ -214,6 +214,7 @@ def test_a_step_is_what_it_is_written_out(settings):
     assert (found - wanted * min(1.0, 1 / (float(wanted.norm()) + 1e-6))).abs().max() <= 1e-7
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("settings", [{}, {"inner": "slice"}, *STEPS[2:3]], ids=str)
 def test_the_outer_gradient_is_that_of_finite_differences(settings):
     model, _, generator = double_perceptron()
@@ -317,10 +318,10 @@ def small(**settings):
 @pytest.mark.parametrize("gates", ["annealed", "concrete", "hard"])
 def test_every_combination_of_settings_trains(gates, penalty):
     data = vectors(shape=(1, 8, 8))
-    # Half of the others' combinations each, every one of them with half of these.
+    # A third of the others' combinations each, every one of them with a third of these.
     first = ("annealed", "concrete", "hard").index(gates) + len(penalty)
     for place, settings in enumerate(VALID):
-        if (place + first) % 2:
+        if (place + first) % 3:
             continue
         model, generator = on_images(**HEADS[place % len(HEADS)])
         before = copy.deepcopy(generator.state_dict())
@@ -338,7 +339,8 @@ def test_every_combination_of_settings_trains(gates, penalty):
             assert all(0.1 - 1e-6 <= r.ratio <= 0.5 + 1e-6 for r in history.records)
 
 
-@pytest.mark.parametrize("settings", HEADS, ids=str)
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("settings", [{}, {"sequential": True}, {"encoder": "pma", "head": "clamp"}], ids=str)
 def test_the_network_stays_as_it_is(settings):
     model, generator = on_images(**settings)
     model.train()
@@ -349,7 +351,7 @@ def test_the_network_stays_as_it_is(settings):
     modes = [m.training for m in model.modules()]
     wanted = [p.requires_grad for p in model.parameters()]
     random = torch.random.get_rng_state()
-    config = small(inner_steps=2, adapt="all", validate_every=1)
+    config = small(iters=1, inner_steps=1, adapt="all")
     quiet(MetaTrainer(model, generator, data, validation=data, config=config))
     assert torch.equal(random, torch.random.get_rng_state())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
@@ -362,7 +364,7 @@ def test_the_network_stays_as_it_is(settings):
 
 RESUMED: list[dict] = [
     {},
-    {"gates": "concrete", "penalty": "dual", "validation": True, "tasks": 1, "inner": "ridge"},
+    {"gates": "concrete", "penalty": "dual", "validation": True, "tasks": 1, "inner": "ridge", "head": "free"},
     {"gates": "hard", "penalty": "squared", "swap": 0.3, "inner": "slice"},
     {"penalty": "kl", "inner_steps": 2, "adapt": "all"},
     {"gates": "concrete", "encoder": "subsample", "labels": True},
@@ -377,8 +379,8 @@ def test_an_interrupted_training_goes_on_bit_for_bit(settings, tmp_path):
     data = vectors(shape=(1, 8, 8))
     held = vectors(40, seed=3, shape=(1, 8, 8)) if settings.pop("validation", False) else None
     made = {key: settings.pop(key) for key in ("encoder", "labels", "head", "sequential") if key in settings}
-    # Dual ascent acts every 20 steps.
-    iters = 23 if settings.get("penalty") == "dual" else 5
+    # Dual ascent acts every 20 steps, on all of them.
+    iters, at = (21, 18) if settings.get("penalty") == "dual" else (4, 2)
     config = small(iters=iters, validate_every=iters // 3, **settings)
 
     def trainer(seed):
@@ -386,40 +388,40 @@ def test_an_interrupted_training_goes_on_bit_for_bit(settings, tmp_path):
         return MetaTrainer(model, generator, [data, data], validation=held, config=config)
 
     def keep(step):
-        if step.step in (3, iters - 1):
-            save_tree(tmp_path / f"{step.step}", step.state())
+        if step.step == at:
+            save_tree(tmp_path / "state", step.state())
 
     whole = trainer(0)
     history = quiet(whole, on_step=keep)
     wanted = whole.generator.state_dict()
-    for at in (3, iters - 1):
-        # Another generator, so that everything must come from the state.
-        other = trainer(1)
-        found = quiet(other, state=load_tree(tmp_path / f"{at}"))
-        after = other.generator.state_dict()
-        assert all(torch.equal(wanted[name], after[name]) for name in after)
-        assert len(found.records) == iters
-        for a, b in zip(history.records, found.records, strict=True):
-            a, b = ({k: v for k, v in vars(r).items() if k != "seconds"} for r in (a, b))
-            assert a == b or all(a[k] == b[k] or (a[k] != a[k] and b[k] != b[k]) for k in a)
+    # Another generator, so that everything must come from the state.
+    other = trainer(1)
+    found = quiet(other, state=load_tree(tmp_path / "state"))
+    after = other.generator.state_dict()
+    assert all(torch.equal(wanted[name], after[name]) for name in after)
+    assert len(found.records) == iters
+    for a, b in zip(history.records, found.records, strict=True):
+        a, b = ({k: v for k, v in vars(r).items() if k != "seconds"} for r in (a, b))
+        assert a == b or all(a[k] == b[k] or (a[k] != a[k] and b[k] != b[k]) for k in a)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_key_pressed_between_steps_costs_nothing():
     data = vectors(shape=(1, 8, 8))
     results = []
     for interrupted in (False, True):
         model, generator = on_images()
-        trainer = MetaTrainer(model, generator, data, config=small(iters=5))
+        trainer = MetaTrainer(model, generator, data, config=small(iters=4))
 
         def stop(step, interrupted=interrupted):
-            if interrupted and step.step == 3:
+            if interrupted and step.step == 2:
                 raise KeyboardInterrupt
 
         if interrupted:
             with pytest.raises(KeyboardInterrupt):
                 quiet(trainer, on_step=stop)
         history = quiet(trainer)
-        assert [record.step for record in history.records] == [1, 2, 3, 4, 5]
+        assert [record.step for record in history.records] == [1, 2, 3, 4]
         results.append((generator.state_dict(), [record.loss for record in history.records]))
     assert results[0][1] == results[1][1]
     assert all(torch.equal(results[0][0][name], results[1][0][name]) for name in results[0][0])
@@ -435,15 +437,16 @@ def test_the_seed_decides_everything():
     assert losses[0] != losses[2]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_generator_that_does_best_on_validation_is_kept():
     data, held = vectors(shape=(1, 8, 8)), vectors(60, seed=5, shape=(1, 8, 8))
     model, generator = on_images()
     states = {}
-    config = small(iters=5, validate_every=2, lr=0.3, own_lr=0.3)
+    config = small(iters=3, validate_every=1, lr=0.3, own_lr=0.3)
     trainer = MetaTrainer(model, generator, data, validation=held, config=config)
     history = quiet(trainer, on_step=lambda step: states.update({step.step: step.state()}))
     validated = {r.step: r.validation for r in history.records if r.validation is not None}
-    assert list(validated) == [2, 4, 5]
+    assert list(validated) == [1, 2, 3]
     assert all(0 <= value <= 1 for value in validated.values())
     assert len(set(validated.values())) > 1
     best = max(step for step, value in validated.items() if value == max(validated.values()))
@@ -481,7 +484,7 @@ def test_a_penalty_brings_the_cost_to_the_budget(penalty):
     model, generator = on_images(head="free")
     data = vectors(shape=(1, 8, 8))
     weight = {"cost_weight": 0.0, "penalty": "squared"} if penalty == "none" else {"penalty": penalty}
-    config = small(iters=60, budgets=(0.3, 0.3), own_lr=0.1, tasks=1, temperature=(1.0, 1.0), **weight)
+    config = small(iters=40, budgets=(0.3, 0.3), own_lr=0.15, tasks=1, temperature=(1.0, 1.0), **weight)
     ratios = [record.ratio for record in quiet(MetaTrainer(model, generator, data, config=config)).records]
     assert ratios[0] > 0.5
     if penalty == "none":
@@ -497,7 +500,7 @@ def test_a_penalty_brings_the_cost_to_the_budget(penalty):
 def test_the_divergence_pulls_to_its_prior():
     model, generator = on_images(head="free")
     data = vectors(shape=(1, 8, 8))
-    config = small(iters=60, penalty="kl", prior=0.2, kl_weight=1000.0, own_lr=0.2, tasks=1, temperature=(1.0, 1.0))
+    config = small(iters=40, penalty="kl", prior=0.2, kl_weight=1000.0, own_lr=0.2, tasks=1, temperature=(1.0, 1.0))
     quiet(MetaTrainer(model, generator, data, config=config))
     for value in generator.head.free:
         assert bool(((torch.sigmoid(value) - 0.2).abs() < 0.02).all())
@@ -512,7 +515,7 @@ def kept(generator, net, groups, data, budget=0.25):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_masks_of_two_worlds_keep_their_own_channels(seed):
     net, groups, data, owners = worlds.two_worlds(seed=seed)
     generator, history, caught = worlds.trained(seed=seed)
