@@ -210,6 +210,19 @@ def test_weights_are_read_as_they_are_now():
     assert largest(before(model, x), MaskGenerator(groups, head="mlp")(model, x)) == 0
 
 
+def test_gradients_may_be_switched_off():
+    model, groups = single("vgg")
+    for settings in ({}, {"labels": True}, {"encoder": "attention"}):
+        generator = made(groups, **settings)
+        wanted = generator(model, pictures(), y=LABELS)
+        for off in (torch.no_grad(), torch.inference_mode()):
+            with off:
+                found = generator(model, 1 * pictures(), y=1 * LABELS)
+                assert largest(found, wanted) <= 1e-6
+                assert not any(value.requires_grad for value in found.values())
+                assert generator.pi(model, examples(), sets=1)
+
+
 def test_the_seed_decides_the_parameters():
     _, groups = single("vgg")
     states = [MaskGenerator(groups, seed=seed).state_dict() for seed in (0, 0, 1)]

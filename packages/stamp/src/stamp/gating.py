@@ -90,7 +90,9 @@ def separations(
     ----------
     Lee et al., "SNIP: Single-shot network pruning based on connection sensitivity", ICLR 2019, section 3.
     """
-    with torch.enable_grad():
+    # Also where the caller has switched gradients off for good.
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        x = x.clone() if x.is_inference() else x
         gates = {
             name: torch.ones(width, device=x.device, requires_grad=True) for name, width in groups.widths().items()
         }
