@@ -45,7 +45,7 @@ def macs(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> int:
     Parameters
     ----------
     model : run once, in eval mode; its modes and statistics stay
-    example_input : a batch, all of whose rows count, or the tensors of several inputs
+    example_input : a batch ``(n, channels, height, width)``, all of whose rows count, or the tensors of several inputs
 
     Returns
     -------

@@ -355,7 +355,8 @@ def fit_latency(
     Parameters
     ----------
     model, groups : see `surgery.cut`
-    scores, mode, min_channels, round_to, multiples : see `selection.select`
+    scores : ``(width,)`` of each group, higher for channels that are to stay
+    mode, min_channels, round_to, multiples : see `selection.select`
     target_ms : milliseconds for a forward pass of the example
     example : as `time_together` takes it
     cost : what predicts the time, up to a factor; None measures a `LatencyTable` first

@@ -258,7 +258,7 @@ def suggest_round_to(
     ----------
     model : from which the groups were traced
     groups : its channel groups
-    example : a batch, or the tensors of several inputs
+    example : a batch ``(n, channels, height, width)``, or the tensors of several inputs
     candidates : multiples to compare
     tolerance : share of the best rate that is not worth a coarser multiple
     seed : of the widths

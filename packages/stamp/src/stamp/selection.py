@@ -182,7 +182,7 @@ def select(
 
     Parameters
     ----------
-    scores : of each channel of each group that may lose some, higher for what is to stay; comparable across groups
+    scores : ``(width,)`` of each group that may lose some, higher for what is to stay; comparable across groups
         (see `normalised`). Groups of the cost that are left out stay whole
     cost : of a choice, e.g. `counting.CostModel` or `latency.LatencyTable`
     budget : fraction in (0, 1] of the dense network's cost; not looked at in mode ``"threshold"``
@@ -321,7 +321,7 @@ def overlap(a: Mapping[str, Bool[Tensor, " _width"]], b: Mapping[str, Bool[Tenso
 
     Parameters
     ----------
-    a, b : choices of the same network; a group that one leaves out is whole in it
+    a, b : ``(width,)`` of each group, choices of the same network; a group that one leaves out is whole in it
 
     Returns
     -------
