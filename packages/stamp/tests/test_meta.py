@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import worlds
@@ -695,3 +696,18 @@ def test_states_of_other_trainings_are_refused_in_a_line():
         with pytest.raises(InputError, match=words) as caught:
             quiet(made, state=given)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoder", ["attention", "pma"])
+@pytest.mark.parametrize("head", ["channel", "mlp", "clamp"])
+def test_encoders_that_make_pseudo_instances_learn(encoder, head):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    data = Examples(torch.rand(60, 6), torch.arange(3).repeat(20), ("a", "b", "c"))
+    groups = trace(net, data.inputs(slice(0, 2)))
+    generator = MaskGenerator(groups, encoder=encoder, head=head, pseudo=4, input_shape=(6,))
+    before = {name: value.clone() for name, value in generator.encoder.named_parameters()}
+    MetaTrainer(net, generator, data, config=MetaConfig(iters=3, ways=(2, 3), tasks=2)).fit()
+    moved = {name: float((value - before[name]).abs().max()) for name, value in generator.encoder.named_parameters()}
+    assert max(moved.values()) > 1e-4
+    assert all(np.isfinite(list(moved.values())))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -107,6 +108,8 @@ class MaskGenerator(nn.Module):
         self.head = make_head(head, groups.widths(), labels=labels, generator=random)
         self.labels = labels
         self.sensitivity = sensitivity and head == "channel"
+        # Heads stop gradients where nothing could learn from them (spec 2.4); an encoder could not learn without.
+        self.head.through = any(True for _ in self.encoder.parameters())
         self.sequential = sequential
         self.register_buffer("shift", torch.zeros(()))
 
@@ -152,9 +155,11 @@ class MaskGenerator(nn.Module):
                 found[name] = self._of_group(name, features, y, static, learn=learn)
                 return torch.sigmoid(found[name].detach() - self._shift)
 
-            observe(model, self.groups, shown, gate=gate)
+            with _frozen(model):
+                observe(model, self.groups, shown, gate=gate)
             return {group.name: found[group.name] for group in self.groups.prunable}
-        features = observe(model, self.groups, shown)
+        with _frozen(model):
+            features = observe(model, self.groups, shown)
         return {
             group.name: self._of_group(group.name, features[group.name], y, static, learn=learn)
             for group in self.groups.prunable
@@ -259,7 +264,7 @@ class MaskGenerator(nn.Module):
         classifier = self.settings["classifier"] or _last_layer(model)
         if not self.sensitivity or classifier is None:
             return {name: functional.pad(value, (0, 2), value=1.0) for name, value in weights.items()}
-        found = separations(model, self.groups, x, classifier, y if self.labels else None)
+        found = separations(model, self.groups, x.detach(), classifier, y if self.labels else None)
         both = {
             name: torch.stack([value, value.abs()], 1) / (value.abs().mean() + 1e-12) for name, value in found.items()
         }
@@ -361,6 +366,19 @@ def _last_layer(model: nn.Module) -> str | None:
         return head_name(model)
     except HeadError:
         return None
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Generator[None]:
+    """Let no gradient go into the network's parameters, whatever becomes of those into its input."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def draw_set(data: Examples, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ class Head(nn.Module):
         if not widths:
             raise InputError("the network has no group of channels that can be pruned; see stamp.trace for why")
         self.place = {name: k for k, name in enumerate(widths)}
+        self.through = False
+        """Whether gradients go on into the features: only where an encoder made what is observed, and has to learn."""
 
     def logits(
         self,
@@ -48,7 +50,7 @@ class Head(nn.Module):
         y: Int64[Tensor, " n"] | None = None,
         static: Float[Tensor, "width kinds"] | None = None,
     ) -> Float[Tensor, " width"]:
-        """Return the logits of a group's channels; no gradient goes into the features.
+        """Return the logits of a group's channels; gradients go into the features only with `through`.
 
         Parameters
         ----------
@@ -58,6 +60,9 @@ class Head(nn.Module):
         static : further numbers a channel, as ratios to the group's mean
         """
         raise NotImplementedError
+
+    def _still(self, x: Tensor) -> Tensor:
+        return x if self.through else x.detach()
 
     def learn_statistics(self, name: str, features: Features, y: Int64[Tensor, " n"] | None = None) -> None:
         """Take a set of meta-training into the running statistics, where the head has any.
@@ -160,9 +165,9 @@ class MlpHead(Head):
         features : what its channels do on the set
         y, static : not used
         """
-        h = features.mean.detach()
-        u = h / (h.square().mean(1, keepdim=True).sqrt() + 1e-5)
-        v = torch.cat([u.mean(0), u.std(0, correction=0)])
+        h = self._still(features.mean)
+        u = h / (h.square().mean(1, keepdim=True).clamp_min(1e-24).sqrt() + 1e-5)
+        v = torch.cat([u.mean(0), _deviation(u)])
         k = self.place[name]
         return self.second[k](functional.relu(self.first[k](v)))
 
@@ -202,7 +207,7 @@ class ClampHead(Head):
         """
         k = self.place[name]
         statistics: _Statistics = self.statistics[k]  # pyright: ignore[reportAssignmentType]
-        standard = statistics.standardised(features.mean.detach()[..., None])[..., 0]
+        standard = statistics.standardised(self._still(features.mean)[..., None])[..., 0]
         raw = self.gamma[k] * standard + self.beta[k]
         # Added last, so that the forward value is that of the clamp, whose margin keeps the logit finite.
         pi = safe_probability(raw).detach() + (raw - raw.detach())
@@ -301,14 +306,14 @@ class ChannelHead(Head):
         y : class of each instance, where the head was made with labels
         """
         statistics: _Statistics = self.statistics[self.place[name]]  # pyright: ignore[reportAssignmentType]
-        statistics.learn(self._described(features, y)[None])
+        statistics.learn(self._described(features, y).detach()[None])
 
     def _described(self, features: Features, y: Tensor | None) -> Float[Tensor, "width kinds"]:
-        mean = features.mean.detach()
+        mean = self._still(features.mean)
         found = [
             mean.mean(0),
-            mean.std(0, correction=0),
-            features.std.detach().mean(0),
+            _deviation(mean),
+            self._still(features.std).mean(0),
             features.nonzero.detach().mean(0),
         ]
         if self.labels:
@@ -316,6 +321,13 @@ class ChannelHead(Head):
                 raise InputError("labels: this generator was made with labels=True; give it the classes too, y=")
             found.append(_between_classes(mean, y.to(mean.device)))
         return torch.stack(found, 1)
+
+
+def _deviation(x: Float[Tensor, "n width"]) -> Float[Tensor, " width"]:
+    """Return the deviation of each column; the root of 0 has no finite gradient."""
+    variance = x.var(0, correction=0)
+    varies = variance > 0
+    return torch.where(varies, variance, 1.0).sqrt() * varies
 
 
 def _between_classes(x: Float[Tensor, "n width"], y: Int64[Tensor, " n"]) -> Float[Tensor, " width"]:
