@@ -23,7 +23,7 @@ from stamp.training import accuracy, finetune, recalibrate_bn, with_head
 pytestmark = pytest.mark.claims
 
 SAMPLED = MetaConfig(
-    iters=120, tasks=2, ways=(5, 5), inner="slice", gates="concrete", temperature=(0.67, 0.1), jitter=False,
+    iters=120, tasks=2, ways=(5, 5), inner="slice", jitter=False,
     budgets=(0.25, 0.25),
 )  # fmt: skip
 

@@ -294,7 +294,7 @@ class DemoConfig(CommandConfig):
 
 @_command(DemoConfig)
 def demo(config: DemoConfig, session: Session) -> Outcome:
-    """Train one network on digits and characters, cut it to a quarter for each, and compare masks at equal widths."""
+    """Train one network on digits and characters, cut it for each of them, and compare masks at equal widths."""
     import torch
 
     from shared_core.device import one_thread
@@ -306,8 +306,8 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     from stamp.timing import time_together
 
     meta = MetaConfig(
-        iters=config.iters, tasks=2, ways=(5, 10), inner="slice", jitter=False, gates="concrete",
-        temperature=(0.67, 0.1), budgets=(config.budget, config.budget),
+        iters=config.iters, tasks=2, ways=(5, 10), inner="slice", jitter=False,
+        budgets=(config.budget, config.budget),
     )  # fmt: skip
     protocol = Protocol(pretrain_steps=config.pretrain_steps, draws=config.draws, meta=meta)
 
@@ -335,7 +335,9 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     seen = found.seen[config.seed]
     table = seen["recalibrated"]
     plot_adaptivity(
-        table, session.run.artifact("adaptivity.png"), title="one network, cut to a quarter, no fine-tuning"
+        table,
+        session.run.artifact("adaptivity.png"),
+        title=f"one network, cut to {100 * config.budget:g} %, no fine-tuning",
     )
     networks: dict[str, nn.Module] = {"dense": smallconv(10, 1, channels=(32, 64, 64))}
     for name, widths in seen["widths"].items():
@@ -582,8 +584,8 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
     from stamp.plots import plot_adaptivity, plot_widths
 
     meta = MetaConfig(
-        iters=config.iters, tasks=config.tasks, ways=config.ways, inner="slice", jitter=False, gates="concrete",
-        temperature=(0.67, 0.1), budgets=(config.budget, config.budget),
+        iters=config.iters, tasks=config.tasks, ways=config.ways, inner="slice", jitter=False,
+        budgets=(config.budget, config.budget),
     )  # fmt: skip
     protocol = _protocol(config, meta=meta)
 

@@ -1,17 +1,19 @@
-"""Draw batches at random, in a network's type and on its device: some of them, or without end."""
+"""Draw at random: batches in a network's type and on its device, some of them or without end; layers' weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from stamp.examples import Examples
 
-__all__ = ["endless_batches", "sampled_batches"]
+__all__ = ["drawn_linear", "endless_batches", "sampled_batches"]
 
 
 def sampled_batches(
@@ -46,3 +48,19 @@ def endless_batches(
     while True:
         for x, y in data.batches(min(batch_size, len(data)), generator=generator, drop_last=True):
             yield x.to(like), y.to(like.device)
+
+
+def drawn_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """Make a linear layer of uniform weights, as torch's own are distributed, without touching the global generator.
+
+    Parameters
+    ----------
+    inputs, outputs : features
+    generator : of the weights, then of the bias
+    """
+    layer = cast("nn.Linear", skip_init(nn.Linear, inputs, outputs))
+    bound = inputs**-0.5
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
+    return layer

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import skip_init
 
 from shared_core.errors import InputError
+from stamp.drawing import drawn_linear
 
 __all__ = ["Attention", "EncoderName", "Instances", "Pooling", "Subsample", "make_encoder"]
 
@@ -191,7 +191,7 @@ class Pooling(nn.Module):
         self.pool = _Block(width, heads, generator)
         bound = math.sqrt(6 / (pseudo + width))
         self.seeds = nn.Parameter(torch.empty(pseudo, width).uniform_(-bound, bound, generator=generator))
-        self.out = _linear(width, math.prod(input_shape), generator)
+        self.out = drawn_linear(width, math.prod(input_shape), generator)
 
     def forward(
         self,
@@ -219,7 +219,7 @@ class _Block(nn.Module):
         if width % heads:
             raise InputError(f"heads: {heads} do not divide the width {width}")
         self.heads = heads
-        self.query, self.key, self.value, self.out = (_linear(width, width, generator) for _ in range(4))
+        self.query, self.key, self.value, self.out = (drawn_linear(width, width, generator) for _ in range(4))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, queries: Float[Tensor, "r width"], z: Float[Tensor, "set width"]) -> Float[Tensor, "r width"]:
@@ -243,7 +243,7 @@ class _Keys(nn.Module):
         self.sides = tuple(min(side, _SIDE) for side in input_shape[1:])
         entries = input_shape[0] * math.prod(self.sides)
         self.norm = nn.LayerNorm(entries)
-        self.linear = _linear(entries, width, generator)
+        self.linear = drawn_linear(entries, width, generator)
 
     def forward(self, x: Float[Tensor, "set ..."]) -> Float[Tensor, "set width"]:
         """Reduce and project."""
@@ -260,12 +260,3 @@ class _Keys(nn.Module):
             case _:
                 pass
         return self.linear(self.norm(x.flatten(1)))
-
-
-def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    layer = cast("nn.Linear", skip_init(nn.Linear, inputs, outputs))
-    bound = inputs**-0.5
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    return layer

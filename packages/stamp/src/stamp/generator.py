@@ -121,6 +121,7 @@ class MaskGenerator(nn.Module):
         y: Int64[Tensor, " set"] | None = None,
         generator: torch.Generator | None = None,
         learn: bool = False,
+        weights: Mapping[str, Float[Tensor, "width 2"]] | None = None,
     ) -> dict[str, Float[Tensor, " width"]]:
         """Return the logits of one set.
 
@@ -131,6 +132,7 @@ class MaskGenerator(nn.Module):
         y : class of each instance; only with ``labels=True``
         generator : of the encoder ``subsample``
         learn : let the running statistics of the head learn from this set
+        weights : what `weight_ratios` returned for this network, where many sets are read
 
         Raises
         ------
@@ -147,7 +149,7 @@ class MaskGenerator(nn.Module):
             shown = x
         else:
             shown = self.encoder(x, generator)
-        static = self._static_of(model, shown, y)
+        static = self._static_of(model, shown, y, self.weight_ratios(model) if weights is None else weights)
         if self.sequential:
             found: dict[str, Tensor] = {}
 
@@ -218,6 +220,7 @@ class MaskGenerator(nn.Module):
             raise GeneratorError(f"sets: must be at least 1, got {sets}")
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         like = next(iter(model.parameters()), torch.zeros(()))
+        weights = self.weight_ratios(model)
         total: dict[str, Tensor] = {}
         steady, before = 0, None
         most = 30 if sets == "auto" else sets
@@ -225,7 +228,7 @@ class MaskGenerator(nn.Module):
             for number in range(1, most + 1):
                 x, y = draw_set(data, set_size, generator)
                 y = y.to(like.device) if self.labels else None
-                logits = self.logits(model, x.to(like), y=y, generator=generator)
+                logits = self.logits(model, x.to(like), y=y, generator=generator, weights=weights)
                 for name, value in self._probabilities(logits, cost, budget).items():
                     total[name] = total.get(name, 0.0) + value
                 if sets == "auto":
@@ -258,9 +261,10 @@ class MaskGenerator(nn.Module):
             self.head.learn_statistics(name, features, y)
         return self.head.logits(name, features, y, static.get(name))
 
-    def _static_of(self, model: nn.Module, x: Tensor, y: Tensor | None) -> dict[str, Float[Tensor, "width 4"]]:
+    def _static_of(
+        self, model: nn.Module, x: Tensor, y: Tensor | None, weights: Mapping[str, Tensor]
+    ) -> dict[str, Float[Tensor, "width 4"]]:
         """Ratios to the group's mean: norms of weights, of norms' scales, and the sensitivities, signed and not."""
-        weights = self._weights(model)
         classifier = self.settings["classifier"] or _last_layer(model)
         if not self.sensitivity or classifier is None:
             return {name: functional.pad(value, (0, 2), value=1.0) for name, value in weights.items()}
@@ -270,8 +274,13 @@ class MaskGenerator(nn.Module):
         }
         return {name: torch.cat([value, both[name].to(value)], 1) for name, value in weights.items()}
 
-    def _weights(self, model: nn.Module) -> dict[str, Float[Tensor, "width 2"]]:
-        """Norms of weights and of norms' scales, as ratios to their group's mean, where the head reads them."""
+    def weight_ratios(self, model: nn.Module) -> dict[str, Float[Tensor, "width 2"]]:
+        """Return norms of weights and of norms' scales, as ratios to their group's mean; nothing if no head reads them.
+
+        Parameters
+        ----------
+        model : the network
+        """
         if not isinstance(self.head, ChannelHead):
             return {}
         nothing = Examples(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), ("",))

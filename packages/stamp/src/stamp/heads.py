@@ -8,7 +8,7 @@ compared with how it usually does and with its neighbours, and adds that to a lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from shared_core.errors import InputError
+from stamp.drawing import drawn_linear
 from stamp.observing import Features
 from stamp.sampling import safe_probability
 
@@ -143,7 +144,7 @@ class MlpHead(Head):
 
     def __init__(self, widths: Mapping[str, int], hidden: int = 64, *, generator: torch.Generator) -> None:
         super().__init__(widths)
-        self.first = nn.ModuleList(_linear(2 * w, min(hidden, w), generator) for w in widths.values())
+        self.first = nn.ModuleList(drawn_linear(2 * w, min(hidden, w), generator) for w in widths.values())
         self.second = nn.ModuleList(skip_init(nn.Linear, min(hidden, w), w) for w in widths.values())
         for layer in self.second.modules():
             if isinstance(layer, nn.Linear):
@@ -260,8 +261,8 @@ class ChannelHead(Head):
         kinds = 4 + labels
         self.free = nn.ParameterList(torch.ones(width) for width in widths.values())
         self.groups = nn.Parameter(0.3 * torch.randn(len(widths), embedding, generator=generator))
-        self.first = _linear(2 * kinds + static + embedding, hidden, generator)
-        self.second = _linear(hidden, 1, generator)
+        self.first = drawn_linear(2 * kinds + static + embedding, hidden, generator)
+        self.second = drawn_linear(hidden, 1, generator)
         self.statistics = nn.ModuleList(_Statistics(width, kinds) for width in widths.values())
         self.static = static
 
@@ -366,12 +367,3 @@ class _Statistics(nn.Module):
         # A deviation of next to nothing would blow up rounding errors.
         floor = 1e-3 * self.mean.abs().mean(0) + 1e-6
         return (x - self.mean) / (self.variance.sqrt() + floor)
-
-
-def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    layer = cast("nn.Linear", skip_init(nn.Linear, inputs, outputs))
-    bound = inputs**-0.5
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    return layer

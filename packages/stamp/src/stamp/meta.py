@@ -39,6 +39,9 @@ from stamp.training import class_mean_weights, head_name, penultimate
 
 __all__ = ["MetaConfig", "MetaHistory", "MetaRecord", "MetaStep", "MetaTrainer"]
 
+SAME = 0.95
+"""Overlap of masks above which a generator counts as ignoring what it reads."""
+
 _Gates = dict[str, Tensor]
 
 
@@ -184,7 +187,7 @@ class MetaHistory:
     def ignored(self) -> bool:
         """Whether the masks of different tasks were nearly the same at the end: overlap above 0.95."""
         last = [r.overlap for r in self.records[-50:] if r.overlap == r.overlap]
-        return bool(last) and sum(last) / len(last) > 0.95
+        return bool(last) and sum(last) / len(last) > SAME
 
 
 class MetaTrainer:
@@ -244,6 +247,7 @@ class MetaTrainer:
             PrunePlan(whole, generator.groups).apply(self.model)
         except PlanError as error:
             raise InputError(f"generator: it was made for another network ({error}); make one for this one") from error
+        self._weights = generator.weight_ratios(self.model)
         example = (sets[0].inputs(slice(0, 1)) if example is None else example[:1]).to(self._like)
         with torch.no_grad():
             penultimate(self.model, example, self.head)
@@ -373,7 +377,9 @@ class MetaTrainer:
         for task in tasks:
             index = torch.randperm(len(task.support), generator=random)[: c.set_size].to(self.device)
             y = task.support_y[index] if self.generator.labels else None
-            logits = self.generator.logits(self.model, task.support[index], y=y, generator=random, learn=True)
+            logits = self.generator.logits(
+                self.model, task.support[index], y=y, generator=random, learn=True, weights=self._weights
+            )
             pi, gates = self._gates(logits, budget, temperature)
             masks.append(pi)
             drawn.append(gates)
@@ -508,7 +514,7 @@ class MetaTrainer:
             for found in self._validation:
                 task = _moved(found, self._like)
                 y = task.support_y if self.generator.labels else None
-                logits = self.generator.logits(self.model, task.support, y=y, generator=random)
+                logits = self.generator.logits(self.model, task.support, y=y, generator=random, weights=self._weights)
                 for budget in (0.5, 0.25, 0.1):
                     kept = select(logits, self.cost, max(budget, self._least))
                     gates = {name: mask.to(self.device, torch.float32) for name, mask in kept.items()}

@@ -18,7 +18,7 @@ from stamp.counting import CostModel
 from stamp.examples import Examples, as_examples, check_fits
 from stamp.generator import MaskGenerator
 from stamp.latency import LatencyTable, fit_latency
-from stamp.meta import MetaConfig, MetaTrainer
+from stamp.meta import SAME, MetaConfig, MetaTrainer
 from stamp.plan import PrunePlan
 from stamp.selection import Budget, Cost, Mode, normalised, overlap, select, widths_like
 from stamp.structure import ChannelGroups
@@ -34,7 +34,6 @@ METHODS = ("dense", *SCORERS, "metapruning")
 """Methods that `prune` knows by name; a generator is given as it is."""
 
 _SCORED_AT = 0.25
-_SAME = 0.95
 
 
 def prune(
@@ -270,7 +269,7 @@ class Adaptivity:
     @property
     def ignored(self) -> bool:
         """Whether the generator ignores its input: masks of different data sets overlap by more than 0.95."""
-        return self.mean_overlap > _SAME
+        return self.mean_overlap > SAME
 
     def table(self) -> str:
         """Write the accuracies in percent, a line a data set."""
@@ -364,9 +363,9 @@ def adaptivity(
         }
         others = [value for other, value in swapped[name].items() if other != name]
         row["other"] = sum(others) / len(others) if others else float("nan")
+        scored = model if keep_head or not baselines else with_head(model, train, head=head)
         for baseline in baselines:
             times = draws if baseline == "random" else 1
-            scored = model if keep_head else with_head(model, train, head=head)
             values = [
                 judged(widths_like(SCORERS[baseline](scored, groups, train, random), widths)) for _ in range(times)
             ]

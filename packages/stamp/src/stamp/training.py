@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 from shared_core.errors import InputError
 from stamp.attention import NarrowAttention
+from stamp.drawing import drawn_linear
 from stamp.examples import DataError, Examples, check_fits
 
 __all__ = [
@@ -200,10 +201,8 @@ def with_head(
     new = cast("nn.Linear", torch.nn.utils.skip_init(nn.Linear, old.in_features, classes).to(old.weight))
     with torch.no_grad():
         if kind == "fresh":
-            generator = torch.Generator().manual_seed(seed)
-            bound = old.in_features**-0.5
-            for parameter in new.parameters():
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+            drawn = drawn_linear(old.in_features, classes, torch.Generator().manual_seed(seed))
+            new.load_state_dict(drawn.state_dict())
         elif isinstance(data, int):
             raise HeadError(f"head: '{kind}' needs examples, got only a number of classes; take kind='fresh'")
         else:
