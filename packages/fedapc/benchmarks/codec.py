@@ -6,6 +6,7 @@ import statistics
 import time
 
 import torch
+
 from fedapc.sparse import SparseTensor
 from fedapc.wire import decode, encode, encode_sparse
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from fedapc.client import Client, Learning, Task
+from torch import nn
+
+from fedapc.client import Client, Learning
 from fedapc.decomposition import Layout, initial_base
 from fedapc.engine import simulate
 from fedapc.server import Server
-from torch import nn
+from fedapc.tasks import Task
 
 
 def mlp():

@@ -9,11 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fedapc.errors import NonFiniteError, WireError
 from fedapc.sparse import SparseTensor
 from fedapc.wire import contents, decode, encode, encode_sparse, header_size
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64)
 ITEM = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.int8: 1, torch.float64: 8}

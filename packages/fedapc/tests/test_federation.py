@@ -8,8 +8,12 @@ import warnings
 
 import pytest
 import torch
+from networks import LEARNING, Convolutional, build, federation, mlp, run, same, task
+from torch import nn
+from torch.nn import functional
+
 from fedapc import messages, wire
-from fedapc.client import Client, Learning, Task
+from fedapc.client import Client, Learning
 from fedapc.decomposition import Layout, initial_base
 from fedapc.engine import LocalFleet, ProcessFleet, simulate
 from fedapc.errors import (
@@ -23,10 +27,7 @@ from fedapc.errors import (
 from fedapc.ledger import Ledger
 from fedapc.seeds import derive, generator
 from fedapc.server import Server
-from networks import LEARNING, Convolutional, build, federation, mlp, run, same, task
-from torch import nn
-from torch.nn import functional
-
+from fedapc.tasks import Task
 from shared_core.errors import InputError, UnknownKeyError
 
 PLAIN = dataclasses.replace(

@@ -6,10 +6,10 @@ import itertools
 import json
 
 import pytest
-from fedapc.ledger import Entry, Ledger
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedapc.ledger import Entry, Ledger
 from shared_core.errors import InputError
 
 ENTRIES = [

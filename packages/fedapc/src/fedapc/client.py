@@ -15,53 +15,18 @@ from torch.nn import functional
 
 from fedapc import messages, wire
 from fedapc.decomposition import AdaptiveInit, AttentionInit, DecomposedModel, Layout, RunningTask, Transfer
-from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TaskError, TrainingDivergedError
+from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TrainingDivergedError
 from fedapc.objective import RetroactivePenalty, l1_norm, proximal_step
 from fedapc.seeds import derive, generator
 from fedapc.selection import Score, rows_to_send
 from fedapc.sparse import SparseTensor
 from fedapc.states import State, bytes_of, described, description, tensor_of
+from fedapc.tasks import Task
 from shared_core.errors import InputError
 
-__all__ = ["Client", "Learning", "Retroactive", "Task"]
+__all__ = ["Client", "Learning", "Retroactive"]
 
 Retroactive = Literal["shared", "joint", "none"]
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Examples that a client has while a task runs.
-
-    Parameters
-    ----------
-    x : inputs
-    y : classes 0..classes-1
-    classes : of the task
-    validation : inputs and classes that the learning rate is lowered by. Default: none, it stays
-
-    Raises
-    ------
-    TaskError
-        For no examples, fewer than two classes, or labels that are none.
-    """
-
-    x: Shaped[Tensor, "examples ..."]
-    y: Int64[Tensor, " examples"]
-    classes: int
-    validation: tuple[Shaped[Tensor, "held ..."], Int64[Tensor, " held"]] | None = None
-
-    def __post_init__(self) -> None:
-        for what, x, y in (
-            ("training", self.x, self.y),
-            *((("validation", *self.validation),) if self.validation else ()),
-        ):
-            if len(x) != len(y) or not len(y):
-                raise TaskError(f"{what}: {len(x)} inputs and {len(y)} labels; give as many of both, at least one")
-            odd = sorted({int(label) for label in y.unique() if not 0 <= int(label) < self.classes})
-            if odd:
-                raise TaskError(f"{what}: labels {odd} are not among 0..{self.classes - 1}")
-        if self.classes < 2 or len(self.y.unique()) < 2:
-            raise TaskError(f"{len(self.y.unique())} of {self.classes} classes have examples; a task needs two")
 
 
 @dataclass(frozen=True)
@@ -84,6 +49,7 @@ class Learning:
     retention : coefficient of the retroactive penalty
     retroactive : parts of past tasks follow the base by one ``shared`` compensation, at a cost that their number does
         not change; by entries of their own, ``joint``; or stay, ``none``, as in the authors' code
+    proximal : coefficient of half the squared distance from the base that the round began with, as in FedProx
     weight_decay : of the task's part and mask, and of the base in a client's first task
     threshold : what an entry of a part has to exceed to be kept, evaluated and sent
     mask, adaptive, transfer, adaptive_init, adaptive_factor, attention_init : see `DecomposedModel`
@@ -109,6 +75,7 @@ class Learning:
     mask_sparsity: float = 0.0
     retention: float = 100.0
     retroactive: Retroactive = "shared"
+    proximal: float = 0.0
     weight_decay: float = 1e-4
     threshold: float = 1e-3
     mask: bool = True
@@ -128,7 +95,7 @@ class Learning:
         for name in ("lr", "attention_lr", "adaptive_factor"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}: {getattr(self, name)}, expected a positive number")
-        for name in ("sparsity", "mask_sparsity", "retention", "weight_decay", "threshold", "least_lr"):
+        for name in ("sparsity", "mask_sparsity", "retention", "proximal", "weight_decay", "threshold", "least_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name}: {getattr(self, name)}, expected 0 or more")
         if not 0 < self.upload_fraction <= 1:
@@ -185,6 +152,7 @@ class Client:
     --------
     >>> from fedapc.server import Server
     >>> from fedapc.decomposition import initial_base
+    >>> from fedapc.tasks import Task
     >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> client = Client("a", net, [Task(torch.rand(20, 8), torch.arange(20) % 2, classes=2)])
     >>> server = Server(initial_base(net, client.layout), {"a": 1}, rounds=1)
@@ -262,6 +230,19 @@ class Client:
     def accuracy(self, x: Shaped[Tensor, "batch ..."], y: Int64[Tensor, " batch"], task: int) -> float:
         """Share of examples whose class has the greatest logit."""
         return float((self.predict(x, task).argmax(1) == y).double().mean())
+
+    def evaluate(self) -> list[float]:
+        """Return the accuracy on the test examples of every task, as the client is now.
+
+        Returns
+        -------
+        A number a task in their order; NaN for those that were not begun, or have no test examples.
+        """
+        begun = set(self.model.tasks)
+        return [
+            self.accuracy(*task.test, number) if number in begun and task.test is not None else float("nan")
+            for number, task in enumerate(self.tasks)
+        ]
 
     def export(self, task: int) -> nn.Module:
         """Return a plain network with the weights of a task."""
@@ -393,6 +374,7 @@ class Client:
         running = self._running()
         for base in self.model.base.values():
             base.requires_grad_()
+        begun = {name: base.detach().clone() for name, base in self.model.base.items()} if learning.proximal else {}
         self._let_past_parts_move()
         slopes = {
             name: self._retention.penalties[name].shared_l1_slope(moved)
@@ -413,6 +395,9 @@ class Client:
                 for chosen in torch.randperm(len(task.y), generator=random).split(learning.batch_size):
                     optimizer.zero_grad(set_to_none=True)
                     loss = self._loss(running, slopes, task.x[chosen], task.y[chosen], message.task)
+                    for name, at in begun.items():
+                        distance = (self.model.base[name] - at).square().sum()
+                        loss = loss + 0.5 * learning.proximal * distance
                     loss.backward()
                     optimizer.step()
                     if learning.l1_solver == "prox":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fedapc.selection import KnowledgeBase, aggregate, rows_to_send, top_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedapc.selection import KnowledgeBase, aggregate, rows_to_send, top_rows
 from shared_core.errors import InputError
 
 

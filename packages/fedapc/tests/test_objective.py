@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from fedapc.objective import RetroactivePenalty, l1_norm, proximal_step, soft_threshold
 from fedapc.sparse import SparseTensor
-from torch import nn
 
 SHAPES = ((3, 4), (3, 2, 2, 2))
 

@@ -10,7 +10,6 @@ from shared_core.lazy import attach
 if TYPE_CHECKING:
     from fedapc.client import Client as Client
     from fedapc.client import Learning as Learning
-    from fedapc.client import Task as Task
     from fedapc.decomposition import DecomposedModel as DecomposedModel
     from fedapc.decomposition import Layout as Layout
     from fedapc.decomposition import initial_base as initial_base
@@ -23,11 +22,12 @@ if TYPE_CHECKING:
     from fedapc.selection import KnowledgeBase as KnowledgeBase
     from fedapc.server import Server as Server
     from fedapc.sparse import SparseTensor as SparseTensor
+    from fedapc.tasks import Task as Task
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "client": ["Client", "Learning", "Task"],
+        "client": ["Client", "Learning"],
         "decomposition": ["DecomposedModel", "Layout", "initial_base"],
         "engine": ["LocalFleet", "ProcessFleet", "simulate"],
         "ledger": ["Entry", "Ledger"],
@@ -35,5 +35,6 @@ __getattr__, __dir__, __all__ = attach(
         "selection": ["KnowledgeBase"],
         "server": ["Server"],
         "sparse": ["SparseTensor"],
+        "tasks": ["Task"],
     },
 )

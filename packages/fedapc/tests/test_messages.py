@@ -7,10 +7,11 @@ import struct
 import zlib
 
 import pytest
-from fedapc.errors import WireError
-from fedapc.messages import Message, Section, pack, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fedapc.errors import WireError
+from fedapc.messages import Message, Section, pack, unpack
 
 names = st.text("aZ9-_ /é中\0", min_size=1, max_size=12)
 numbers = st.integers(0, 2**32 - 1)

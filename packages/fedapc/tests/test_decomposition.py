@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from fedapc.decomposition import DecomposedModel, Layout, effective_weight, gate, initial_base
-from fedapc.errors import ModelMismatchError, TaskError
-from fedapc.sparse import SparseStack, SparseTensor
 from networks import Convolutional, mlp
 from torch import nn
 
+from fedapc.decomposition import DecomposedModel, Layout, effective_weight, gate, initial_base
+from fedapc.errors import ModelMismatchError, TaskError
+from fedapc.sparse import SparseStack, SparseTensor
 from shared_core.errors import InputError, UnknownKeyError
 
 
