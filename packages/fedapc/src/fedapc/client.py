@@ -220,10 +220,18 @@ class Client:
         return reply
 
     def predict(
-        self, x: Shaped[Tensor, "batch ..."], task: int, batch_size: int = 1000
+        self, x: Shaped[Tensor, "batch ..."], task: int, batch_size: int = 1000, *, foreign: bool = True
     ) -> Float[Tensor, "batch classes"]:
-        """Return logits of a task that was begun, with the base as it is now."""
-        weights = self.model.weights(task)
+        """Return logits of a task that was begun, with the base as it is now.
+
+        Parameters
+        ----------
+        x : inputs, ``(batch, ...)``
+        task : index of the task
+        batch_size : inputs at a time
+        foreign : with the parts of others
+        """
+        weights = self.model.weights(task, foreign=foreign)
         with torch.no_grad():
             return torch.cat([self.model.run(weights, task, part, training=False) for part in x.split(batch_size)])
 
@@ -243,6 +251,30 @@ class Client:
             self.accuracy(*task.test, number) if number in begun and task.test is not None else float("nan")
             for number, task in enumerate(self.tasks)
         ]
+
+    def about(self, task: int) -> dict[str, Any]:
+        """Tell what there is to know of a task that was begun.
+
+        Returns
+        -------
+        ``density``, the share of its part's entries that are kept, NaN without a part; ``attention``, what the parts
+        of others weigh, by layer and by their client and task; ``accuracy_alone``, on the test examples without
+        these, NaN if there are none.
+        """
+        parts = self.model.part(task)
+        kept, all_ = sum(len(part.index) for part in parts.values()), self.layout.elements()
+        slots, attention = self.model.attention(task)
+        test = self.tasks[task].test
+        alone = float("nan")
+        if test is not None and slots:
+            alone = float((self.predict(test[0], task, foreign=False).argmax(1) == test[1]).double().mean())
+        return {
+            "density": kept / all_ if parts else float("nan"),
+            "attention": {
+                layer: dict(zip(slots, weights.tolist(), strict=True)) for layer, weights in attention.items()
+            },
+            "accuracy_alone": alone,
+        }
 
     def export(self, task: int) -> nn.Module:
         """Return a plain network with the weights of a task."""

@@ -410,8 +410,14 @@ class DecomposedModel:
         }
 
     @torch.no_grad()
-    def weights(self, task: int) -> Tensors:
-        """Return equation (W) of a task with the base as it is now, and adaptive parts cut off, by layer."""
+    def weights(self, task: int, *, foreign: bool = True) -> Tensors:
+        """Return equation (W) of a task with the base as it is now, and adaptive parts cut off, by layer.
+
+        Parameters
+        ----------
+        task : that was begun
+        foreign : with the parts of others
+        """
         if self.running is not None and task == self.running[0]:
             running = self.running[1]
             cut = {name: part * (part.abs() > self.threshold) for name, part in running.adaptive.items()}
@@ -420,7 +426,9 @@ class DecomposedModel:
                     base.detach(),
                     gate(running.mask[name]) if running.mask else None,
                     cut.get(name),
-                    running.received[name].weighted_sum(running.attention[name]) if running.received else None,
+                    running.received[name].weighted_sum(running.attention[name])
+                    if running.received and foreign
+                    else None,
                 )
                 for name, base in self.base.items()
             }
@@ -431,7 +439,7 @@ class DecomposedModel:
         for name, base in self.base.items():
             weight = effective_weight(base.detach(), done.gates.get(name)).clone()
             parts = [self._moved(done, name)] if name in done.adaptive else []
-            parts += [done.foreign[name]] if name in done.foreign else []
+            parts += [done.foreign[name]] if foreign and name in done.foreign else []
             for part in parts:
                 weight.view(-1).index_add_(0, part.index, part.values)
             found[name] = weight
@@ -488,6 +496,16 @@ class DecomposedModel:
         done = self.finished[task]
         return {name: self._moved(done, name) for name in done.adaptive}
 
+    def attention(self, task: int) -> tuple[tuple[tuple[str, int], ...], Tensors]:
+        """Return whose parts a task received, and what they weigh, ``(slots,)`` by layer; nothing if it received none.
+
+        Parameters
+        ----------
+        task : that was begun
+        """
+        part = self._part(task)
+        return part.slots, {name: weights.detach() for name, weights in part.attention.items()}
+
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """Return copies of all tensors by flat names, and what else there is for JSON."""
         found: Tensors = {}
@@ -526,8 +544,13 @@ class DecomposedModel:
 
         def take(prefix: str) -> Tensors:
             start = f"{prefix}/"
-            return {name[len(start) :]: value.clone() for name, value in tensors.items() if name.startswith(start)}
+            return {
+                name[len(start) :]: value.to(device, copy=True)
+                for name, value in tensors.items()
+                if name.startswith(start)
+            }
 
+        device = next(iter(self.base.values())).device
         base = take("base")
         if {name: tuple(value.shape) for name, value in base.items()} != dict(self.layout.layers):
             raise ModelMismatchError("the state is of a network with other layers")
