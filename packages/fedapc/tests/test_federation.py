@@ -586,3 +586,30 @@ def test_a_network_that_does_not_return_logits_is_named():
     server = Server(initial_base(net, client.layout), {"a": 1}, rounds=1)
     with pytest.raises(ModelMismatchError, match=r"returns \(24,\), expected \(8, 3\): its head '1' has to come last"):
         client.answer(server.requests()["a"])
+
+
+def test_a_frozen_base_stays_what_the_server_drew():
+    learning = dataclasses.replace(LEARNING, train_base=False)
+    made, server = federation(clients=2, tasks=2, learning=learning)
+    before = {name: value.clone() for name, value in server.base.items()}
+    simulate(made, server)
+    for name, value in before.items():
+        assert torch.equal(server.base[name], value)
+        assert all(torch.equal(client.model.base[name], value) for client in made)
+    assert made[0].model.running is not None
+
+
+def test_without_the_parts_of_others():
+    clients, _ = run(clients=2, tasks=2)
+    model, x = clients["a"].model, torch.randn(5, 6)
+    about = clients["a"].about(1)
+    assert set(about["attention"]) == set(model.layout.layers)
+    assert all(list(slots) == [("b", 0)] for slots in about["attention"].values())
+    own, whole = model.weights(1, foreign=False), model.weights(1)
+    running = model.running[1]
+    for name in own:
+        foreign = running.received[name].weighted_sum(running.attention[name]).detach()
+        torch.testing.assert_close(own[name] + foreign, whole[name])
+    assert not torch.equal(clients["a"].predict(x, 1), clients["a"].predict(x, 1, foreign=False))
+    assert torch.equal(clients["a"].predict(x, 0), clients["a"].predict(x, 0, foreign=False))
+    assert clients["a"].about(0)["attention"] == {}

@@ -53,6 +53,7 @@ class Learning:
     weight_decay : of the task's part and mask, and of the base in a client's first task
     threshold : what an entry of a part has to exceed to be kept, evaluated and sent
     mask, adaptive, transfer, adaptive_init, adaptive_factor, attention_init : see `DecomposedModel`
+    train_base : else it stays what the server drew, and tasks have nothing in common but the parts they share
     upload_fraction, score : see `fedapc.selection.rows_to_send`
     share_adaptive : send adaptive parts when asked
 
@@ -84,6 +85,7 @@ class Learning:
     adaptive_init: AdaptiveInit = "scaled"
     adaptive_factor: float = 3.0
     attention_init: AttentionInit = "zeros"
+    train_base: bool = True
     upload_fraction: float = 0.3
     score: Score = "gated_norm"
     share_adaptive: bool = True
@@ -405,7 +407,7 @@ class Client:
         learning, task = self.learning, self.tasks[message.task]
         running = self._running()
         for base in self.model.base.values():
-            base.requires_grad_()
+            base.requires_grad_(learning.train_base)
         begun = {name: base.detach().clone() for name, base in self.model.base.items()} if learning.proximal else {}
         self._let_past_parts_move()
         slopes = {
@@ -492,7 +494,8 @@ class Client:
 
     def _optimizer(self, running: RunningTask) -> torch.optim.Optimizer:
         decay = self.learning.weight_decay
-        bases, first = list(self.model.base.values()), not self.model.finished
+        bases = list(self.model.base.values()) if self.learning.train_base else []
+        first = not self.model.finished
         decayed = [*running.adaptive.values(), *running.mask.values(), *(bases if first else [])]
         free = [*running.own.values(), *([] if first else bases)]
         free += [*self.model.compensation.values(), *self._retention.moved.values()]
