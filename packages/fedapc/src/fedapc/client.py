@@ -14,19 +14,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedapc import messages, wire
-from fedapc.decomposition import AdaptiveInit, AttentionInit, DecomposedModel, Layout, RunningTask, Transfer
+from fedapc.decomposition import (
+    AdaptiveInit,
+    AttentionInit,
+    DecomposedModel,
+    Layout,
+    RunningTask,
+    Transfer,
+    fingerprint,
+)
 from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TrainingDivergedError
 from fedapc.objective import RetroactivePenalty, l1_norm, proximal_step
 from fedapc.seeds import derive, generator
-from fedapc.selection import Score, rows_to_send
+from fedapc.selection import rows_to_send
 from fedapc.sparse import SparseTensor
 from fedapc.states import State, bytes_of, described, description, tensor_of
 from fedapc.tasks import Task
 from shared_core.errors import InputError
 
 __all__ = ["Client", "Learning", "Retroactive"]
-
-Retroactive = Literal["shared", "joint", "none"]
 
 
 @dataclass(frozen=True)
@@ -329,7 +335,7 @@ class Client:
     def _check(self, message: messages.Message) -> None:
         if message.kind != "request" or message.client != self.name:
             raise ProtocolError(f"client '{self.name}': got a message '{message.kind}' of client '{message.client}'")
-        if message.layout != self.layout.fingerprint():
+        if message.layout != fingerprint(self._expected()):
             raise ModelMismatchError(
                 f"client '{self.name}': the server's network has other layers than this one's,"
                 f" {', '.join(f'{name} {shape}' for name, shape in self.layout.layers.items())}"
@@ -358,13 +364,17 @@ class Client:
         self._round = message.round
         return self._update(message)
 
+    def _expected(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what a request brings, in the order it is sent in."""
+        return self.layout.layers
+
     def _read_base(self, message: messages.Message) -> dict[str, tuple[Tensor, Tensor]]:
-        sections = message.of_kind("base")
-        if len(sections) != 1 or len(sections[0].tensors) != len(self.layout.layers):
-            raise ProtocolError(f"client '{self.name}': expected one base of {len(self.layout.layers)} layers")
+        sections, expected = message.of_kind("base"), self._expected()
+        if len(sections) != 1 or len(sections[0].tensors) != len(expected):
+            raise ProtocolError(f"client '{self.name}': expected one base of {len(expected)} layers")
         return {
             name: wire.decode(blob, shape=tuple(shape), limit=wire.MOST_ELEMENTS, finite=True).by_rows()
-            for (name, shape), blob in zip(self.layout.layers.items(), sections[0].tensors, strict=True)
+            for (name, shape), blob in zip(expected.items(), sections[0].tensors, strict=True)
         }
 
     def _load(self, received: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -433,6 +443,7 @@ class Client:
                         distance = (self.model.base[name] - at).square().sum()
                         loss = loss + 0.5 * learning.proximal * distance
                     loss.backward()
+                    self._correct()
                     optimizer.step()
                     if learning.l1_solver == "prox":
                         proximal_step(optimizer, sparse, learning.sparsity)
@@ -477,6 +488,9 @@ class Client:
             else:
                 loss = loss + learning.retention * penalty.frozen(base)
         return loss
+
+    def _correct(self) -> None:
+        """Change the gradients before a step, for methods that do."""
 
     def _let_past_parts_move(self) -> None:
         """Begin a round with the parts of past tasks where the last one left them."""
@@ -533,14 +547,17 @@ class Client:
         assert self.model.running is not None
         return self.model.running[1]
 
-    def _update(self, message: messages.Message) -> bytes:
+    def _upload(self) -> tuple[bytes, ...]:
+        """Write what of the base is sent."""
         running = self._running()
         rows = {
             name: rows_to_send(base, running.mask.get(name), self.learning.upload_fraction, self.learning.score)
             for name, base in self.model.base.items()
         }
-        blobs = tuple(wire.encode(base, rows=rows[name]) for name, base in self.model.base.items())
-        sections = [messages.Section("base", self.name, message.task, blobs)]
+        return tuple(wire.encode(base, rows=rows[name]) for name, base in self.model.base.items())
+
+    def _update(self, message: messages.Message) -> bytes:
+        sections = [messages.Section("base", self.name, message.task, self._upload())]
         if self.learning.share_adaptive and self.learning.adaptive:
             known = [task for task in message.wanted if task in self.model.tasks]
             for task in known:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from fedapc.choices import AdaptiveInit, AttentionInit, Norm, Transfer
 from fedapc.errors import ModelMismatchError, TaskError
 from fedapc.seeds import generator
 from fedapc.sparse import SparseStack, SparseTensor
@@ -42,10 +43,6 @@ __all__ = [
     "initial_base",
 ]
 
-Transfer = Literal["learned", "mean", "none"]
-AdaptiveInit = Literal["scaled", "zeros"]
-AttentionInit = Literal["scaled", "zeros"]
-Norm = Literal["refuse", "per_task", "frozen"]
 Tensors = dict[str, Tensor]
 
 _LARGEST_LOGIT = 30.0

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fedapc.choices import Score, sampled_parts
 from fedapc.seeds import generator
 from shared_core.errors import InputError
 
 __all__ = ["KnowledgeBase", "Score", "aggregate", "rows_to_send", "top_rows"]
 
-Score = Literal["gated_norm", "abs_raw_mask"]
 _Key = tuple[str, int]
 
 
@@ -113,11 +111,8 @@ class KnowledgeBase:
     """
 
     def __init__(self, policy: str = "last", seed: int = 0) -> None:
-        sample = re.fullmatch(r"sample:([1-9]\d{0,8})", policy)
-        if policy not in {"last", "last+self", "all", "none"} and not sample:
-            raise InputError(f"kb_policy: '{policy}'; choose last, last+self, all, none or sample:K, e.g. sample:5")
+        self._sample = sampled_parts(policy)
         self.policy = policy
-        self._sample = int(sample[1]) if sample else None
         self._seed = seed
         self._parts: dict[_Key, tuple[bytes, ...]] = {}
 

@@ -1,0 +1,189 @@
+"""What a federation learned: accuracies of every client after every task, bytes, and who listened to whom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from fedapc import metrics
+from fedapc.ledger import Ledger
+from shared_core.errors import InputError, UnknownKeyError
+from shared_core.runs import atomic_path, write_json
+
+__all__ = ["Attention", "Report"]
+
+# By layer, then by the part listened to: its client and task.
+Attention = dict[str, dict[tuple[str, int], float]]
+_FILE, _LEDGER = "report.json", "ledger.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What `Federation.fit` returns.
+
+    Parameters
+    ----------
+    clients : in their order, that of the first axis of `matrix`
+    tasks : names of each client's tasks
+    matrix : accuracies ``(clients, tasks, tasks)``: of a client on its task i after it finished its task t, in 0..1;
+        NaN for ``i > t`` and tasks it has not
+    ledger : of all messages
+    attentions : by client and task, what the parts of others weigh
+    gains : ``(clients, tasks)``, accuracy on a task when it was finished, less that without the parts of others
+    densities : ``(clients, tasks)``, share of the entries of a task's part that are kept; NaN without parts
+    method : that was run
+    seconds : it took
+
+    Examples
+    --------
+    >>> matrix = np.array([[[0.9, np.nan], [0.8, 0.7]]])
+    >>> report = Report(("a",), {"a": ("first", "second")}, matrix, Ledger())
+    >>> round(report.accuracy, 3), round(report.forgetting, 3)
+    (0.75, 0.1)
+    """
+
+    clients: tuple[str, ...]
+    tasks: Mapping[str, tuple[str, ...]]
+    matrix: Float64[np.ndarray, "clients tasks tasks"]
+    ledger: Ledger = field(repr=False)
+    attentions: Mapping[tuple[str, int], Attention] = field(
+        default_factory=dict[tuple[str, int], Attention], repr=False
+    )
+    gains: Float64[np.ndarray, "clients tasks"] = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
+    densities: Float64[np.ndarray, "clients tasks"] = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
+    method: str = "fedapc"
+    seconds: float = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy on all tasks of all clients when all is over."""
+        return metrics.average_accuracy(self.matrix)
+
+    @property
+    def forgetting(self) -> float:
+        """Mean over clients of what the best accuracy on earlier tasks is above the last."""
+        return metrics.forgetting(self.matrix)
+
+    @property
+    def backward_transfer(self) -> float:
+        """Mean change of the accuracy on a task since it was finished."""
+        return metrics.backward_transfer(self.matrix)
+
+    @property
+    def learning_accuracy(self) -> float:
+        """Mean accuracy on a task when it was finished."""
+        return metrics.learning_accuracy(self.matrix)
+
+    @property
+    def transfer_gain(self) -> float:
+        """Mean of `gains` over the tasks that received parts of others; NaN if none did."""
+        known = self.gains[~np.isnan(self.gains)]
+        return float(known.mean()) if known.size else float("nan")
+
+    @property
+    def density(self) -> float:
+        """Mean share of the entries of the parts of tasks that are kept; NaN without parts."""
+        known = self.densities[~np.isnan(self.densities)]
+        return float(known.mean()) if known.size else float("nan")
+
+    def attention(self, client: str, task: int) -> Attention:
+        """Return what the parts of others weigh for a client's task, by layer; empty if it received none.
+
+        Raises
+        ------
+        UnknownKeyError
+            For a client or a task there is none of.
+        """
+        self._known(client, task)
+        return self.attentions.get((client, task), {})
+
+    def of_client(self, client: str) -> Float64[np.ndarray, "tasks tasks"]:
+        """Return a client's own accuracies, without tasks it has not."""
+        self._known(client, 0)
+        count = len(self.tasks[client])
+        return self.matrix[self.clients.index(client), :count, :count]
+
+    def _known(self, client: str, task: int) -> None:
+        if client not in self.clients:
+            raise UnknownKeyError(f"there is no client '{client}'; there are {', '.join(self.clients)}")
+        if not 0 <= task < len(self.tasks[client]):
+            raise UnknownKeyError(f"client '{client}' has no task {task}; it has 0..{len(self.tasks[client]) - 1}")
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``report.json`` and ``ledger.jsonl`` into a folder."""
+        write_json(
+            Path(folder) / _FILE,
+            {
+                "method": self.method,
+                "seconds": self.seconds,
+                "clients": list(self.clients),
+                "tasks": {client: list(names) for client, names in self.tasks.items()},
+                "matrix": _plain(self.matrix),
+                "gains": _plain(self.gains),
+                "densities": _plain(self.densities),
+                "attention": [
+                    {"client": client, "task": task, "layer": layer, "of": of, "of_task": of_task, "weight": weight}
+                    for (client, task), layers in self.attentions.items()
+                    for layer, slots in layers.items()
+                    for (of, of_task), weight in slots.items()
+                ],
+            },
+        )
+        with atomic_path(Path(folder) / _LEDGER) as temporary:
+            temporary.write_text(self.ledger.to_jsonl(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        InputError
+            For a folder without these files, or files that are damaged.
+        """
+        file = Path(folder) / _FILE
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            ledger = Ledger.from_jsonl((Path(folder) / _LEDGER).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; give the run folder of 'fedapc fit'") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: byte {error.start} is not UTF-8 text; it is damaged") from error
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file}: line {error.lineno} is no JSON ({error.msg}); it is damaged") from error
+        try:
+            attentions: dict[tuple[str, int], Attention] = {}
+            for row in found["attention"]:
+                layers = attentions.setdefault((row["client"], row["task"]), {})
+                layers.setdefault(row["layer"], {})[row["of"], row["of_task"]] = float(row["weight"])
+            clients = tuple(found["clients"])
+            tasks = {client: tuple(found["tasks"][client]) for client in clients}
+            most = max(map(len, tasks.values()))
+            return cls(
+                clients,
+                tasks,
+                _array(found["matrix"], (len(clients), most, most)),
+                ledger,
+                attentions,
+                _array(found["gains"], (len(clients), most)),
+                _array(found["densities"], (len(clients), most)),
+                found["method"],
+                float(found["seconds"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file}: is no report of a federation ({error}); it is damaged") from error
+
+
+def _plain(values: Float64[np.ndarray, "..."]) -> Any:
+    """Turn an array into lists, with none for NaN, which JSON has not."""
+    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+
+
+def _array(values: Any, shape: tuple[int, ...]) -> Float64[np.ndarray, "..."]:
+    return np.array(values, dtype=object).astype(np.float64).reshape(shape)
