@@ -14,15 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedapc import messages, wire
-from fedapc.decomposition import (
-    AdaptiveInit,
-    AttentionInit,
-    DecomposedModel,
-    Layout,
-    RunningTask,
-    Transfer,
-    fingerprint,
-)
+from fedapc.choices import AdaptiveInit, AttentionInit, Retroactive, Score, Transfer
+from fedapc.decomposition import DecomposedModel, Layout, RunningTask, fingerprint
 from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TrainingDivergedError
 from fedapc.objective import RetroactivePenalty, l1_norm, proximal_step
 from fedapc.seeds import derive, generator
@@ -32,7 +25,7 @@ from fedapc.states import State, bytes_of, described, description, tensor_of
 from fedapc.tasks import Task
 from shared_core.errors import InputError
 
-__all__ = ["Client", "Learning", "Retroactive"]
+__all__ = ["Client", "Learning"]
 
 
 @dataclass(frozen=True)
