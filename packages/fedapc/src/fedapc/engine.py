@@ -9,14 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from fedapc.client import Client
 from fedapc.errors import TrainingDivergedError
 from fedapc.ledger import Ledger
-from fedapc.server import Server
+from fedapc.roles import Coordinator, Participant
 from shared_core.errors import InputError
 
 __all__ = ["Channel", "Fleet", "LocalFleet", "ProcessFleet", "simulate"]
@@ -25,6 +24,7 @@ Request = Callable[[str], bytes]
 # What of a client's answer arrives, of (client, round, answer): nothing, something else, several things.
 Channel = Callable[[str, int, bytes], Iterable[bytes]]
 _FAULTS = (InputError, TrainingDivergedError)
+_Coordinator = TypeVar("_Coordinator", bound=Coordinator)
 
 
 @runtime_checkable
@@ -51,8 +51,8 @@ class LocalFleet:
         For two clients of one name.
     """
 
-    def __init__(self, clients: Iterable[Client], workers: int = 1) -> None:
-        self.clients: dict[str, Client] = {}
+    def __init__(self, clients: Iterable[Participant], workers: int = 1) -> None:
+        self.clients: dict[str, Participant] = {}
         for client in clients:
             if client.name in self.clients:
                 raise InputError(f"two clients are named '{client.name}'")
@@ -92,7 +92,7 @@ class ProcessFleet:
     ...     fleet.call("a", "accuracy", x, y, task=0)
     """
 
-    def __init__(self, build: Callable[[str], Client], names: Sequence[str], workers: int = 2) -> None:
+    def __init__(self, build: Callable[[str], Participant], names: Sequence[str], workers: int = 2) -> None:
         if workers < 1:
             raise InputError(f"workers: {workers}, expected at least 1")
         context = multiprocessing.get_context("spawn")
@@ -164,12 +164,12 @@ class ProcessFleet:
 
 
 def simulate(
-    clients: Fleet | Iterable[Client],
-    server: Server,
+    clients: Fleet | Iterable[Participant],
+    server: _Coordinator,
     *,
     rounds: int | None = None,
     channel: Channel | None = None,
-    after_round: Callable[[Server], None] | None = None,
+    after_round: Callable[[_Coordinator], None] | None = None,
 ) -> Ledger:
     """Run a federation to its end; the same seeds give the same bits.
 
@@ -204,14 +204,14 @@ def simulate(
     return server.ledger
 
 
-def _answer(client: Client, request: bytes) -> bytes | Exception:
+def _answer(client: Participant, request: bytes) -> bytes | Exception:
     try:
         return client.answer(request)
     except _FAULTS as error:
         return error
 
 
-def _serve(pipe: Connection, build: Callable[[str], Client], names: Sequence[str]) -> None:
+def _serve(pipe: Connection, build: Callable[[str], Participant], names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     clients = {name: build(name) for name in names}
     while True:

@@ -132,13 +132,27 @@ class Server:
         if client not in self.selected():
             raise ProtocolError(f"client '{client}' is not of round {self.round}")
         self._open = True
-        new = not self._heard[client]
-        if new not in self._encoded:
-            self._encoded[new] = {
-                name: wire.encode(value) if new or self._keep_unsent else wire.encode(value, rows=self._sent[name])
-                for name, value in self.base.items()
-            }
-        return self._request(client, self._encoded[new])
+        return self._request(client, self._outgoing(client))
+
+    def open(self) -> None:
+        """Open the round without a request, for one that nobody can be asked in.
+
+        Raises
+        ------
+        ProtocolError
+            When all rounds are over.
+        """
+        if self.done:
+            raise ProtocolError(f"all {self.round} rounds are over")
+        self._open = True
+
+    def known(self, client: str) -> bool:
+        """Tell whether an update of a client was ever used, so that it has a state to go on from."""
+        return bool(self._heard[client])
+
+    def forget(self, client: str) -> None:
+        """Take a client that has lost its state for one that begins: it is sent all, and asked for no past parts."""
+        self._heard[client] = set()
 
     def receive(self, sender: str, blob: bytes) -> bool:
         """Take what came from a client; what cannot be used is written into the ledger, and refused as a whole.
@@ -196,8 +210,7 @@ class Server:
             self.ledger.add(Entry(self.round, client, self.task, "up", "control", event="no_answer"))
         used = sorted(self._answers)
         updates = [messages.unpack(self._answers[client]) for client in used]
-        for place, (name, previous) in enumerate(self.base.items()):
-            self.base[name], self._sent[name] = aggregate(previous, _rows_of(updates, place))
+        self._merge(updates)
         for message in updates:
             self._heard[message.client].add(message.task)
             for section in message.of_kind("adaptive"):
@@ -252,6 +265,26 @@ class Server:
             self.knowledge.add(client, task, tuple(blobs))
         self.ledger = Ledger.from_jsonl(bytes_of(state["ledger"]).decode())
 
+    def _outgoing(self, client: str) -> Mapping[str, bytes]:
+        """Write the base as it is sent to a client."""
+        new = not self._heard[client]
+        if new not in self._encoded:
+            self._encoded[new] = {
+                name: wire.encode(value) if new or self._keep_unsent else wire.encode(value, rows=self._sent[name])
+                for name, value in self.base.items()
+            }
+        return self._encoded[new]
+
+    def _merge(self, updates: list[Message]) -> None:
+        """Make a new base of the updates, which are in the order of their clients."""
+        for place, (name, previous) in enumerate(self.base.items()):
+            self.base[name], self._sent[name] = aggregate(previous, _rows_of(updates, place))
+
+    def _objection(self, message: Message) -> str:
+        """Tell what else is wrong with a well-formed update, for servers that ask for more; here nothing is."""
+        del message
+        return ""
+
     def _wanted(self, client: str) -> tuple[int, ...]:
         if self.knowledge.policy == "none":
             return ()
@@ -300,6 +333,8 @@ class Server:
             if section.client != sender:
                 raise _RefusedError("misplaced", f"a part of client '{section.client}'")
             self._check_tensors(section)
+        if why := self._objection(message):
+            raise _RefusedError("misplaced", why)
         return message
 
     def _check_place(self, sender: str, message: Message) -> None:
