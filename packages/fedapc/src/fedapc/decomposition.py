@@ -540,14 +540,21 @@ class DecomposedModel:
         """
 
         def take(prefix: str) -> Tensors:
-            start = f"{prefix}/"
+            # In the order of the network, which parts are sent in: safetensors sorts what it writes.
             return {
-                name[len(start) :]: value.to(device, copy=True)
-                for name, value in tensors.items()
-                if name.startswith(start)
+                name: tensors[f"{prefix}/{name}"].to(device, copy=True)
+                for name in names
+                if f"{prefix}/{name}" in tensors
             }
 
-        device = next(iter(self.base.values())).device
+        layout, device = self.layout, next(iter(self.base.values())).device
+        names = (
+            *layout.layers,
+            *layout.own,
+            *layout.buffers,
+            f"{layout.head}.weight",
+            f"{layout.head}.bias",
+        )
         base = take("base")
         if {name: tuple(value.shape) for name, value in base.items()} != dict(self.layout.layers):
             raise ModelMismatchError("the state is of a network with other layers")

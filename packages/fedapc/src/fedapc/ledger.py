@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
 from shared_core.errors import InputError
@@ -86,6 +86,23 @@ class Ledger:
     def add(self, entry: Entry) -> None:
         """Append an entry."""
         self._entries.append(entry)
+
+    def carried(self, extra: int) -> None:
+        """Write down what a transport adds to the last message.
+
+        Parameters
+        ----------
+        extra : bytes, besides those of the message
+
+        Examples
+        --------
+        >>> ledger = Ledger([Entry(0, "a", 0, "up", "control", encoded_bytes=50, messages=1)])
+        >>> ledger.carried(11)
+        >>> ledger.total("encoded_bytes"), ledger.total("wire_bytes")
+        (50, 61)
+        """
+        last = next(place for place in reversed(range(len(self))) if self._entries[place].messages)
+        self._entries[last] = replace(self._entries[last], wire_bytes=self._entries[last].wire_bytes + extra)
 
     def total(self, amount: Amount = "encoded_bytes", **where: object) -> int:
         """Sum an amount over the entries whose fields have the values given."""
