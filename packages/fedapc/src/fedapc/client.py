@@ -347,7 +347,8 @@ class Client:
             if running is not None:
                 self.model.finish()
             self._retention = _Retention()
-            if self.model.finished and self.learning.retention:
+            # Without the penalty, the L1 norm still moves past parts that are free to move.
+            if self.model.finished and (self.learning.retention or self.learning.retroactive != "none"):
                 self._take_anchors(self.model.base)
             self._load(received)
             self._begin(message)
