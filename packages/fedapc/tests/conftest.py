@@ -14,6 +14,7 @@ source = Path(__file__).parent.parent / "src"
 sys.path[:0] = [str(source), str(Path(__file__).parent)]
 
 modules = [path.stem for path in (source / "fedapc").glob("*.py") if path.stem not in {"__init__", "cli"}]
+modules.append("baselines")
 jaxtyping.install_import_hook([f"fedapc.{name}" for name in modules], typechecker="beartype.beartype")
 
 
