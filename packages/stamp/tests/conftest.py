@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # for zoo.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-# All but cli.py, whose annotations name things that only its commands import, and networks.py, whose forward passes
-# run on the proxies of torch.fx.
+# Modules that have shapes in their signatures; the types of others, which pyright checks, are checked no better for the
+# price of a call. Not networks.py, whose forward passes run on the proxies of torch.fx.
+source = Path(next(iter(stamp.__path__)))
 modules = [
-    path.stem
-    for path in Path(next(iter(stamp.__path__))).glob("[!_]*")
-    if (path.suffix == ".py" or path.is_dir()) and path.stem not in {"cli", "networks"}
+    ".".join(path.relative_to(source).with_suffix("").parts)
+    for path in source.rglob("*.py")
+    if "from jaxtyping import" in path.read_text(encoding="utf-8") and path.stem != "networks"
 ]
 jaxtyping.install_import_hook([f"stamp.{name}" for name in modules], typechecker="beartype.beartype")
 

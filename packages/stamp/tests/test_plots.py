@@ -36,6 +36,7 @@ METHODS = (
     "torch-pruning-taylor",
     "metapruning",
 )
+VARIANTS = ("as it is", "head mlp", "attention, 1 pseudo-instance", "3 inner steps from class means")
 LONG = "features.block{}.convolution.weight_of_the_layer"
 
 
@@ -209,6 +210,9 @@ EVERY = {
     "comparison_grid": lambda path: plots.plot_comparison(results(("mnist", "optdigits"), methods=METHODS[:8]), path),
     "comparison_of_many": lambda path: plots.plot_comparison(
         results(metrics=[f"metric_{k}" for k in range(5)], methods=METHODS[:4]), path
+    ),
+    "comparison_of_variants": lambda path: plots.plot_comparison(
+        results(metrics=("accuracy", "steps", "overlap with masks for other data"), methods=VARIANTS), path
     ),
     "comparison_of_one": lambda path: plots.plot_comparison(results(metrics=("accuracy",), methods=("l1",)), path),
     "latency": lambda path: plots.plot_latency(times(), path, title="cpu, batch 64"),

@@ -384,7 +384,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     return Outcome([*shown, *rows], found.claims, notes)
 
 
-_DRAWN = ("accuracy", "batch of")
+_DRAWN = ("accuracy", "batch of", "overlap with")
 
 
 def _draw_comparison(session: Session, results: Sequence[Result], name: str = "comparison.png") -> None:
@@ -725,7 +725,6 @@ class AblateConfig(ProtocolOptions):
 def ablate(config: AblateConfig, session: Session) -> Outcome:
     """Vary the generator, one choice at a time: how good its masks are, and whether they differ between data sets."""
     from stamp import experiments
-    from stamp.plots import plot_comparison
 
     protocol, budget = _protocol(config), _budget(config.budget, "macs")
     kinds = experiments.variants(protocol, config.vary)
@@ -760,8 +759,7 @@ def ablate(config: AblateConfig, session: Session) -> Outcome:
             advance=lambda note, done: advance(done, note=note),
         )
     write_json(session.run.artifact(_CELLS), {"variants": cells})
-    drawn = [row for row in results if row.unit == "%" or row.metric.startswith("overlap")]
-    plot_comparison(drawn, session.run.artifact("comparison.png"))
+    _draw_comparison(session, results)
     return Outcome(results, notes=notes)
 
 

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -245,21 +246,20 @@ def _uses(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> dict[st
         if isinstance(m, nn.MultiheadAttention | NarrowAttention)
     }
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = [*args, *kwargs.values()]
-            shapes = [tuple(x.shape) for x in given if isinstance(x, Tensor)]
-            out = output[0] if isinstance(output, tuple) else output
-            found.setdefault(name, (module, []))[1].append((*shapes[:3], tuple(out.shape)))
-
-        return hook
-
     for name, module in copied.named_modules():
         if isinstance(module, LAYERS) and name not in inner:
-            module.register_forward_hook(note(name), with_kwargs=True)
+            module.register_forward_hook(partial(_note, found, name), with_kwargs=True)
     with torch.no_grad():
         copied(*inputs)
     return found
+
+
+def _note(
+    found: dict[str, tuple[nn.Module, Uses]], name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
+    shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    out = output[0] if isinstance(output, tuple) else output
+    found.setdefault(name, (module, []))[1].append((*shapes[:3], tuple(out.shape)))
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -1083,7 +1083,7 @@ def variants(protocol: Protocol, names: Sequence[str] = ("encoder", "head", "pse
                 for number in (1, 8, 32):
                     changed = replace(protocol, encoder="attention", pseudo=number)
                     if changed not in found.values():
-                        found[f"attention, {number} pseudo-instances"] = changed
+                        found[f"attention, {number} pseudo-instance{'s' * (number > 1)}"] = changed
             case "inner":
                 for label, changes in (
                     ("no inner steps, class means", {"inner": "class-mean", "inner_steps": 0}),

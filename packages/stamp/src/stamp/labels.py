@@ -439,11 +439,8 @@ class Labeller(fx.Interpreter):
         return joined.expand(value.shape)
 
     def _reshaped(self, n: fx.Node, name: str, value: Any) -> Any:
-        def get(node: fx.Node) -> Any:
-            return self._labels[node] if self._labels[node] is not None else self.env_of(node)
-
-        args: Any = map_arg(n.args, get)
-        kwargs: Any = map_arg(n.kwargs, get)
+        args: Any = map_arg(n.args, self._labels_or_value)
+        kwargs: Any = map_arg(n.kwargs, self._labels_or_value)
         if name == "getitem":
             args = (args[0], map_arg(n.args[1], self.env_of))
             if isinstance(args[0], tuple):
@@ -460,6 +457,9 @@ class Labeller(fx.Interpreter):
             function: Any = n.target
             moved = function(*args, **kwargs)
         return tuple(map(_compact, moved)) if isinstance(moved, tuple | list) else _compact(moved)
+
+    def _labels_or_value(self, node: fx.Node) -> Any:
+        return self._labels[node] if self._labels[node] is not None else self.env_of(node)
 
     def env_of(self, node: fx.Node) -> Any:
         """Return the value of a node that is still needed."""

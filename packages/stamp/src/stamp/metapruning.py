@@ -275,6 +275,8 @@ class _Search:
         generator: torch.Generator,
     ) -> None:
         self.widths = widths
+        # The summand keeps 0.29 * 100 from falling to 28.
+        self.scaled = [[max(1, min(width, int(width * s + 1e-9))) for s in scales] for width in widths.values()]
         self.scores = scores
         self.cost = cost
         self.scales = scales
@@ -291,14 +293,10 @@ class _Search:
             )
 
     def widths_of(self, choice: Choice) -> dict[str, int]:
-        return {name: self._scaled(width, at) for (name, width), at in zip(self.widths.items(), choice, strict=True)}
+        return {name: scaled[at] for name, scaled, at in zip(self.widths, self.scaled, choice, strict=True)}
 
     def shares_of(self, choice: Choice) -> dict[str, float]:
         return {name: kept / self.widths[name] for name, kept in self.widths_of(choice).items()}
-
-    def _scaled(self, width: int, at: int) -> int:
-        # The summand keeps 0.29 * 100 from falling to 28.
-        return max(1, min(width, int(width * self.scales[at] + 1e-9)))
 
     def keep(self, choice: Choice) -> Keep:
         return widths_like(self.scores, self.widths_of(choice))
@@ -315,18 +313,17 @@ class _Search:
     def fitted(self, choice: Choice) -> Choice:
         """Shift all places alike, as far up as the budget allows; of places with the same width, take the first."""
         most = len(self.scales) - 1
-
-        def shifted(by: int) -> Choice:
-            return tuple(min(most, max(0, at + by)) for at in choice)
-
         low, high = -most, most
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.share(shifted(middle)) <= self.budget else (low, middle - 1)
-        return tuple(
-            next(first for first in range(at + 1) if self._scaled(width, first) == self._scaled(width, at))
-            for width, at in zip(self.widths.values(), shifted(low), strict=True)
-        )
+            fits = self.share(self._shifted(choice, middle)) <= self.budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        shifted = zip(self.scaled, self._shifted(choice, low), strict=True)
+        return tuple(scaled.index(scaled[at]) for scaled, at in shifted)
+
+    def _shifted(self, choice: Choice, by: int) -> Choice:
+        most = len(self.scales) - 1
+        return tuple(min(most, max(0, at + by)) for at in choice)
 
     def drawn(self, number: int, known: Collection[Choice]) -> list[Choice]:
         return self._new(number, known, self.anything)

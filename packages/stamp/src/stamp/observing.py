@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,25 +170,29 @@ def _channels(
 
 def _pooled(pieces: list[tuple[Slot, Tensor]], width: int) -> tuple[Features, Bool[Tensor, " width"]]:
     """Pool over all that the slots hold of each channel, and say which channels they hold."""
-
-    def summed(function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        parts = [
-            functional.pad(
-                function(values, slice(slot.start, slot.start + slot.count)).sum(-1),
-                (slot.start, width - slot.start - slot.count),
-            )
-            for slot, values in pieces
-        ]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
-    number = summed(lambda values, _: torch.ones_like(values[0]))
+    number = _summed(pieces, width, lambda values, _: torch.ones_like(values[0]))
     count = number.clamp_min(1)
-    mean = summed(lambda values, _: values) / count
-    variance = summed(lambda values, at: (values - mean[:, at, None]).square()) / count
+    mean = _summed(pieces, width, lambda values, _: values) / count
+    variance = _summed(pieces, width, lambda values, at: (values - mean[:, at, None]).square()) / count
     spread = variance > 0
     # The root of 0 has no finite gradient.
     std = torch.where(spread, variance, 1.0).sqrt() * spread
-    return Features(mean, std, summed(lambda values, _: (values != 0).to(values.dtype)) / count), number > 0
+    nonzero = _summed(pieces, width, lambda values, _: (values != 0).to(values.dtype)) / count
+    return Features(mean, std, nonzero), number > 0
+
+
+def _summed(
+    pieces: list[tuple[Slot, Tensor]], width: int, function: Callable[[Tensor, slice], Tensor]
+) -> Float[Tensor, "*examples {width}"]:
+    """Add up a function of the values of each channel over all slots that hold some of them."""
+    parts = [
+        functional.pad(
+            function(values, slice(slot.start, slot.start + slot.count)).sum(-1),
+            (slot.start, width - slot.start - slot.count),
+        )
+        for slot, values in pieces
+    ]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 def _merged(old: Features, new: Features, where: Bool[Tensor, " width"]) -> Features:
@@ -226,17 +231,18 @@ def _attached(module: nn.Module, axes: Slots, enter: Enter) -> list[Any]:
     """Attach hooks to a consumer, and return the handles that remove them."""
     if isinstance(module, nn.MultiheadAttention):
         return _attached_to_attention(module, axes, enter)
+    return [module.register_forward_pre_hook(partial(_entered, axes, enter), with_kwargs=True)]
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x: Tensor = args[0] if args else kwargs["input"]
-        axis = x.dim() - 1 - (len(module.kernel_size) if isinstance(module, CONVS) else 0)
-        gates = enter(axes["in"], x.movedim(axis, -1), 0)
-        if gates is None:
-            return None
-        x = x * gates.view([-1 if k == axis else 1 for k in range(x.dim())])
-        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
 
-    return [module.register_forward_pre_hook(before, with_kwargs=True)]
+def _entered(axes: Slots, enter: Enter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let a convolution or linear layer, about to run, meet its gates."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    axis = x.dim() - 1 - (len(module.kernel_size) if isinstance(module, CONVS) else 0)
+    gates = enter(axes["in"], x.movedim(axis, -1), 0)
+    if gates is None:
+        return None
+    x = x * gates.view([-1 if k == axis else 1 for k in range(x.dim())])
+    return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
 
 
 def _attached_to_attention(module: nn.MultiheadAttention, axes: Slots, enter: Enter) -> list[Any]:

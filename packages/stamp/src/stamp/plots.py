@@ -60,6 +60,7 @@ _STYLE: Any = {
 _UNDATED: dict[str, Any] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _OUTLINE = [withStroke(linewidth=3, foreground="white")]
 _LONGEST = 30
+_LONG_NAME = 20
 # What the spec warns of: gates that are not decided, and masks that do not depend on the data (spec 10).
 _UNDECIDED, _IGNORED = 0.1, 0.95
 
@@ -769,7 +770,7 @@ def plot_comparison(results: Sequence[Result], path: str | Path) -> Path:
     tallest = max(len(rows) for rows in groups.values())
     longest = min(_LONGEST, max(len(row.method) for row in results))
     with mpl.rc_context(_STYLE):
-        size = ((2.9 + 0.075 * longest) * columns, (1.15 + 0.26 * tallest) * lines)
+        size = ((2.9 + 0.075 * longest) * columns, (1.3 + 0.26 * tallest) * lines)
         figure = Figure(figsize=size, layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False).ravel())
         for axis, key in zip(axes, [*keys, *[None] * (len(axes) - len(keys))], strict=True):
@@ -808,7 +809,9 @@ def _compare(axis: Axes, rows: Sequence[Result], *, title: str) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(5))
     unit = f" [{rows[0].unit}]" if rows[0].unit not in {"1", ""} else ""
     axis.set_title(title)
-    axis.set_xlabel(f"{rows[0].metric.replace('_', ' ')}{unit} ({better} is better)")
+    name = f"{rows[0].metric.replace('_', ' ')}{unit}"
+    # Panels are as wide as numbers need, which some metrics' names are not.
+    axis.set_xlabel(f"{name}\n({better} is better)" if len(name) > _LONG_NAME else f"{name} ({better} is better)")
     axis.set_ylim(-0.6, len(ordered) - 0.4)
     axis.grid(axis="x", alpha=0.3)
 

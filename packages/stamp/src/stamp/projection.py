@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
+from scipy.optimize import root_scalar
 from torch import Tensor
 
 __all__ = ["ExpectedCost", "project"]
@@ -59,28 +60,41 @@ def project(
     >>> [round(float(cost.expected(pi)), 3), cost.exact({})]
     [10.0, 20]
     """
-    full = float(cost.exact({}))
-    flat = torch.cat([value.detach() for value in logits.values()])
-    low, high = float(flat.min()) - _RANGE * temperature, float(flat.max()) + _RANGE * temperature
-
-    def moved(shift: float | Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: torch.sigmoid((value - shift) / temperature) for name, value in values.items()}
-
     still = {name: value.detach() for name, value in logits.items()}
-    with torch.no_grad():
-        for _ in range(40):
-            middle = (low + high) / 2
-            if float(cost.expected(moved(middle, still))) > budget * full:
-                low = middle
-            else:
-                high = middle
-    shift = (low + high) / 2
+    shift = _root(still, cost, budget, temperature)
     if not torch.is_grad_enabled() or not any(value.requires_grad for value in logits.values()):
-        return moved(shift, logits), shift
+        return _moved(logits, shift, temperature), shift
     at = torch.tensor(shift, dtype=torch.float64, requires_grad=True)
-    slope = torch.autograd.grad(cost.expected(moved(at, {n: v.double() for n, v in still.items()})), at)[0]
-    value = cost.expected(moved(shift, logits))
+    moved = _moved({name: value.double() for name, value in still.items()}, at, temperature)
+    slope = torch.autograd.grad(cost.expected(moved), at)[0]
+    value = cost.expected(_moved(logits, shift, temperature))
     if not float(slope) < 0:
-        return moved(shift, logits), shift
+        return _moved(logits, shift, temperature), shift
     follows = shift - (value - value.detach()) / slope
-    return moved(follows.to(flat), logits), shift
+    return _moved(logits, follows.to(next(iter(still.values()))), temperature), shift
+
+
+def _moved(
+    logits: Mapping[str, Float[Tensor, " _width"]], shift: float | Float[Tensor, ""], temperature: float
+) -> dict[str, Float[Tensor, " _width"]]:
+    return {name: torch.sigmoid((value - shift) / temperature) for name, value in logits.items()}
+
+
+def _root(
+    logits: Mapping[str, Float[Tensor, " _width"]], cost: ExpectedCost, budget: float, temperature: float
+) -> float:
+    """Return the shift that meets the budget; the expected cost falls with it."""
+    flat = torch.cat(list(logits.values()))
+    low, high = float(flat.min()) - _RANGE * temperature, float(flat.max()) + _RANGE * temperature
+    aim = budget * float(cost.exact({}))
+    with torch.no_grad():
+        excess = [float(cost.expected(_moved(logits, shift, temperature))) - aim for shift in (low, high)]
+        if excess[0] <= 0:
+            return low
+        if excess[1] >= 0:
+            return high
+        found = root_scalar(
+            lambda shift: float(cost.expected(_moved(logits, shift, temperature))) - aim,
+            bracket=(low, high), method="brentq", xtol=1e-10, maxiter=200,
+        )  # fmt: skip
+    return float(found.root)

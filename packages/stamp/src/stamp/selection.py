@@ -235,14 +235,10 @@ def select(
         least = 0
     else:
         raise ScoresError(f"mode={mode!r} is none of 'budget', 'threshold' and 'efficiency'")
-
-    def ratio(length: int) -> float:
-        return float(cost.exact(ranked.head(length))) / dense
-
     most = len(ranked.order)
-    if ratio(most) <= budget:
+    if float(cost.exact(ranked.head(most))) / dense <= budget:
         return ranked.head(most)
-    smallest = ratio(least)
+    smallest = float(cost.exact(ranked.head(least))) / dense
     if smallest > budget:
         raise BudgetError(
             f"budget={budget:.6g} cannot be reached: with min_channels={min_channels} in every group the network still"
@@ -251,7 +247,8 @@ def select(
         )
     while most - least > 1:
         middle = (least + most) // 2
-        least, most = (middle, most) if ratio(middle) <= budget else (least, middle)
+        fits = float(cost.exact(ranked.head(middle))) / dense <= budget
+        least, most = (middle, most) if fits else (least, middle)
     return ranked.head(least)
 
 

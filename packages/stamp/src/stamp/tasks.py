@@ -148,12 +148,8 @@ def jittered(x: Float[Tensor, "n ..."], generator: torch.Generator) -> Float[Ten
     x : images ``(n, channels, height, width)`` or features ``(n, features)``
     generator : of the transform
     """
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator))
-
     if x.dim() == 4:
-        angle, scale = uniform(-0.5, 0.5), uniform(0.7, 1.3)
+        angle, scale = _uniform(-0.5, 0.5, generator), _uniform(0.7, 1.3, generator)
         # Positions run from -1 to 1 on both axes, also of images that are not square.
         shape = x.shape[2] / x.shape[3]
         cos, sin = math.cos(angle), math.sin(angle)
@@ -162,9 +158,13 @@ def jittered(x: Float[Tensor, "n ..."], generator: torch.Generator) -> Float[Ten
             (turn / scale).to(x.device).expand(len(x), 2, 3), list(x.shape), align_corners=False
         )
         x = functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
-        if uniform(0.0, 1.0) < 0.2:
+        if _uniform(0.0, 1.0, generator) < 0.2:
             low, high = torch.aminmax(x)
             x = low + high - x
-    contrast = uniform(0.5, 1.3)
-    shift = uniform(-0.2, 0.2) if uniform(0.0, 1.0) < 0.5 else 0.0
+    contrast = _uniform(0.5, 1.3, generator)
+    shift = _uniform(-0.2, 0.2, generator) if _uniform(0.0, 1.0, generator) < 0.5 else 0.0
     return contrast * x + shift
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
@@ -101,11 +101,7 @@ def penultimate(model: nn.Module, x: Tensor, head: str) -> Float[Tensor, "n feat
     torch.Size([4, 5])
     """
     found: list[Tensor] = []
-
-    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(args[0])
-
-    handle = _head(model, head).register_forward_pre_hook(note)
+    handle = _head(model, head).register_forward_pre_hook(lambda _, args: found.append(args[0]))
     try:
         model(x)
     finally:
@@ -615,14 +611,9 @@ def _placed(data: Examples, device: torch.device) -> Examples:
 
 def _features(model: nn.Module, data: Examples, head: str) -> Tensor:
     check_fits(model, data)
-
-    def parts() -> Iterator[Tensor]:
-        for x, _ in data.batches(256):
-            yield penultimate(model, _fed(model, x), head)
-
     with _modes(model):
         model.eval()
-        return torch.cat(list(parts()))
+        return torch.cat([penultimate(model, _fed(model, x), head) for x, _ in data.batches(256)])
 
 
 def _checked_logits(logits: Tensor, data: Examples) -> Tensor:
