@@ -148,6 +148,7 @@ class Client:
     learning : how it learns
     layout : of the network. Default: read off it
     seed : of all draws, together with the name, the task and the round
+    model : that it trains. Default: the network with its weights decomposed, by `learning`
 
     Examples
     --------
@@ -170,12 +171,13 @@ class Client:
         *,
         layout: Layout | None = None,
         seed: int = 0,
+        model: DecomposedModel | None = None,
     ) -> None:
         self.name = name
         self.tasks = list(tasks)
         self.learning = learning or Learning()
         self.layout = layout or Layout.of(module)
-        self.model = DecomposedModel(
+        self.model = model or DecomposedModel(
             module,
             self.layout,
             mask=self.learning.mask,

@@ -14,8 +14,9 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -505,29 +506,25 @@ class DecomposedModel:
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """Return copies of all tensors by flat names, and what else there is for JSON."""
-        found: Tensors = {}
-
-        def put(prefix: str, tensors: Mapping[str, Tensor]) -> None:
-            found.update({f"{prefix}/{name}": value.detach().clone() for name, value in tensors.items()})
-
-        put("base", self.base)
-        put("compensation", self.compensation)
+        found = {**_under("base", self.base), **_under("compensation", self.compensation)}
         meta: dict[str, Any] = {"finished": {}, "running": None}
         for task, done in self.finished.items():
             meta["finished"][str(task)] = {"classes": done.classes, "slots": done.slots}
             for name in ("own", "buffers", "gates", "attention"):
-                put(f"finished/{task}/{name}", getattr(done, name))
+                found |= _under(f"finished/{task}/{name}", getattr(done, name))
             for name in ("adaptive", "foreign"):
                 parts: dict[str, SparseTensor] = getattr(done, name)
-                put(f"finished/{task}/{name}.index", {layer: part.index for layer, part in parts.items()})
-                put(f"finished/{task}/{name}.values", {layer: part.values for layer, part in parts.items()})
+                found |= _under(f"finished/{task}/{name}.index", {layer: part.index for layer, part in parts.items()})
+                found |= _under(f"finished/{task}/{name}.values", {layer: part.values for layer, part in parts.items()})
         if self.running is not None:
             task, running = self.running
             meta["running"] = {"task": task, "classes": running.classes, "slots": running.slots}
             for name in ("own", "buffers", "mask", "adaptive", "attention"):
-                put(f"running/{name}", getattr(running, name))
+                found |= _under(f"running/{name}", getattr(running, name))
             for name in ("index", "slot", "values"):
-                put(f"running/received.{name}", {k: getattr(part, name) for k, part in running.received.items()})
+                found |= _under(
+                    f"running/received.{name}", {k: getattr(part, name) for k, part in running.received.items()}
+                )
         return found, meta
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -538,15 +535,6 @@ class DecomposedModel:
         ModelMismatchError
             For the state of another architecture.
         """
-
-        def take(prefix: str) -> Tensors:
-            # In the order of the network, which parts are sent in: safetensors sorts what it writes.
-            return {
-                name: tensors[f"{prefix}/{name}"].to(device, copy=True)
-                for name in names
-                if f"{prefix}/{name}" in tensors
-            }
-
         layout, device = self.layout, next(iter(self.base.values())).device
         names = (
             *layout.layers,
@@ -555,18 +543,12 @@ class DecomposedModel:
             f"{layout.head}.weight",
             f"{layout.head}.bias",
         )
+        take = partial(_taken, tensors, names, device)
         base = take("base")
         if {name: tuple(value.shape) for name, value in base.items()} != dict(self.layout.layers):
             raise ModelMismatchError("the state is of a network with other layers")
         shapes = self.layout.layers
-
-        def sparse(prefix: str) -> dict[str, SparseTensor]:
-            values = take(f"{prefix}.values")
-            return {
-                name: SparseTensor(index, values[name], tuple(shapes[name]))
-                for name, index in take(f"{prefix}.index").items()
-            }
-
+        sparse = partial(_sparse_taken, take, shapes)
         self.base = {name: base[name] for name in self.layout.layers}
         self.compensation = take("compensation")
         self.finished = {}
@@ -657,6 +639,26 @@ class DecomposedModel:
         if self._attention_init == "zeros":
             return _trained(like.new_zeros(slots))
         return _trained(_cut_normal((slots,), slots, random, like))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Copy tensors to names below a prefix."""
+    return {f"{prefix}/{name}": value.detach().clone() for name, value in tensors.items()}
+
+
+def _taken(tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.device, prefix: str) -> Tensors:
+    """Copy what there is below a prefix, in the order of `names`: safetensors sorts what it writes."""
+    return {name: tensors[f"{prefix}/{name}"].to(device, copy=True) for name in names if f"{prefix}/{name}" in tensors}
+
+
+def _sparse_taken(
+    take: Callable[[str], Tensors], shapes: Mapping[str, tuple[int, ...]], prefix: str
+) -> dict[str, SparseTensor]:
+    """Make sparse tensors of what is below a prefix."""
+    values = take(f"{prefix}.values")
+    return {
+        name: SparseTensor(index, values[name], tuple(shapes[name])) for name, index in take(f"{prefix}.index").items()
+    }
 
 
 def _slots(pairs: Sequence[Sequence[Any]]) -> tuple[tuple[str, int], ...]:

@@ -56,17 +56,26 @@ class ElasticWeights(Strategy):
         # By what it is and the name of the weight: W and m of the docstring above, and the sum that moves nothing.
         self._kept: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KEPT}
 
+    def begin_round(self, body: Mapping[str, Tensor], extras: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Follow the body to where it is."""
+        del extras
+        self._follow(body)
+
     def penalty(self, body: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:
         """Return what is added to the loss; nothing in the first task."""
         importance, anchor, spread = (self._kept[kind] for kind in _KEPT)
         if not importance or not self.strength:
             return None
-        parts = [(importance[name] * (body[name] - anchor[name]).square()).sum() + spread[name] for name in importance]
+        # In the order of the body: safetensors sorts what it writes, and sums depend on their order.
+        parts = [
+            (importance[name] * (value - anchor[name]).square()).sum() + spread[name] for name, value in body.items()
+        ]
         return 0.5 * self.strength * torch.stack(parts).sum()
 
     def end_task(self, body: Mapping[str, Tensor], fisher: Fisher) -> None:
         """Anchor the weights where they are, by how much the task that is over depends on them."""
         importance, anchor, spread = (self._kept[kind] for kind in _KEPT)
+        self._follow(body)
         for name, new in fisher().items():
             end = body[name].detach().clone()
             old = importance.get(name)
@@ -91,3 +100,8 @@ class ElasticWeights(Strategy):
         for key, value in state.items():
             kind, _, name = key.partition("/")
             self._kept[kind][name] = value.clone()
+
+    def _follow(self, body: Mapping[str, Tensor]) -> None:
+        """Bring what was loaded from a file to the device of the body."""
+        for kept in self._kept.values():
+            kept.update({name: value.to(body[name]) for name, value in kept.items()})

@@ -140,9 +140,8 @@ class NetworkModel(DecomposedModel):
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Take up what `state` returned."""
         super().load_state(tensors, meta)
-        names = self.layout.layers
         self._bodies = {
-            task: {name: tensors[f"bodies/{task}/{name}"].clone() for name in names}
+            task: {name: tensors[f"bodies/{task}/{name}"].to(base, copy=True) for name, base in self.base.items()}
             for task in self.finished
             if self._separate
         }
@@ -201,13 +200,14 @@ class NetworkClient(Client):
             train_base=True,
             share_adaptive=False,
         )
-        super().__init__(name, module, tasks, learning, layout=body_layout(module, layout), seed=seed)
+        hidden = [layer.removesuffix("weight").removesuffix(".") for layer in layout.layers][1:]
+        body = body_layout(module, layout)
+        model = NetworkModel(module, body, hidden, dropout=dropout, separate=separate)
+        super().__init__(name, module, tasks, learning, layout=body, seed=seed, model=model)
         self.strategy = strategy or Strategy()
         self._decayed = tuple(layout.layers)
         self._lr_decay = lr_decay
         self._shares = shares
-        hidden = [layer.removesuffix("weight").removesuffix(".") for layer in layout.layers][1:]
-        self.model = NetworkModel(module, self.layout, hidden, dropout=dropout, separate=separate)
 
     def state(self) -> State:
         """Return all that a restart needs but the tasks."""

@@ -52,7 +52,10 @@ class ControlVariates(Strategy):
         """Take the mean control variate."""
         self._mean = extras["control"]
         self._begun = {name: value.detach().clone() for name, value in body.items()}
-        self._own = self._own or {name: torch.zeros_like(value) for name, value in self._begun.items()}
+        self._own = {
+            name: self._own[name].to(value) if name in self._own else torch.zeros_like(value)
+            for name, value in self._begun.items()
+        }
         self._way = 0.0
 
     def correct(self, body: Mapping[str, Tensor], lr: float) -> None:
