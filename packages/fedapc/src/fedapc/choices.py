@@ -11,7 +11,7 @@ __all__ = ["AdaptiveInit", "AttentionInit", "Norm", "Retroactive", "Score", "Tra
 
 Transfer = Literal["learned", "mean", "none"]
 AdaptiveInit = Literal["scaled", "zeros"]
-AttentionInit = Literal["scaled", "zeros"]
+AttentionInit = Literal["probe", "scaled", "zeros"]
 Norm = Literal["refuse", "per_task", "frozen"]
 Retroactive = Literal["shared", "joint", "none"]
 Score = Literal["gated_norm", "abs_raw_mask"]

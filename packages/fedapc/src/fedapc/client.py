@@ -18,6 +18,7 @@ from fedapc.choices import AdaptiveInit, AttentionInit, Retroactive, Score, Tran
 from fedapc.decomposition import DecomposedModel, Layout, RunningTask, fingerprint
 from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TrainingDivergedError
 from fedapc.objective import RetroactivePenalty, l1_norm, proximal_step
+from fedapc.probing import probe
 from fedapc.seeds import derive, generator
 from fedapc.selection import rows_to_send
 from fedapc.sparse import SparseTensor
@@ -51,7 +52,8 @@ class Learning:
     proximal : coefficient of half the squared distance from the base that the round began with, as in FedProx
     weight_decay : of the task's part and mask, and of the base in a client's first task
     threshold : what an entry of a part has to exceed to be kept, evaluated and sent
-    mask, adaptive, transfer, adaptive_init, adaptive_factor, attention_init : see `DecomposedModel`
+    mask, adaptive, transfer, adaptive_init, adaptive_factor, attention_init : see `DecomposedModel`; with an
+        `attention_init` of ``probe``, attention begins where `fedapc.probing` finds that it should
     train_base : else it stays what the server drew, and tasks have nothing in common but the parts they share
     upload_fraction, score : see `fedapc.selection.rows_to_send`
     share_adaptive : send adaptive parts when asked
@@ -69,7 +71,7 @@ class Learning:
     patience: int = 3
     lr_factor: float = 3.0
     least_lr: float = 1e-10
-    attention_lr: float = 30.0
+    attention_lr: float = 3.0
     sparsity: float = 1e-3
     l1_solver: Literal["subgradient", "prox"] = "subgradient"
     mask_sparsity: float = 0.0
@@ -81,9 +83,9 @@ class Learning:
     mask: bool = True
     adaptive: bool = True
     transfer: Transfer = "learned"
-    adaptive_init: AdaptiveInit = "scaled"
+    adaptive_init: AdaptiveInit = "zeros"
     adaptive_factor: float = 3.0
-    attention_init: AttentionInit = "zeros"
+    attention_init: AttentionInit = "probe"
     train_base: bool = True
     upload_fraction: float = 0.3
     score: Score = "gated_norm"
@@ -400,6 +402,12 @@ class Client:
             [(section.client, section.task) for section in sections],
             seed=derive(self._seed, self.name),
         )
+        running, task = self._running(), self.tasks[message.task]
+        if running.slots and self.learning.transfer == "learned" and self.learning.attention_init == "probe":
+            first = probe(self.model, task.x, task.y, seed=derive(self._seed, self.name))
+            with torch.no_grad():
+                for weights in running.attention.values():
+                    weights.copy_(first)
 
     def _take_anchors(self, base: Mapping[str, Tensor]) -> None:
         done = list(self.model.finished.values())

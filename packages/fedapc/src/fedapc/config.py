@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "FedAPCConfig", "Preset"]
 
-Preset = Literal["fedweit", "reference", "fed-apc"]
+Preset = Literal["probed", "fedweit", "reference", "fed-apc"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fedweit": {},
+    # Ours: attention that begins at the part which helps, and parts that hold nothing but what a task has learnt.
+    "probed": {},
+    # The paper's, as far as it is known (spec 2.6).
+    "fedweit": {"adaptive_init": "scaled", "attention_init": "zeros", "attention_lr": 30.0},
     # What the authors' code does where it differs from the paper (spec 2.6). Two of its faults are not copied: masks
     # without a gradient, and zeros that stand for "not sent".
     "reference": {
@@ -26,11 +29,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kb_policy": "last+self",
         "keep_unsent": False,
         "retroactive": "none",
+        "adaptive_init": "scaled",
         "attention_init": "scaled",
         "attention_lr": 1.0,
     },
     # Our reading of the first version's title: adaptive parts are communicated, and not attended to.
-    "fed-apc": {"transfer": "mean"},
+    "fed-apc": {"adaptive_init": "scaled", "transfer": "mean"},
 }
 """What each preset sets, besides the defaults; settings given win over it."""
 
@@ -68,7 +72,7 @@ class FedAPCConfig(BaseModel):
     patience: int = Field(3, ge=1, description="epochs without a lower validation loss before the rate is lowered")
     lr_factor: float = Field(3.0, gt=1, description="what divides the learning rate then")
     least_lr: float = Field(1e-10, ge=0, description="learning rate below which a task is not trained any more")
-    attention_lr: float = Field(30.0, gt=0, description="multiplies the learning rate of the attention")
+    attention_lr: float = Field(3.0, gt=0, description="multiplies the learning rate of the attention")
     sparsity: float = Field(1e-3, ge=0, description="lambda 1, of the L1 norm of adaptive parts")
     l1_solver: Literal["subgradient", "prox"] = Field("subgradient", description="prox: exact zeros while training")
     mask_sparsity: float = Field(0.0, ge=0, description="lambda of the L1 norm of masks")
@@ -82,9 +86,11 @@ class FedAPCConfig(BaseModel):
     mask: bool = Field(True, description="a learnt gate a row and task")
     adaptive: bool = Field(True, description="tasks have parts of their own")
     transfer: Transfer = Field("learned", description="weights of the parts of others: learned, their mean, or none")
-    adaptive_init: AdaptiveInit = Field("scaled", description="a part begins as the base over a factor, or at zeros")
+    adaptive_init: AdaptiveInit = Field("zeros", description="a part begins at zeros, or as the base over a factor")
     adaptive_factor: float = Field(3.0, gt=0, description="that factor")
-    attention_init: AttentionInit = Field("zeros", description="scaled: random attention at the first step")
+    attention_init: AttentionInit = Field(
+        "probe", description="attention begins at the part that helps most; at zeros; or scaled, at random"
+    )
     train_base: bool = Field(True, description="else the base stays what the server drew")
     upload_fraction: float = Field(0.3, gt=0, le=1, description="kappa, share of the base's rows a client sends")
     score: Score = Field("gated_norm", description="what rows are chosen by")
@@ -102,8 +108,9 @@ class FedAPCConfig(BaseModel):
 
         Parameters
         ----------
-        name : ``fedweit``, the defaults; ``reference``, what the authors' code does; ``fed-apc``, the mean of the
-            parts of others in place of attention, which is our reading of the method's first name
+        name : ``probed``, the defaults; ``fedweit``, the paper's method; ``reference``, what the authors' code does;
+            ``fed-apc``, the mean of the parts of others in place of attention, which is our reading of the method's
+            first name
         settings : that win over the preset's
 
         Raises

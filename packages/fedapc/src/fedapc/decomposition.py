@@ -260,7 +260,8 @@ class DecomposedModel:
     transfer : ``learned`` weights of the parts received, their ``mean``, or ``none``
     adaptive_init : ``scaled``, the base over `adaptive_factor`; or ``zeros``
     adaptive_factor : 3 in the authors' code
-    attention_init : ``zeros``; or ``scaled``, of variance 1 / slots, foreign noise at the first step
+    attention_init : ``zeros``, as are those of ``probe``, until its owner has set them, see `fedapc.probing`; or
+        ``scaled``, of variance 1 / slots, foreign noise at the first step
     threshold : what a part has to exceed in absolute value to be kept when its task is done, and when it is evaluated
 
     Examples
@@ -463,6 +464,26 @@ class DecomposedModel:
         with torch.no_grad():
             return self.run(self.weights(task), task, *inputs, training=False)
 
+    def features(self, x: Shaped[Tensor, "batch ..."], task: int) -> Float[Tensor, "batch features"]:
+        """Return what enters the head for a task that was begun, without gradients, in evaluation mode.
+
+        Parameters
+        ----------
+        x : inputs, ``(batch, ...)``
+        task : index of the task
+        """
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(inputs[0])
+
+        hook = self._skeleton.get_submodule(self.layout.head).register_forward_pre_hook(keep)
+        try:
+            self(x, task=task)
+        finally:
+            hook.remove()
+        return seen[-1].flatten(1)
+
     def export(self, task: int) -> nn.Module:
         """Return a plain network of the user's class with the weights of a task, in evaluation mode."""
         part = self._part(task)
@@ -636,9 +657,9 @@ class DecomposedModel:
     def _first_attention(self, slots: int, like: Tensor, random: torch.Generator) -> Tensor:
         if self.transfer == "mean":
             return like.new_full((slots,), 1 / slots)
-        if self._attention_init == "zeros":
-            return _trained(like.new_zeros(slots))
-        return _trained(_cut_normal((slots,), slots, random, like))
+        if self._attention_init == "scaled":
+            return _trained(_cut_normal((slots,), slots, random, like))
+        return _trained(like.new_zeros(slots))
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
