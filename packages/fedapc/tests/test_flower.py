@@ -546,7 +546,7 @@ def test_states_are_kept_by_federation_and_client(tmp_path):
             ClientStore(context, "one", "a")
     (tmp_path / "file").write_text("")
     context.node_config = {"state-dir": str(tmp_path / "file" / "below")}
-    with pytest.raises(InputError, match="give another state-dir"), ClientStore(context, "one", "a").locked():
+    with pytest.raises(InputError, match="choose another folder"), ClientStore(context, "one", "a").locked():
         pass
     assert read_state(tmp_path / "nothing") is None
 

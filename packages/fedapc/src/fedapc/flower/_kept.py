@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import urllib.parse
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fedapc.states import State
 from shared_core.errors import InputError
 from shared_core.runs import atomic_path
 
-__all__ = ["STATE_DIR", "STATE_LIMIT", "ClientStore", "read_state", "write_state"]
+__all__ = ["STATE_DIR", "STATE_LIMIT", "ClientStore", "locked", "read_state", "write_state"]
 
 STATE_DIR = "state-dir"
 STATE_LIMIT = 64 * 2**20
@@ -58,6 +58,39 @@ def read_state(path: Path) -> State | None:
         raise InputError(f"{path}: no state of fedapc ({error}); move it away to begin anew") from error
 
 
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Generator[None]:
+    """Have a file to oneself; that of a program that was killed is free.
+
+    Parameters
+    ----------
+    path : which
+    waiting : called when somebody else has it
+
+    Raises
+    ------
+    InputError
+        Where no file can be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
+    with lock:
+        try:
+            import fcntl
+        except ImportError:  # Windows has none
+            yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class ClientStore:
     """State of a client between messages: in Flower's context, or in a file.
 
@@ -88,18 +121,7 @@ class ClientStore:
         if not self._always:
             yield
             return
-        try:
-            import fcntl
-        except ImportError:  # Windows has none
-            yield
-            return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            lock = self._file.with_suffix(".lock").open("w")
-        except OSError as error:
-            raise InputError(f"cannot write {self._file.parent}: {error.strerror}; give another state-dir") from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._file.with_suffix(".lock")):
             yield
 
     def read(self) -> State | None:

@@ -361,7 +361,8 @@ Then run it:
 flwr run . deployed --stream --run-config 'state-folder="/srv/fedapc/server"'
 ```
 
-A site that goes away is waited for (`absence` seconds), and asked again when it is back. If the server itself was
-stopped, start the SuperLink again and repeat `flwr run` with the same `state-folder`: the run goes on in the round it
-was in, and ends with the same bits. Give another folder to begin anew.
+A site that goes away is waited for (`absence` seconds), and asked again when it is back. A SuperNode that was killed is
+let in again when the SuperLink has missed its heartbeats for a minute: have it started until it stays. If the server
+itself was stopped, start the SuperLink again and repeat `flwr run` with the same `state-folder`: the run goes on in the
+round it was in, and ends with the same bits. Give another folder to begin anew.
 """

@@ -26,7 +26,7 @@ from fedapc.flower._flwr import (
     Result,
     Strategy,
 )
-from fedapc.flower._kept import read_state, write_state
+from fedapc.flower._kept import locked, read_state, write_state
 from fedapc.flower._records import about_of, blob_of, holding, numbers_of, wire_bytes
 from fedapc.ledger import Direction, Entry, Event
 from fedapc.messages import MOST_NAME
@@ -179,30 +179,13 @@ class FedAPCStrategy(Strategy):
         """
         del initial_arrays
         self._timeout = timeout
-        self._take_up()
-        self.summary()
-        if self._server is None:
-            self._exchange(grid, "query")
-            self._make()
-        self._save()
-        result = Result()
-        self._measure(grid, result)
-        left = num_rounds
-        while not self.server.done and left != 0:
-            now = self.server.round + 1
-            self._exchange(grid, "train")
-            arrays, metrics = self.aggregate_train(now, ())
-            assert metrics is not None
-            result.train_metrics_clientapp[now] = metrics
-            self._measure(grid, result)
-            centrally = evaluate_fn(now, arrays) if evaluate_fn is not None and arrays is not None else None
-            if centrally is not None:
-                result.evaluate_metrics_serverapp[now] = centrally
-            left = None if left is None else left - 1
-        result.arrays = self._arrays()
-        for now, found in self.accuracy.items():
-            result.evaluate_metrics_clientapp[now] = MetricRecord(dict(found))
-        return result
+        if self._file is None:
+            return self._run(grid, num_rounds, evaluate_fn)
+        folder = self._file.parent
+        with locked(
+            folder / "server.lock", lambda: _log.warning("fedapc: another run uses %s; it is waited for", folder)
+        ):
+            return self._run(grid, num_rounds, evaluate_fn)
 
     def summary(self) -> None:
         """Log what is about to run."""
@@ -297,6 +280,37 @@ class FedAPCStrategy(Strategy):
         self._take_back(replies)
         found = self.accuracy.get(self.server.round)
         return MetricRecord(dict(found)) if found else None
+
+    def _run(
+        self,
+        grid: Grid,
+        num_rounds: int | None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> Result:
+        self._take_up()
+        self.summary()
+        if self._server is None:
+            self._exchange(grid, "query")
+            self._make()
+        self._save()
+        result = Result()
+        self._measure(grid, result)
+        left = num_rounds
+        while not self.server.done and left != 0:
+            now = self.server.round + 1
+            self._exchange(grid, "train")
+            arrays, metrics = self.aggregate_train(now, ())
+            assert metrics is not None
+            result.train_metrics_clientapp[now] = metrics
+            self._measure(grid, result)
+            centrally = evaluate_fn(now, arrays) if evaluate_fn is not None and arrays is not None else None
+            if centrally is not None:
+                result.evaluate_metrics_serverapp[now] = centrally
+            left = None if left is None else left - 1
+        result.arrays = self._arrays()
+        for now, found in self.accuracy.items():
+            result.evaluate_metrics_clientapp[now] = MetricRecord(dict(found))
+        return result
 
     def _handed_out(self, grid: Grid, what: _What) -> list[Message]:
         """Make messages that somebody else sends."""
