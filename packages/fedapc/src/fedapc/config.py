@@ -12,7 +12,7 @@ from shared_core.errors import InputError
 if TYPE_CHECKING:
     from fedapc.client import Learning
 
-__all__ = ["PRESETS", "FedAPCConfig", "Preset"]
+__all__ = ["PRESETS", "FedAPCConfig", "FedAPCFields", "Preset"]
 
 Preset = Literal["probed", "fedweit", "reference", "fed-apc"]
 
@@ -41,7 +41,71 @@ PRESETS: dict[str, dict[str, Any]] = {
 _SERVER = ("rounds", "fraction", "kb_policy", "keep_unsent")
 
 
-class FedAPCConfig(BaseModel):
+class FedAPCFields(BaseModel):
+    """The fields of `FedAPCConfig`, for command lines that add their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rounds: int = Field(default=20, ge=1, description="rounds of communication a task")
+    fraction: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked a round")
+    kb_policy: str = Field(
+        default="last", description="parts of others a client gets: last, last+self, all, sample:K (so many), none"
+    )
+    keep_unsent: bool = Field(default=True, description="rows of the base that nobody sent keep the server's value")
+    epochs: int = Field(default=1, ge=1, description="passes over a task's examples a round")
+    batch_size: int = Field(default=100, ge=1, description="examples a step")
+    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="begun afresh every round")
+    lr: float = Field(
+        default=1e-3 / 3, gt=0, description="learning rate; below the threshold, or parts do not become sparse"
+    )
+    patience: int = Field(
+        default=3, ge=1, description="epochs without a lower validation loss before the rate is lowered"
+    )
+    lr_factor: float = Field(default=3.0, gt=1, description="what divides the learning rate then")
+    least_lr: float = Field(default=1e-10, ge=0, description="learning rate below which a task is not trained any more")
+    attention_lr: float = Field(default=3.0, gt=0, description="multiplies the learning rate of the attention")
+    sparsity: float = Field(default=1e-3, ge=0, description="lambda 1, of the L1 norm of adaptive parts")
+    l1_solver: Literal["subgradient", "prox"] = Field(
+        default="subgradient", description="prox: exact zeros while training"
+    )
+    mask_sparsity: float = Field(default=0.0, ge=0, description="lambda of the L1 norm of masks")
+    retention: float = Field(default=100.0, ge=0, description="lambda 2, of changes of past tasks")
+    retroactive: Retroactive = Field(
+        default="shared",
+        description="parts of past tasks follow the base: shared or joint; none: they stay, as in the code",
+    )
+    proximal: float = Field(default=0.0, ge=0, description="mu of FedProx, of the distance from the server's base")
+    weight_decay: float = Field(
+        default=1e-4, ge=0, description="of the task's part and mask, and of the first task's base"
+    )
+    threshold: float = Field(default=1e-3, ge=0, description="what an entry of a part must exceed to be kept and sent")
+    mask: bool = Field(default=True, description="a learnt gate a row and task")
+    adaptive: bool = Field(default=True, description="tasks have parts of their own")
+    transfer: Transfer = Field(
+        default="learned", description="weights of the parts of others: learned, their mean, or none"
+    )
+    adaptive_init: AdaptiveInit = Field(
+        default="zeros", description="a part begins at zeros, or as the base over a factor"
+    )
+    adaptive_factor: float = Field(default=3.0, gt=0, description="that factor")
+    attention_init: AttentionInit = Field(
+        default="probe", description="attention begins at the part that helps most; at zeros; or scaled, at random"
+    )
+    train_base: bool = Field(default=True, description="else the base stays what the server drew")
+    upload_fraction: float = Field(
+        default=0.3, gt=0, le=1, description="kappa, share of the base's rows a client sends"
+    )
+    score: Score = Field(default="gated_norm", description="what rows are chosen by")
+    share_adaptive: bool = Field(default=True, description="send adaptive parts to the server")
+
+    @field_validator("kb_policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        sampled_parts(value)
+        return value
+
+
+class FedAPCConfig(FedAPCFields):
     """All settings of FedAPC; names and defaults are those of `fedapc.Learning` and `fedapc.Server`.
 
     Raises
@@ -56,51 +120,6 @@ class FedAPCConfig(BaseModel):
     >>> FedAPCConfig.preset("reference", rounds=5).kb_policy
     'last+self'
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    rounds: int = Field(20, ge=1, description="rounds of communication a task")
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients asked a round")
-    kb_policy: str = Field(
-        "last", description="parts of others a client gets: last, last+self, all, sample:K (so many), none"
-    )
-    keep_unsent: bool = Field(True, description="rows of the base that nobody sent keep the server's value")
-    epochs: int = Field(1, ge=1, description="passes over a task's examples a round")
-    batch_size: int = Field(100, ge=1, description="examples a step")
-    optimizer: Literal["adam", "sgd"] = Field("adam", description="begun afresh every round")
-    lr: float = Field(1e-3 / 3, gt=0, description="learning rate; below the threshold, or parts do not become sparse")
-    patience: int = Field(3, ge=1, description="epochs without a lower validation loss before the rate is lowered")
-    lr_factor: float = Field(3.0, gt=1, description="what divides the learning rate then")
-    least_lr: float = Field(1e-10, ge=0, description="learning rate below which a task is not trained any more")
-    attention_lr: float = Field(3.0, gt=0, description="multiplies the learning rate of the attention")
-    sparsity: float = Field(1e-3, ge=0, description="lambda 1, of the L1 norm of adaptive parts")
-    l1_solver: Literal["subgradient", "prox"] = Field("subgradient", description="prox: exact zeros while training")
-    mask_sparsity: float = Field(0.0, ge=0, description="lambda of the L1 norm of masks")
-    retention: float = Field(100.0, ge=0, description="lambda 2, of changes of past tasks")
-    retroactive: Retroactive = Field(
-        "shared", description="parts of past tasks follow the base: shared or joint; none: they stay, as in the code"
-    )
-    proximal: float = Field(0.0, ge=0, description="mu of FedProx, of the distance from the server's base")
-    weight_decay: float = Field(1e-4, ge=0, description="of the task's part and mask, and of the first task's base")
-    threshold: float = Field(1e-3, ge=0, description="what an entry of a part must exceed to be kept and sent")
-    mask: bool = Field(True, description="a learnt gate a row and task")
-    adaptive: bool = Field(True, description="tasks have parts of their own")
-    transfer: Transfer = Field("learned", description="weights of the parts of others: learned, their mean, or none")
-    adaptive_init: AdaptiveInit = Field("zeros", description="a part begins at zeros, or as the base over a factor")
-    adaptive_factor: float = Field(3.0, gt=0, description="that factor")
-    attention_init: AttentionInit = Field(
-        "probe", description="attention begins at the part that helps most; at zeros; or scaled, at random"
-    )
-    train_base: bool = Field(True, description="else the base stays what the server drew")
-    upload_fraction: float = Field(0.3, gt=0, le=1, description="kappa, share of the base's rows a client sends")
-    score: Score = Field("gated_norm", description="what rows are chosen by")
-    share_adaptive: bool = Field(True, description="send adaptive parts to the server")
-
-    @field_validator("kb_policy")
-    @classmethod
-    def _known_policy(cls, value: str) -> str:
-        sampled_parts(value)
-        return value
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> FedAPCConfig:

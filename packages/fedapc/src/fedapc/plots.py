@@ -242,7 +242,9 @@ def plot_attention(path: str | Path, report: Report, task: int | None = None) ->
     if task not in tasks:
         raise InputError(f"task {task}: received no parts of others; those that did are {tasks}")
     rows = [client for client in report.clients if report.attentions.get((client, task))][:30]
-    slots = sorted({slot for client in rows for layer in report.attention(client, task).values() for slot in layer})[:30]
+    slots = sorted({slot for client in rows for layer in report.attention(client, task).values() for slot in layer})[
+        :30
+    ]
     values = np.full((len(rows), len(slots)), np.nan)
     for place, client in enumerate(rows):
         layers = report.attention(client, task)
@@ -295,7 +297,9 @@ def plot_ledger(path: str | Path, ledger: Ledger) -> None:
                 below += amounts
             odd = sorted({entry.round for entry in ledger.events() if entry.direction == direction})
             if odd:
-                axis.plot(odd, [0.0] * len(odd), "x", color="black", clip_on=False, zorder=5, label="something went wrong")
+                axis.plot(
+                    odd, [0.0] * len(odd), "x", color="black", clip_on=False, zorder=5, label="something went wrong"
+                )
             axis.set_title(f"{direction}: {below.sum():.2f} MB")
             axis.set_xlabel("round")
             axis.set_ylabel("megabytes")

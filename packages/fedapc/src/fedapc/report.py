@@ -16,7 +16,7 @@ from fedapc.ledger import Ledger
 from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import atomic_path, write_json
 
-__all__ = ["Attention", "Report"]
+__all__ = ["Attention", "Report", "plain_numbers"]
 
 # By layer, then by the part listened to: its client and task.
 Attention = dict[str, dict[tuple[str, int], float]]
@@ -124,9 +124,9 @@ class Report:
                 "seconds": self.seconds,
                 "clients": list(self.clients),
                 "tasks": {client: list(names) for client, names in self.tasks.items()},
-                "matrix": _plain(self.matrix),
-                "gains": _plain(self.gains),
-                "densities": _plain(self.densities),
+                "matrix": plain_numbers(self.matrix),
+                "gains": plain_numbers(self.gains),
+                "densities": plain_numbers(self.densities),
                 "attention": [
                     {"client": client, "task": task, "layer": layer, "of": of, "of_task": of_task, "weight": weight}
                     for (client, task), layers in self.attentions.items()
@@ -180,9 +180,21 @@ class Report:
             raise InputError(f"{file}: is no report of a federation ({error}); it is damaged") from error
 
 
-def _plain(values: Float64[np.ndarray, "..."]) -> Any:
-    """Turn an array into lists, with none for NaN, which JSON has not."""
-    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+def plain_numbers(values: Float64[np.ndarray, "..."]) -> Any:
+    """Return an array as lists, with none for NaN, which JSON has not.
+
+    Parameters
+    ----------
+    values : of any shape
+
+    Examples
+    --------
+    >>> plain_numbers(np.array([[1.0, np.nan]]))
+    [[1.0, None]]
+    """
+    found = values.astype(object)
+    found[np.isnan(values)] = None
+    return found.tolist()
 
 
 def _array(values: Any, shape: tuple[int, ...]) -> Float64[np.ndarray, "..."]:

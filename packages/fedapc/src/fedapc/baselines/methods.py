@@ -223,8 +223,16 @@ METHODS: dict[str, MethodInfo] = {
     "fedapc_no_retention": MethodInfo(
         "FedAPC, no retention",
         "federated",
-        "FedAPC with nothing against forgetting: the control that must forget",
-        recipe=_Recipe("fedapc", decomposed={"retention": 0.0}),
+        "FedAPC whose parts of past tasks move freely, so that the L1 norm wears them off: the control that must forget",
+        recipe=_Recipe("fedapc", decomposed={"retention": 0.0, "retroactive": "joint"}),
+    ),
+    "fedweit": MethodInfo(
+        "FedWeIT",
+        "federated",
+        "FedAPC as in the paper: parts begin as a third of the base, attention begins at zero",
+        recipe=_Recipe(
+            "fedapc", decomposed={"adaptive_init": "scaled", "attention_init": "zeros", "attention_lr": 30.0}
+        ),
     ),
 }
 """Methods by name: those that the paper compares to, FedAPC, and FedAPC without one of its parts each."""
