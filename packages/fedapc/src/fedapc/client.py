@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from fedapc import messages, wire
 from fedapc.choices import AdaptiveInit, AttentionInit, Retroactive, Score, Transfer
-from fedapc.decomposition import DecomposedModel, Layout, RunningTask, fingerprint
+from fedapc.decomposition import DecomposedModel, Kept, Layout, RunningTask, fingerprint
 from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TrainingDivergedError
 from fedapc.objective import RetroactivePenalty, l1_norm, proximal_step
 from fedapc.probing import probe
@@ -138,6 +139,10 @@ class _Retention:
     penalties: dict[str, RetroactivePenalty] = field(default_factory=dict[str, RetroactivePenalty])
     moved: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def copied(self) -> _Retention:
+        """Keep what is here between rounds; penalties are replaced, never changed."""
+        return _Retention(dict(self.penalties), dict(self.moved))
+
 
 class Client:
     """A client of the federation; between rounds it is a state and nothing runs.
@@ -215,11 +220,11 @@ class Client:
             return self._answered[1]
         message = messages.unpack(request)
         self._check(message)
-        before = self.state()
+        undo = self._undo()
         try:
             reply = self._do(message)
         except BaseException:
-            self.load_state(before)
+            undo()
             raise
         self._answered = digest, reply
         return reply
@@ -329,6 +334,14 @@ class Client:
                 values = state[f"anchor.values/{name}"].clone()
                 self._retention.penalties[name] = replace(penalty, values=values)
 
+    def _undo(self) -> Callable[[], None]:
+        """Return what puts the client back to where it is now."""
+        return partial(self._put_back, self.model.copied(), self._retention.copied(), replace(self._pace), self._round)
+
+    def _put_back(self, model: Kept, retention: _Retention, pace: _Pace, round_: int) -> None:
+        self.model.put_back(model)
+        self._retention, self._pace, self._round = retention, pace, round_
+
     def _check(self, message: messages.Message) -> None:
         if message.kind != "request" or message.client != self.name:
             raise ProtocolError(f"client '{self.name}': got a message '{message.kind}' of client '{message.client}'")
@@ -388,12 +401,7 @@ class Client:
             if len(section.tensors) != len(self.layout.layers):
                 raise ModelMismatchError(f"client '{self.name}': a part of '{section.client}' has other layers")
             pairs = zip(self.layout.layers.items(), section.tensors, strict=True)
-            knowledge.append(
-                {
-                    name: wire.decode(blob, shape=tuple(shape), limit=wire.MOST_ELEMENTS, finite=True).sparse()
-                    for (name, shape), blob in pairs
-                }
-            )
+            knowledge.append({name: wire.decode_shared(blob, tuple(shape)) for (name, shape), blob in pairs})
         self._pace = _Pace(self.learning.lr)
         self.model.begin(
             message.task,
@@ -528,7 +536,8 @@ class Client:
         return kind(groups, lr=self._pace.lr, fused=True)
 
     def _rest(self, running: RunningTask) -> None:
-        """Keep values only: gradients are for the round."""
+        """Keep values only: gradients are for the round, and so is what makes sums of received parts fast."""
+        self.model.release()
         for tensor in (*running.own.values(), *running.mask.values(), *running.adaptive.values()):
             tensor.grad = None
         for tensor in running.attention.values():

@@ -23,10 +23,12 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from fedapc import wire
 from fedapc.choices import AdaptiveInit, AttentionInit, Norm, Transfer
 from fedapc.errors import ModelMismatchError, TaskError
 from fedapc.seeds import generator
 from fedapc.sparse import SparseStack, SparseTensor
+from fedapc.states import bytes_of, tensor_of
 from shared_core.errors import InputError, UnknownKeyError
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "AttentionInit",
     "DecomposedModel",
     "FinishedTask",
+    "Kept",
     "Layout",
     "Norm",
     "RunningTask",
@@ -247,6 +250,16 @@ class FinishedTask:
     slots: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a model was; tensors that training does not change in place are its own, not copies."""
+
+    base: Tensors
+    compensation: Tensors
+    finished: dict[int, FinishedTask]
+    running: tuple[int, RunningTask] | None
+
+
 class DecomposedModel:
     """A network of a client, for all its tasks.
 
@@ -364,7 +377,7 @@ class DecomposedModel:
         if knowledge and self.transfer != "none":
             running.slots = tuple(slots or [("", k) for k in range(len(knowledge))])
             for name, base in self.base.items():
-                running.received[name] = SparseStack.of([part[name] for part in knowledge], base.shape, base)
+                running.received[name] = SparseStack([part[name] for part in knowledge], base.shape, base)
                 running.attention[name] = self._first_attention(len(knowledge), base, random)
         self.running = (task, running)
 
@@ -425,9 +438,7 @@ class DecomposedModel:
                     base.detach(),
                     gate(running.mask[name]) if running.mask else None,
                     cut.get(name),
-                    running.received[name].weighted_sum(running.attention[name])
-                    if running.received and foreign
-                    else None,
+                    running.received[name].total(running.attention[name]) if running.received and foreign else None,
                 )
                 for name, base in self.base.items()
             }
@@ -525,6 +536,30 @@ class DecomposedModel:
         part = self._part(task)
         return part.slots, {name: weights.detach() for name, weights in part.attention.items()}
 
+    def copied(self) -> Kept:
+        """Keep the model as it is for `put_back`, at the cost of what the running task trains."""
+        running = self.running
+        if running is not None:
+            task, part = running
+            trained = {
+                name: {key: _alike(value) for key, value in getattr(part, name).items()}
+                for name in ("own", "buffers", "mask", "adaptive", "attention")
+            }
+            running = task, replace(part, **trained)
+        return Kept(dict(self.base), dict(self.compensation), dict(self.finished), running)
+
+    def put_back(self, kept: Kept) -> None:
+        """Be as when `kept` was made, provided that nobody changed the base in place since."""
+        self.base, self.compensation = dict(kept.base), dict(kept.compensation)
+        self.finished, self.running = dict(kept.finished), kept.running
+        self.release()
+
+    def release(self) -> None:
+        """Hold of the parts of others no more than the parts, until they are summed again."""
+        if self.running is not None:
+            for stack in self.running[1].received.values():
+                stack.release()
+
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """Return copies of all tensors by flat names, and what else there is for JSON."""
         found = {**_under("base", self.base), **_under("compensation", self.compensation)}
@@ -542,10 +577,11 @@ class DecomposedModel:
             meta["running"] = {"task": task, "classes": running.classes, "slots": running.slots}
             for name in ("own", "buffers", "mask", "adaptive", "attention"):
                 found |= _under(f"running/{name}", getattr(running, name))
-            for name in ("index", "slot", "values"):
-                found |= _under(
-                    f"running/received.{name}", {k: getattr(part, name) for k, part in running.received.items()}
-                )
+            for name, stack in running.received.items():
+                found |= {
+                    f"running/received.{slot}/{name}": tensor_of(wire.encode_sparse(part))
+                    for slot, part in enumerate(stack.parts)
+                }
         return found, meta
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -589,10 +625,18 @@ class DecomposedModel:
         if (about := meta["running"]) is not None:
             own, mask, adaptive = (take(f"running/{name}") for name in ("own", "mask", "adaptive"))
             attention = take("running/attention")
-            slot, values = take("running/received.slot"), take("running/received.values")
             received = {
-                name: SparseStack(index, slot[name], values[name], len(attention[name]), tuple(shapes[name]))
-                for name, index in take("running/received.index").items()
+                name: SparseStack(
+                    [
+                        wire.decode_shared(
+                            bytes_of(tensors[f"running/received.{slot}/{name}"].cpu()), tuple(shapes[name])
+                        )
+                        for slot in range(len(weights))
+                    ],
+                    shapes[name],
+                    base[name],
+                )
+                for name, weights in attention.items()
             }
             for tensor in (*own.values(), *mask.values(), *adaptive.values()):
                 tensor.requires_grad_()
@@ -660,6 +704,10 @@ class DecomposedModel:
         if self._attention_init == "scaled":
             return _trained(_cut_normal((slots,), slots, random, like))
         return _trained(like.new_zeros(slots))
+
+
+def _alike(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -43,6 +44,14 @@ class SparseTensor:
         index = (flat.abs() > threshold).nonzero().squeeze(1)
         return cls(index, flat[index], tuple(dense.shape))
 
+    @classmethod
+    def packed(cls, dense: Float[Tensor, "..."]) -> SparseTensor:
+        """Keep what is not zero; or, where that takes fewer bytes, all, with places that all such tensors share."""
+        part = cls.of(dense)
+        if part.density < _ALL_FROM:
+            return part
+        return cls(_all_places(dense.numel(), dense.device), dense.detach().reshape(-1), part.shape)
+
     @property
     def density(self) -> float:
         """Share of the places that are kept."""
@@ -64,48 +73,125 @@ class SparseTensor:
         return self.index // max(1, math.prod(self.shape[1:]))
 
 
-@dataclass(frozen=True, eq=False)
-class SparseStack:
-    """Sparse tensors of one shape, one a slot, as the entries of all of them in the order of their places.
+# Above it a dense matrix times a vector is faster than entries one by one, which need a place and a slot each.
+_DENSE_FROM = 0.1
+# Above it the values of all places take fewer bytes than entries with their places.
+_ALL_FROM = 1 / 3
 
-    A weighted sum over the slots touches each entry once, and so does its gradient.
+
+class SparseStack:
+    """Sparse tensors of one shape, one a slot, to be summed with weights.
+
+    The parts are what is kept. What makes many sums fast is made of them by the first `weighted_sum` and lasts until
+    `release`: a matrix ``(slots, places)`` where the parts are dense, else the entries of all of them in the order of
+    their places, with 32-bit places and slots.
+
+    Parameters
+    ----------
+    parts : of one shape; there may be none
+    shape : of these
+    like : gives the type and the device
+
+    Raises
+    ------
+    ModelMismatchError
+        For a part of another shape.
+
+    Examples
+    --------
+    >>> one, two = (SparseTensor.of(torch.tensor(row)) for row in ([0.0, 2.0], [1.0, 0.0]))
+    >>> stack = SparseStack([one, two], (2,), torch.zeros(2))
+    >>> stack.weighted_sum(torch.tensor([0.5, 3.0])), stack.fold(torch.tensor([0.5, 0.0])).index
+    (tensor([3., 1.]), tensor([1]))
     """
 
-    index: Int64[Tensor, " entries"]
-    slot: Int64[Tensor, " entries"]
-    values: Float[Tensor, " entries"]
-    slots: int
-    shape: tuple[int, ...]
+    def __init__(self, parts: Sequence[SparseTensor], shape: Sequence[int], like: Float[Tensor, "..."]) -> None:
+        self.parts = tuple(parts)
+        self.shape = tuple(shape)
+        for part in self.parts:
+            if part.shape != self.shape:
+                raise ModelMismatchError(f"received a part of shape {part.shape} for a layer of {self.shape}")
+        self._like = like.detach().new_zeros(0)
+        self._places = math.prod(self.shape)
+        self._held: _Dense | _Entries | None = None
 
-    @classmethod
-    def of(cls, parts: Sequence[SparseTensor], shape: Sequence[int], like: Float[Tensor, "..."]) -> SparseStack:
-        """Stack `parts`, of which there may be none; `like` gives the type and the device.
-
-        Raises
-        ------
-        ModelMismatchError
-            For a part of another shape.
-        """
-        shape = tuple(shape)
-        for part in parts:
-            if part.shape != shape:
-                raise ModelMismatchError(f"received a part of shape {part.shape} for a layer of {shape}")
-        if not parts:
-            none = torch.zeros(0, dtype=torch.int64, device=like.device)
-            return cls(none, none, like.new_zeros(0), 0, shape)
-        index = torch.cat([part.index for part in parts]).to(like.device)
-        slot = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part.index) for part in parts]))
-        order = index.argsort(stable=True)
-        values = torch.cat([part.values for part in parts]).to(like)
-        return cls(index[order], slot.to(like.device)[order], values[order], len(parts), shape)
+    @property
+    def density(self) -> float:
+        """Share of the places that are kept, over all slots."""
+        return sum(len(part.index) for part in self.parts) / max(1, self._places * len(self.parts))
 
     def weighted_sum(self, weights: Float[Tensor, " slots"]) -> Float[Tensor, "..."]:
-        """Sum the slots with `weights`; differentiable in these."""
-        terms = weights.index_select(0, self.slot) * self.values
-        return terms.new_zeros(math.prod(self.shape)).index_add(0, self.index, terms).view(self.shape)
+        """Sum the slots with `weights`, ``(slots,)``; differentiable in these."""
+        return self._hold().weighted_sum(weights).view(self.shape)
+
+    def slopes(self, slope: Float[Tensor, "..."]) -> Float[Tensor, " slots"]:
+        """Return the gradient of the weights, ``(slots,)``, for that of their sum."""
+        return self._hold().slopes(slope.reshape(-1))
+
+    def total(self, weights: Float[Tensor, " slots"]) -> Float[Tensor, "..."]:
+        """Sum the slots with `weights` once, without anything that lasts; slots of weight 0 cost nothing."""
+        whole = self._like.new_zeros(self._places)
+        for part, weight in zip(self.parts, weights.tolist(), strict=True):
+            if weight:
+                whole.index_add_(0, part.index.to(whole.device), part.values.to(whole), alpha=weight)
+        return whole.view(self.shape)
 
     def fold(self, weights: Float[Tensor, " slots"]) -> SparseTensor:
         """Return the weighted sum as one sparse tensor."""
-        terms = weights.detach().index_select(0, self.slot) * self.values
-        index, place = torch.unique_consecutive(self.index, return_inverse=True)
-        return SparseTensor(index, terms.new_zeros(len(index)).index_add(0, place, terms), self.shape)
+        return SparseTensor.packed(self.total(weights.detach()))
+
+    def release(self) -> None:
+        """Keep the parts only."""
+        self._held = None
+
+    def _hold(self) -> _Dense | _Entries:
+        if self._held is None:
+            # Places of 32 bits are enough: a message has no more elements than that.
+            kind = _Dense if self.density >= _DENSE_FROM else _Entries
+            self._held = kind(self.parts, self._places, self._like)
+        return self._held
+
+
+class _Dense:
+    """A matrix with a row for each slot."""
+
+    def __init__(self, parts: Sequence[SparseTensor], places: int, like: Float[Tensor, "..."]) -> None:
+        self._rows = like.new_zeros(len(parts), places)
+        for row, part in zip(self._rows, parts, strict=True):
+            row[part.index.to(row.device)] = part.values.to(row)
+
+    def weighted_sum(self, weights: Float[Tensor, " slots"]) -> Float[Tensor, " places"]:
+        return weights @ self._rows
+
+    def slopes(self, slope: Float[Tensor, " places"]) -> Float[Tensor, " slots"]:
+        return self._rows @ slope
+
+
+class _Entries:
+    """The entries of all slots, in the order of their places."""
+
+    def __init__(self, parts: Sequence[SparseTensor], places: int, like: Float[Tensor, "..."]) -> None:
+        none = torch.zeros(0, dtype=torch.int64)
+        index = torch.cat([none, *(part.index.cpu() for part in parts)])
+        lengths = torch.tensor([len(part.index) for part in parts], dtype=torch.int64)
+        slot = torch.repeat_interleave(torch.arange(len(parts), dtype=torch.int32), lengths)
+        values = torch.cat([like, *(part.values.to(like) for part in parts)])
+        order = index.argsort(stable=True)
+        self._index = index[order].to(torch.int32).to(like.device)
+        self._slot = slot[order].to(like.device)
+        self._values = values[order.to(like.device)]
+        self._places = places
+        self._slots = len(parts)
+
+    def weighted_sum(self, weights: Float[Tensor, " slots"]) -> Float[Tensor, " places"]:
+        terms = weights.index_select(0, self._slot) * self._values
+        return terms.new_zeros(self._places).index_add(0, self._index, terms)
+
+    def slopes(self, slope: Float[Tensor, " places"]) -> Float[Tensor, " slots"]:
+        terms = slope.index_select(0, self._index) * self._values
+        return terms.new_zeros(self._slots).index_add_(0, self._slot, terms)
+
+
+@lru_cache(maxsize=64)
+def _all_places(count: int, device: torch.device) -> Int64[Tensor, " count"]:
+    return torch.arange(count, device=device)

@@ -22,12 +22,14 @@ refuses with a `WireError` everything but the one way to write a tensor with a g
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -38,7 +40,17 @@ from torch import Tensor
 from fedapc.errors import NonFiniteError, WireError
 from fedapc.sparse import SparseTensor
 
-__all__ = ["MOST_ELEMENTS", "Codec", "Decoded", "contents", "decode", "encode", "encode_sparse", "header_size"]
+__all__ = [
+    "MOST_ELEMENTS",
+    "Codec",
+    "Decoded",
+    "contents",
+    "decode",
+    "decode_shared",
+    "encode",
+    "encode_sparse",
+    "header_size",
+]
 
 Codec = Literal["dense", "bitmap", "gaps", "rows"]
 
@@ -256,6 +268,32 @@ def decode(
     if zlib.crc32(memoryview(blob)[start:], zlib.crc32(blob[: start - 4])) != checksum:
         raise WireError("the checksum does not match: the bytes were changed on the way")
     return _decode_payload(blob, start, places, found, codec, kind, kept, finite=finite)
+
+
+_SHARED: WeakValueDictionary[bytes, SparseTensor] = WeakValueDictionary()
+
+
+def decode_shared(blob: bytes, shape: tuple[int, ...]) -> SparseTensor:
+    """Read a sparse tensor of finite numbers; who reads the same bytes again meanwhile gets the same tensor.
+
+    So that clients of one process hold a part that all of them were sent only once. Nobody may change it.
+
+    Parameters
+    ----------
+    blob : one tensor, and nothing after it
+    shape : that it must have
+
+    Raises
+    ------
+    WireError
+        As `decode` does.
+    """
+    key = hashlib.sha256(blob).digest()
+    part = _SHARED.get(key)
+    if part is None or part.shape != tuple(shape):
+        part = decode(blob, shape=tuple(shape), limit=MOST_ELEMENTS, finite=True).sparse()
+        _SHARED[key] = part
+    return part
 
 
 def _decode_payload(

@@ -6,8 +6,9 @@ base: batches, optimizer, plateaus, messages, restarts and refusals are the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -235,6 +236,9 @@ class NetworkClient(Client):
         self.strategy.load_state(
             {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
         )
+
+    def _undo(self) -> Callable[[], None]:
+        return partial(self.load_state, self.state())
 
     def _expected(self) -> Mapping[str, tuple[int, ...]]:
         layers = self.layout.layers
