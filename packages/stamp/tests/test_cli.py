@@ -15,9 +15,11 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+from shared_core.errors import InputError
 from shared_core.runs import Run, Summary
 from stamp.cli import CompareConfig, MetaFitConfig, line
 from stamp.meta import MetaConfig
+from stamp.plan import PrunePlan
 
 NETS = '''
 import torch
@@ -183,16 +185,26 @@ def test_pruning_writes_a_plan_and_the_small_weights(pruned, home):
     assert (plan["method"], plan["budget"]) == ("stamp", {"macs": 0.4})
 
 
-def test_plan_and_weights_give_the_network_back_in_a_process_of_its_own(tuned, done, home):
+def test_a_process_of_its_own_reads_the_generator_and_says_the_same(pruned, home):
+    code = "from stamp.cli import main; main()"
+    command = ("prune", "net", "new.npz", "--generator", "gen", "--budget", "0.4", "--json", "--out", "cut-apart")
+    there = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=home, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert there.returncode == 0, there.stderr
+    found = Summary.model_validate_json(there.stdout)
+    ratio = "macs of the dense network"
+    assert value(found, ratio) == value(pruned, ratio)
+    own, other = (PrunePlan.load(home / name / "plan.json") for name in ("cut", "cut-apart"))
+    assert own.gates.keys() == other.gates.keys()
+    assert all(torch.equal(own.gates[name], gate) for name, gate in other.gates.items())
+    weights, others = (load_file(home / name / "small.safetensors") for name in ("cut", "cut-apart"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in others.items())
+
+
+def test_plan_and_weights_give_the_network_back(tuned, done):
     here = done("evaluate", "tuned", "new.npz", "--out", "e1")
     assert value(here, "accuracy") == value(tuned, "accuracy", "after")
-    code = "from stamp.cli import main; main()"
-    there = subprocess.run(
-        [sys.executable, "-c", code, "evaluate", "tuned", "new.npz", "--json", "--out", "e2"],
-        cwd=home, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert there.returncode == 0, there.stderr
-    assert Summary.model_validate_json(there.stdout).results == here.results
     apart = ("tuned/plan.json", "new.npz", "--weights", "tuned/small.safetensors")
     assert done("evaluate", *apart, "--model", "own_nets:small", "--out", "e3").results == here.results
 
@@ -312,6 +324,17 @@ def test_the_experiments_of_the_specification(done, home):
     }  # fmt: skip
     assert done("plot", "adaptivity", "--out", "plot-adaptivity").artifacts == ["adaptivity.png"]
     assert (home / "rapid/comparison.png").exists()
+
+
+def test_classes_are_drawn_of_every_set_that_has_them_to_draw(call, monkeypatch):
+    def refused(source, protocol, **sizes):
+        raise InputError(f"{source}: {', '.join(sizes)}")
+
+    monkeypatch.setattr("stamp.experiments.load_target", refused)
+    for source, sizes in (("cifar-fs", "seed, classes, instances"), ("Mini_ImageNet", "seed, classes, instances"),
+                          ("mnist", "seed, limit")):  # fmt: skip
+        result = call("adaptivity", f"{source},digits", "--out", "drawn", "--overwrite")
+        assert (result.returncode, f"{source}: {sizes}" in result.stderr) == (2, True), result.stderr
 
 
 def test_tracing_says_what_can_be_removed_and_what_not(call, done, home):

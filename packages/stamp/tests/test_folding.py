@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from stamp.folding import FoldError, fold_bn
-from stamp.groups import trace
 from stamp.surgery import cut
 
 BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -20,8 +19,8 @@ def norms(model):
 # How many norms follow something other than a convolution of their own.
 LEFT = {
     "vgg": 1,
-    "resnet18": 0,
-    "resnet50": 0,
+    "resnet": 0,
+    "bottleneck": 0,
     "resnext": 0,
     "preact": 3,
     "densenet": 7,
@@ -48,8 +47,7 @@ def test_folding_changes_no_output(name):
 
 
 def test_a_cut_network_folds_too():
-    model, x = zoo.build("resnet18")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("resnet")
     small = cut(model, groups, zoo.random_keep(groups, 0))
     with torch.no_grad():
         assert torch.allclose(fold_bn(small)(x), small(x), rtol=1e-10, atol=1e-10)

@@ -31,14 +31,13 @@ def by_macs(module, inputs) -> float:
 
 
 def built(name, measure=by_macs, **options):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     return model, x, groups, LatencyTable.build(model, groups, x, measure=measure, warmup=0, repeats=1, **options)
 
 
 # What is measured grows with the product of a layer's widths, which a bilinear table holds exactly.
 @pytest.mark.parametrize(
-    "name", ["vgg", "resnet18", "resnext", "mobilenet", "densenet", "nested-cat", "mixer", "upscaling", "vit-torch"]
+    "name", ["vgg", "resnet", "resnext", "mobilenet", "densenet", "nested-cat", "mixer", "upscaling", "vit-torch"]
 )
 def test_the_table_knows_what_the_cut_network_would_take(name):
     model, x, groups, table = built(name, grid=2)
@@ -57,7 +56,7 @@ def test_only_distinct_kinds_of_layers_are_measured():
         seen.append((repr(module), tuple(inputs[0].shape)))
         return by_macs(module, inputs)
 
-    model, *_, table = built("resnet18", measure=measure, grid=2)
+    model, *_, table = built("resnet", measure=measure, grid=2)
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(table.layers) == len(layers)
     of_layers = [found for found in seen if found[0].startswith(("Conv2d", "Linear"))]
@@ -213,8 +212,7 @@ def test_choices_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("target", [0.9, 0.6, 0.3])
 @pytest.mark.parametrize("predict", ["table", "macs"])
 def test_the_network_is_measured_to_keep_the_time_whatever_was_predicted(target, predict):
-    model, x = zoo.build("unet" if predict == "table" else "resnet18")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("unet" if predict == "table" else "resnet")
     generator = torch.Generator().manual_seed(0)
     scores = {name: torch.rand(width, generator=generator) for name, width in groups.widths().items()}
 
@@ -240,8 +238,7 @@ def test_the_network_is_measured_to_keep_the_time_whatever_was_predicted(target,
 
 
 def test_a_network_that_is_fast_enough_stays_whole():
-    model, x = zoo.build("vgg")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("vgg")
     scores = {name: torch.ones(width) for name, width in groups.widths().items()}
     fit = fit_latency(model, groups, scores, 1e9, x, measure=by_macs, cost=CostModel.macs(model, groups, x))
     assert all(bool(mask.all()) for mask in fit.keep.values())
@@ -249,8 +246,7 @@ def test_a_network_that_is_fast_enough_stays_whole():
 
 
 def test_a_time_that_no_network_takes_is_refused_with_what_can_be_reached():
-    model, x = zoo.build("vgg")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("vgg")
     scores = {name: torch.rand(w, generator=torch.Generator().manual_seed(0)) for name, w in groups.widths().items()}
     cost = CostModel.macs(model, groups, x)
     options = {"measure": by_macs, "cost": cost, "min_channels": 0.5, "warmup": 0, "repeats": 1}

@@ -296,7 +296,7 @@ VALID = [
     for inner, steps, adapt, second in itertools.product(
         ("class-mean", "slice", "ridge"), (0, 2), ("head", "head+bn", "all"), (False, True)
     )
-    if not (inner == "ridge" and steps) and not (second and adapt != "head")
+    if not (inner == "ridge" and steps) and not (adapt != "head" and (second or not steps))
 ]
 HEADS = [
     {}, {"head": "mlp"}, {"head": "clamp"}, {"head": "free"}, {"labels": True}, {"sequential": True},
@@ -618,7 +618,9 @@ def test_masks_are_rewarded_where_another_task_would_not_like_them():
         ({"temperature": (0.1, 0.5)}, "temperature: must fall"),
         ({"temperature": (0.5, 0.0)}, "temperature: must fall"),
         ({"inner": "ridge", "inner_steps": 2}, "inner_steps: ridge is solved in closed form"),
-        ({"inner": "class-mean", "second_order": True, "adapt": "all"}, "second_order: is for adapt='head' only"),
+        ({"inner_steps": 1, "second_order": True, "adapt": "all"}, "second_order: is for adapt='head' only"),
+        ({"adapt": "all"}, "adapt: 'all' changes nothing in 0 steps; give inner_steps"),
+        ({"adapt": "head+bn", "inner": "ridge"}, "adapt: 'head.bn' changes nothing in 0 steps"),
         ({"inner": "slice", "ways": (2, 3)}, "'slice' needs a head for all 12 reference classes, not 8"),
         ({"ways": (1, 3)}, "ways: must be two numbers"),
     ],

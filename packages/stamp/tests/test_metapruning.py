@@ -138,8 +138,7 @@ def test_training_makes_weights_that_work_at_any_width():
 
 
 def test_weights_start_near_the_network_and_follow_the_widths():
-    model, x = zoo.build("resnet18")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("resnet")
     maker = WeightMaker(model, groups, 8, generator())
     full = dict.fromkeys(groups.widths(), 1.0)
     made = maker(full)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -114,20 +113,19 @@ def test_factories_in_the_current_folder_and_what_they_raise(tmp_path, monkeypat
         "def bad(): raise RuntimeError('two\\nlines')\n"
     )
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    code = (
-        "from stamp.networks import build\n"
-        "print(build('mynets:good', num_classes=5, in_channels=1))\n"
-        "for name in ('mynets:wrong', 'mynets:bad', 'broken:net'):\n"
-        "    try: build(name)\n"
-        "    except ValueError as error: print(error)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == [
-        "Linear(in_features=3, out_features=5, bias=True)",
-        "mynets:wrong returned a int; it must return a torch.nn.Module",
-        "mynets:bad fails: RuntimeError: two lines",
-        "broken:net: importing 'broken' fails: ZeroDivisionError: division by zero",
-    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "mynets", None)
+    monkeypatch.delitem(sys.modules, "mynets")
+    assert str(build("mynets:good", num_classes=5, in_channels=1)) == "Linear(in_features=3, out_features=5, bias=True)"
+    for name, words in (
+        ("mynets:wrong", "mynets:wrong returned a int; it must return a torch.nn.Module"),
+        ("mynets:bad", "mynets:bad fails: RuntimeError: two lines"),
+        ("broken:net", "broken:net: importing 'broken' fails: ZeroDivisionError: division by zero"),
+    ):
+        with pytest.raises(FactoryError) as caught:
+            build(name)
+        assert str(caught.value) == words
 
 
 def test_options_out_of_range():

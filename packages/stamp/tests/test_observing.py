@@ -37,8 +37,7 @@ def inputs_of_modules(model, x):
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_features_are_the_statistics_of_what_enters_the_first_consumer(name):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     found = observe(model, groups, x)
     seen = inputs_of_modules(model, x)
     calls = list(seen)
@@ -68,8 +67,7 @@ def test_features_are_the_statistics_of_what_enters_the_first_consumer(name):
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_gates_on_the_way_equal_gates_on_the_weights(name):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     gates = random_gates(groups)
     asked, outputs = [], []
 
@@ -87,10 +85,9 @@ def test_gates_on_the_way_equal_gates_on_the_weights(name):
     assert torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet18", "preact", "densenet", "unet", "vit-hand"])
+@pytest.mark.parametrize("name", ["vgg", "resnet", "preact", "densenet", "unet", "vit-hand"])
 def test_later_groups_see_what_was_cut_before(name):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     keep = zoo.random_keep(groups, 3, rate=0.7)
     gated = observe(model, groups, x, gate=lambda name, _: keep[name].to(x))
     small = cut(model, groups, keep)
@@ -105,16 +102,14 @@ def test_later_groups_see_what_was_cut_before(name):
 
 
 def test_a_group_may_be_left_alone():
-    model, x = zoo.build("resnet18")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("resnet")
     left = observe(model, groups, x, gate=lambda *_: None)
     plain = observe(model, groups, x)
     assert all(torch.equal(left[name].mean, plain[name].mean) for name in plain)
 
 
 def test_gradients_pass_through_gates_and_inputs():
-    model, x = zoo.build("vgg")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("vgg")
     first, last = groups.prunable[0], groups.prunable[-1]
     gate = torch.rand(first.width, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
@@ -151,7 +146,7 @@ def test_the_model_stays_as_it_was():
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert isinstance(model.blocks[0].attn.out_proj.weight, nn.Parameter)
     assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == 1
-    model, x = zoo.build("resnet18")
+    model, x = zoo.build("resnet")
     model.train()
     mean = model.stem[1].running_mean.clone()
     observe(model, trace(model, x), x)
@@ -299,8 +294,7 @@ def test_half_precision_is_pooled_in_single():
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_named():
-    model, x = zoo.build("vgg")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("vgg")
     with pytest.raises(KeepError, match=r"gates of group '0' have shape \(5,\); it has 6 channels"):
         observe(model, groups, x, gate=lambda *_: torch.ones(5))
     net = nn.Sequential(nn.Conv2d(3, 4, 1))

@@ -11,7 +11,6 @@ from torch.func import functional_call
 
 from stamp.counting import macs, parameters
 from stamp.examples import Examples
-from stamp.groups import trace
 from stamp.parameter_masks import (
     MaskError,
     edge_popup,
@@ -68,8 +67,7 @@ def test_scores_start_as_linear_layers_do():
 
 
 def test_masks_of_weights_go_with_gates_of_channels_and_with_cuts():
-    model, x = zoo.build("resnet18")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("resnet")
     keep = zoo.random_keep(groups, 0)
     gates = {name: mask.double() for name, mask in keep.items()}
     scores = initial_scores(model, generator())

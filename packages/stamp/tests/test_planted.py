@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -192,6 +193,25 @@ def test_in_a_plain_network_all_sets_come_in_by_the_same_channel(tmp_path):
     assert better.holds == (better.value > 0)
     ahead = min(100 * (row["own"] - max(row[m] for m in ("random", "l1", "bn", "act"))) for row in rows)
     assert best.value == pytest.approx(ahead)
+
+
+def test_sets_that_nothing_was_trained_on_are_judged_alone_and_by_class_means(tmp_path):
+    others = {"new": target("new", 7, ways=5, upright=True), "more": target("more", 8, upright=False)}
+    given = {"seeds": (0,), "unseen": lambda seed: others, "min_channels": 0.25, **OPTIONS}
+    found = study(run_in(tmp_path / "a"), "plain", domains, **given)
+    rows = found.seen[0]["recalibrated"]
+    assert set(rows) == {"new", "more"}
+    assert all({"own", "other", "random", FREE} <= set(row) for row in rows.values())
+    assert {row.dataset for row in found.results} == {
+        f"{name}unseen by a plain network" for name in ("new, ", "more, ", "")
+    }
+    assert all("unseen by a plain network" in claim.text for claim in found.claims)
+    for kept in found.seen[0]["widths"].values():
+        assert all(number >= math.ceil(0.25 * width) for number, width in kept.values())
+    with pytest.raises(InputError, match="unseen: in a planted network each set has a channel of its own"):
+        study(run_in(tmp_path / "b"), "planted", domains, **given)
+    with pytest.raises(InputError, match="unseen: 'upright' is one of the sets to train on"):
+        study(run_in(tmp_path / "c"), "plain", domains, **{**given, "unseen": domains})
 
 
 def test_a_study_that_was_interrupted_repeats_only_what_it_had_not_done(interrupted):

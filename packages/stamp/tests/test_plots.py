@@ -63,9 +63,8 @@ def drawn(monkeypatch) -> list[Figure]:
 
 def texts(figure: Figure) -> list[tuple[str, object]]:
     """Give every visible text with its box."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
     hidden = set()
     for line in [line for axes in figure.axes for line in (axes.xaxis, axes.yaxis)]:
         low, high = sorted(line.get_view_interval())
@@ -238,12 +237,9 @@ def test_every_picture_is_drawn_without_text_on_text_or_beyond_the_page(name, tm
     ("name", "ending", "start"),
     [
         ("tradeoff_of_few", "svg", b"<?xml"),
-        ("adaptivity", "svg", b"<?xml"),
-        ("rapid_of_one", "svg", b"<?xml"),
         ("training", "pdf", b"%PDF"),
-        ("overlap_of_one", "pdf", b"%PDF"),
-        ("latency_of_few", "png", b"\x89PNG"),
-        ("widths_of_three", "PNG", b"\x89PNG"),
+        ("overlap_of_one", "png", b"\x89PNG"),
+        ("latency_of_one", "PNG", b"\x89PNG"),
     ],
 )
 def test_the_same_data_gives_the_same_bytes(name, ending, start, tmp_path):

@@ -20,8 +20,7 @@ NETS = [name for name in zoo.ZOO if name not in ("shuffle",)]
 
 @functools.cache
 def priced(name):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     return groups, CostModel.macs(model, groups, x)
 
 
@@ -86,7 +85,7 @@ def test_the_shift_is_the_root_that_scipy_finds(seed, budget, scale, temperature
 
 
 def test_a_shift_of_all_logits_changes_nothing():
-    groups, cost = priced("resnet18")
+    groups, cost = priced("resnet")
     logits = drawn(groups)
     first, shift = project(logits, cost, 0.3)
     second, other = project({name: value + 7.5 for name, value in logits.items()}, cost, 0.3)
@@ -175,7 +174,7 @@ def test_gradients_are_those_of_the_whole_map(name, temperature):
         assert abs(found - wanted) <= 1e-4 * max(1.0, abs(wanted))
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet50", "vit-hand", "unet"])
+@pytest.mark.parametrize("name", ["vgg", "bottleneck", "vit-hand", "unet"])
 def test_no_step_along_a_gradient_changes_the_expected_cost(name):
     groups, cost = priced(name)
     logits = {key: value.requires_grad_() for key, value in drawn(groups, 3).items()}
@@ -216,8 +215,7 @@ def test_some_groups_may_be_left_out():
 
 
 def test_parameters_are_a_cost_too():
-    model, x = zoo.build("resnet18")
-    groups = trace(model, x)
+    model, _, groups = zoo.traced("resnet")
     cost = CostModel.parameters(model, groups)
     pi, _ = project(drawn(groups), cost, 0.25)
     assert abs(float(cost.expected(pi)) / cost.exact({}) - 0.25) <= 1e-9

@@ -201,6 +201,56 @@ def test_a_note_says_when_probabilities_are_not_sharp():
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_sharpness_is_judged_at_the_temperature_that_training_ended_with(tmp_path):
+    net, groups, data, _ = worlds.two_worlds()
+    generator = MaskGenerator(groups)
+    options = {"tasks": 2, "ways": worlds.WAYS, "inner": "slice", "gates": "annealed", "temperature": (0.4, 0.03)}
+    MetaTrainer(net, generator, data, config=MetaConfig(iters=20, **options)).fit()
+    generator.save(tmp_path / "g")
+    loaded = MaskGenerator.load(tmp_path / "g", groups)
+    decide = functools.partial(prune, net, groups, data=data[0], budget=Budget(macs=0.4), sets=3)
+    for own in (generator, loaded):
+        plan = decide(method=own)
+        flat = torch.cat(list(plan.scores.values()))
+        assert float((flat * (1 - flat)).mean()) > 0.1
+        assert plan.notes == ()
+    undecided = MaskGenerator(groups, head="free", temperature=0.03)
+    with torch.no_grad():
+        for value in undecided.head.free:
+            value.zero_()
+    assert "not sharp" in decide(method=undecided).notes[0]
+    MetaTrainer(net, loaded, data, config=MetaConfig(iters=1, tasks=2, ways=worlds.WAYS)).fit()
+    assert loaded.settings["temperature"] == 1.0
+    assert adapt(net, generator, data[0], budget=0.3, steps=1).settings["temperature"] == 0.03
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_adaptation_is_under_the_budget_that_is_asked_for(monkeypatch):
+    net, groups, data, _ = worlds.two_worlds()
+    seen = []
+
+    class Watched(MetaTrainer):
+        def fit(self, **options):
+            seen.append((self.cost.exact({}), *self.config.budgets))
+            return super().fit(**options)
+
+    monkeypatch.setattr(pruning, "MetaTrainer", Watched)
+    monkeypatch.setattr(pruning, "fit_latency", functools.partial(fit_latency, measure=by_macs))
+    table = LatencyTable.build(net, groups, data[0].x[:64], measure=by_macs, warmup=0, repeats=1)
+    whole = {"macs": macs(net, data[0].x[:1]), "params": sum(p.numel() for p in net.parameters())}
+    decide = functools.partial(prune, net, groups, method=MaskGenerator(groups), data=data[0], adapt_steps=1, sets=1)
+    decide(budget=Budget(macs=0.3))
+    decide(budget=Budget(params=0.3))
+    assert seen == [(whole["macs"], 0.3, 0.3), (whole["params"], 0.3, 0.3)]
+    for budget in (Budget(latency=0.5), Budget(latency_ms=0.5 * table.dense_ms)):
+        decide(budget=budget, table=table)
+        cost, low, high = seen[-1]
+        # This clock counts multiply-adds, so that half of the time is about half of them.
+        assert (cost, low) == (whole["macs"], high)
+        assert 0.42 <= low <= 0.5
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_adapting_changes_a_copy_only():
     net, groups, data, _ = worlds.two_worlds()
     net = copy.deepcopy(net)
@@ -289,6 +339,42 @@ def test_a_table_is_measured_where_none_is_given(monkeypatch):
     assert by_macs(cut(model, groups, plan.keep), data.x) <= 0.6 * by_macs(model, data.x) * (1 + 1e-9)
 
 
+def test_widths_that_were_searched_by_predicted_times_are_measured(monkeypatch):
+    model, groups = single("vgg")
+    data = examples()
+    table = LatencyTable.build(model, groups, data.x, measure=by_macs, warmup=0, repeats=1)
+    target = 0.5 * table.dense_ms
+    searched, search, slow, measured = [], pruning.meta_pruning, [0], []
+
+    def watched(*args, **options):
+        searched.append(search(*args, **options))
+        return searched[-1]
+
+    def clock(network, batch, *, device):
+        measured.append(by_macs(network, batch))
+        return 2 * target if len(measured) <= slow[0] else measured[-1]
+
+    monkeypatch.setattr(pruning, "meta_pruning", watched)
+    monkeypatch.setattr(pruning, "measured_ms", clock)
+    options = {"steps": 0, "population": 12, "generations": 1, "recalibration": 1}
+    decide = functools.partial(
+        prune, model, groups, method="metapruning", data=data, budget=Budget(latency=0.5), table=table, options=options
+    )
+    for number in (0, 2):
+        slow[0] = number
+        measured.clear()
+        plan = decide()
+        tried = searched[-1].tried
+        best = sorted(tried, key=lambda widths: -tried[widths])
+        assert tuple(int(mask.sum()) for mask in plan.keep.values()) == best[number]
+        assert len(measured) == number + 1
+        assert by_macs(cut(model, groups, plan.keep), data.x) <= target
+        assert plan.notes == (f"{measured[-1]:.3g} ms measured for {target:.3g} asked",)
+    slow[0] = 100
+    with pytest.raises(BudgetError, match="of its 8 best candidates the fastest was measured to take"):
+        decide()
+
+
 # ---- what is refused
 
 
@@ -307,7 +393,7 @@ def test_double_precision_is_pruned_too():
 def test_what_cannot_be_done_is_refused_in_a_line():
     model, groups = single("vgg")
     data, budget = examples(), Budget(macs=0.5)
-    other = single("resnet18")
+    other = single("resnet")
     refused = [
         (UnknownKeyError, "method: 'l3' is unknown; there are dense, random, l1", {"method": "l3"}),
         (GeneratorError, "made for another network", {"method": MaskGenerator(other[1])}),

@@ -16,8 +16,7 @@ from stamp.timing import time_together
 
 
 def halved(name="vgg"):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     keep = {name: torch.arange(width) < width // 2 for name, width in groups.widths().items()}
     return model, cut(model, groups, keep), x
 
@@ -111,7 +110,7 @@ def test_warnings_say_what_the_figures_call_for(small, options, said):
 
 
 def test_widths_that_were_cut_are_found_and_a_new_classifier_is_none():
-    model, small, _ = halved("resnet18")
+    model, small, _ = halved("resnet")
     small.fc = nn.Linear(small.fc.in_features, 3).double()
     found = report(model, small, (3, 8, 8), batch_size=2, warmup=0, repeats=1, measure=by_macs)
     widths = [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)]
@@ -138,8 +137,7 @@ def test_the_multiple_suggested_is_the_smallest_that_the_machine_does_well(good,
 
 
 def test_narrow_groups_stay_whole_and_odd_candidates_are_refused():
-    model, x = zoo.build("vgg")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("vgg")
     seen = []
 
     def measure(module, inputs):

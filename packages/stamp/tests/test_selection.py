@@ -105,10 +105,10 @@ def test_equal_scores_enter_one_by_one_in_the_order_of_groups_and_channels():
         assert same(dict(reversed(select(backwards, cost, budget).items())), best)
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: annotations are checked elsewhere
 @pytest.mark.parametrize("mode", ["budget", "efficiency"])
 def test_smaller_budgets_keep_subsets_and_every_budget_holds(mode):
-    model, x = zoo.build("vgg")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("vgg")
     cost = CostModel.macs(model, groups, x)
     remembered = Counting(cost)
     scores = random_scores(groups.widths(), 0)
@@ -154,8 +154,7 @@ def test_guards_and_budget_hold_together(seed, budget, least, multiple, mode, ti
 
 
 def test_a_budget_asks_for_few_costs():
-    model, x = zoo.build("resnet50")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("bottleneck")
     channels = sum(groups.widths().values())
     cost = Counting(CostModel.macs(model, groups, x))
     select(random_scores(groups.widths(), 0), cost, 0.3)
@@ -181,8 +180,7 @@ def greedy(scores, cost, budget, least):
 @pytest.mark.parametrize("name", ["vgg", "mobilenet", "nested-cat"])
 @pytest.mark.parametrize("known", [True, False])
 def test_efficiency_equals_a_plain_greedy_removal(name, known):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     cost = CostModel.macs(model, groups, x)
     scores = {name: own.double() for name, own in random_scores(groups.widths(), 3, ties=name == "vgg").items()}
     scores = {name: own + 0.25 for name, own in scores.items()}

@@ -14,8 +14,7 @@ from stamp.surgery import KeepError, Masked, cut, gated_parameters, masked, rest
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_cutting_equals_masking_in_outputs_and_in_gradients(name):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     for seed in range(3):
         keep = zoo.random_keep(groups, seed)
         small = cut(model, groups, keep)
@@ -37,10 +36,9 @@ def test_cutting_equals_masking_in_outputs_and_in_gradients(name):
             assert (surviving[key] - gradient).abs().max() <= 1e-10 * (1 + gradient.abs().max())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "preact", "densenet", "mobilenet", "unet", "resnext", "group-norm"])
+@pytest.mark.parametrize("name", ["resnet", "preact", "densenet", "mobilenet", "unet", "resnext", "group-norm"])
 def test_the_small_network_trains_like_the_masked_one_batch_statistics_included(name):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     keep = zoo.random_keep(groups, 5)
     small = cut(model, groups, keep).train()
     reference = masked(model.train(), groups, keep)
@@ -51,8 +49,7 @@ def test_the_small_network_trains_like_the_masked_one_batch_statistics_included(
 
 
 def test_a_gate_before_the_norm_would_not_do():
-    model, x = zoo.build("preact")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("preact")
     keep = zoo.random_keep(groups, 0)
     small = cut(model, groups, keep)
     wrong = copy.deepcopy(model)
@@ -65,8 +62,7 @@ def test_a_gate_before_the_norm_would_not_do():
 
 
 def test_sizes_are_updated():
-    model, x = zoo.build("mobilenet")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("mobilenet")
     keep = {"2.conv.0": torch.arange(18) < 5}
     block = cut(model, groups, keep).get_submodule("2.conv")
     assert (block[0].out_channels, block[1].num_features, block[6].in_channels) == (5, 5, 5)
@@ -82,8 +78,7 @@ def test_sizes_are_updated():
 
 
 def test_copies_by_default_and_cuts_in_place_on_request():
-    model, x = zoo.build("resnet18")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("resnet")
     keep = zoo.random_keep(groups, 1)
     before = model(x)
     small = cut(model, groups, keep)
@@ -96,12 +91,10 @@ def test_copies_by_default_and_cuts_in_place_on_request():
 
 
 def test_keeping_all_changes_nothing_and_cutting_twice_equals_cutting_once():
-    model, x = zoo.build("vit-torch")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("vit-torch")
     whole = cut(model, groups, {g.name: torch.ones(g.width, dtype=torch.bool) for g in groups.prunable})
     assert (whole(x) - model(x)).abs().max() <= 1e-12
-    model, x = zoo.build("densenet")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("densenet")
     keep = {"stem": torch.tensor([1, 1, 0, 1, 1, 0], dtype=torch.bool)}
     once = cut(model, groups, keep)
     again = cut(once, trace(once, x), {"stem": torch.tensor([0, 1, 1, 0], dtype=torch.bool)})
@@ -111,8 +104,7 @@ def test_keeping_all_changes_nothing_and_cutting_twice_equals_cutting_once():
 
 @pytest.mark.parametrize("name", ["preact", "squeeze-excite", "nested-cat", "mobilenet", "vit-torch"])
 def test_soft_gates_scale_what_the_consumers_read(name):
-    model, x = zoo.build(name)
-    groups = trace(model, x)
+    model, x, groups = zoo.traced(name)
     generator = torch.Generator().manual_seed(0)
     gates = {g.name: torch.rand(g.width, generator=generator, dtype=x.dtype).requires_grad_() for g in groups.prunable}
     y = Masked(model, groups, gates)(x)
@@ -145,8 +137,7 @@ def test_soft_gates_scale_what_the_consumers_read(name):
 
 
 def test_gates_are_differentiable_and_only_consumers_are_gated():
-    model, x = zoo.build("vgg")
-    groups = trace(model, x)
+    model, x, groups = zoo.traced("vgg")
     gate = torch.rand(8, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert set(gated_parameters(model, groups, {"7": gate})) == {"12.weight"}
 
@@ -199,8 +190,7 @@ def test_causal_attention_with_branches_on_sizes():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_choices_are_refused_by_name():
-    model, x = zoo.build("group-norm")
-    groups = trace(model, x)
+    model, _, groups = zoo.traced("group-norm")
     good = torch.ones(8, dtype=torch.bool)
     for function in (cut, masked):
         with pytest.raises(KeepError, match="no group is named '4'"):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from stamp.groups import trace
+from stamp.structure import ChannelGroups
 
 
 def conv_bn(cin: int, cout: int, k: int = 3, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
@@ -432,8 +438,8 @@ class Shuffle(nn.Module):
 ZOO = {
     "vgg": vgg,
     "vgg-gap": lambda: vgg(hidden=0),
-    "resnet18": lambda: ResNet("basic", 4),
-    "resnet50": lambda: ResNet("bottleneck", 4, (3, 4, 6, 3)),
+    "resnet": lambda: ResNet("basic", 4, (2, 1, 1, 1)),
+    "bottleneck": lambda: ResNet("bottleneck", 4, (2, 2)),
     "resnext": lambda: ResNet("bottleneck", 8, (1, 1), groups=4),
     "preact": PreAct,
     "densenet": DenseNet,
@@ -474,6 +480,18 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
             if not parameter.any():
                 parameter.data.normal_()
         return model, torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+
+@functools.cache
+def _traced(name: str, seed: int) -> tuple[nn.Module, Tensor, ChannelGroups]:
+    model, x = build(name, seed)
+    return model, x, trace(model, x)
+
+
+def traced(name: str, seed: int = 0) -> tuple[nn.Module, Tensor, ChannelGroups]:
+    """What `build` gives, a copy of one's own, and its groups."""
+    model, x, groups = _traced(name, seed)
+    return copy.deepcopy(model), x.clone(), groups
 
 
 def random_keep(groups, seed: int, rate: float = 0.5) -> dict[str, Tensor]:

@@ -567,9 +567,14 @@ class AdaptivityConfig(ProtocolOptions):
     budget: float = Field(0.25, gt=0, le=1, description="share of the dense network's multiply-adds")
     seeds: int = Field(3, ge=1, description="repetitions: networks, generators and masks")
     limit: int = Field(1000, ge=20, description="training examples of each set")
-    classes: int = Field(20, ge=2, description="classes of a set that has hundreds: glyphs, omniglot, hershey")
+    classes: int = Field(20, ge=2, description="classes of a set that draws them, e.g. glyphs or omniglot")
     instances: int = Field(40, ge=4, description="images of each of these")
     control: bool = Field(True, description="meta-fit gates that read nothing, too: one mask for all")
+    unseen: tuple[str, ...] = Field(
+        (), description="judge these sets, which nothing is trained on, by class means; for kind plain"
+    )
+    unseen_limit: int = Field(200, ge=20, description="training examples of each of these")
+    min_channels: float = Field(0.05, ge=0, le=1, description="least share of each group to keep")
     pretrain_steps: int = Field(300, ge=1, description="steps of training each network")
     iters: int = Field(150, ge=0, description="meta-steps of the generator")
     ways: tuple[int, int] = Field((5, 5), description="fewest and most classes of a task")
@@ -582,19 +587,20 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
     from stamp.meta import MetaConfig
     from stamp.planted import study
     from stamp.plots import plot_adaptivity, plot_widths
+    from stamp.sources import is_drawn
 
+    # Sets that have no place in the network's head are judged by class means, and so the generator is trained for them.
     meta = MetaConfig(
-        iters=config.iters, tasks=config.tasks, ways=config.ways, inner="slice", jitter=False,
-        budgets=(config.budget, config.budget),
+        iters=config.iters, tasks=config.tasks, ways=config.ways, inner="class-mean" if config.unseen else "slice",
+        jitter=bool(config.unseen), budgets=(config.budget, config.budget),
     )  # fmt: skip
     protocol = _protocol(config, meta=meta)
 
-    def domains(seed: int) -> dict[str, Target]:
+    def targets(sources: Sequence[str], limit: int, seed: int) -> dict[str, Target]:
         found: dict[str, Target] = {}
-        for source in config.domains:
-            drawn = source in ("glyphs", "omniglot", "hershey")
-            sizes = {"classes": config.classes, "instances": config.instances} if drawn else {"limit": config.limit}
-            target = load_target(source, protocol, seed=seed, **sizes)
+        for source in sources:
+            drawn = {"classes": config.classes, "instances": config.instances}
+            target = load_target(source, protocol, seed=seed, **(drawn if is_drawn(source) else {"limit": limit}))
             name = Path(source).stem if Path(source).exists() else source
             if name in found:
                 raise InputError(f"DOMAINS: two of them are called '{name}'; name different ones")
@@ -608,13 +614,15 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
         found = study(
             session.run,
             config.kind,
-            domains,
+            lambda seed: targets(config.domains, config.limit, seed),
+            unseen=(lambda seed: targets(config.unseen, config.unseen_limit, seed)) if config.unseen else None,
             seeds=range(config.seed, config.seed + config.seeds),
             protocol=protocol,
             budget=config.budget,
             channels=channels,
             control=config.control,
             draws=config.draws,
+            min_channels=config.min_channels,
             device=session.device,
             advance=lambda note, done: advance(done, note=note),
         )

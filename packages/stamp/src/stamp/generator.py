@@ -29,7 +29,7 @@ from stamp.training import HeadError, head_name
 
 __all__ = ["GeneratorError", "MaskGenerator", "draw_set"]
 
-_VERSION = 1
+_VERSION = 2
 _STABLE = 3
 
 
@@ -58,6 +58,7 @@ class MaskGenerator(nn.Module):
     sequential : gate each group before the next is read, so that later logits see earlier pruning; off by default,
         because many sets then go through the network at once
     input_shape : of one input; ``attention`` and ``pma`` need it
+    temperature : at which its decisions are as sharp as those that it was trained with; training sets it
     seed : of the initial parameters
 
     Raises
@@ -87,6 +88,7 @@ class MaskGenerator(nn.Module):
         classifier: str | None = None,
         sequential: bool = False,
         input_shape: Sequence[int] | None = None,
+        temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -100,6 +102,7 @@ class MaskGenerator(nn.Module):
             "classifier": classifier,
             "sequential": sequential,
             "input_shape": None if input_shape is None else [int(n) for n in input_shape],
+            "temperature": float(temperature),
         }
         if labels and encoder not in ("instances", "subsample"):
             raise InputError(f"labels: pseudo-instances of encoder '{encoder}' have no class; take 'instances'")
@@ -111,7 +114,6 @@ class MaskGenerator(nn.Module):
         # Heads stop gradients where nothing could learn from them (spec 2.4); an encoder could not learn without.
         self.head.through = any(True for _ in self.encoder.parameters())
         self.sequential = sequential
-        self.register_buffer("shift", torch.zeros(()))
 
     def logits(
         self,
@@ -122,6 +124,8 @@ class MaskGenerator(nn.Module):
         generator: torch.Generator | None = None,
         learn: bool = False,
         weights: Mapping[str, Float[Tensor, "width 2"]] | None = None,
+        cost: ExpectedCost | None = None,
+        budget: float | None = None,
     ) -> dict[str, Float[Tensor, " width"]]:
         """Return the logits of one set.
 
@@ -133,6 +137,8 @@ class MaskGenerator(nn.Module):
         generator : of the encoder ``subsample``
         learn : let the running statistics of the head learn from this set
         weights : what `weight_ratios` returned for this network, where many sets are read
+        cost, budget : share of the cost for which the logits are to be used; with `sequential`, later groups see what
+            it leaves of earlier ones, by a first reading that gates nothing
 
         Raises
         ------
@@ -150,16 +156,25 @@ class MaskGenerator(nn.Module):
         else:
             shown = self.encoder(x, generator)
         static = self._static_of(model, shown, y, self.weight_ratios(model) if weights is None else weights)
-        if self.sequential:
-            found: dict[str, Tensor] = {}
+        if not self.sequential:
+            return self._at_once(model, shown, y, static, learn=learn)
+        shift = 0.0
+        if cost is not None and budget is not None:
+            with torch.no_grad():
+                shift = project(self._at_once(model, shown, y, static, learn=False), cost, budget)[1]
+        found: dict[str, Tensor] = {}
 
-            def gate(name: str, features: Features) -> Tensor:
-                found[name] = self._of_group(name, features, y, static, learn=learn)
-                return torch.sigmoid(found[name].detach() - self._shift)
+        def gate(name: str, features: Features) -> Tensor:
+            found[name] = self._of_group(name, features, y, static, learn=learn)
+            return torch.sigmoid(found[name].detach() - shift)
 
-            with _frozen(model):
-                observe(model, self.groups, shown, gate=gate)
-            return {group.name: found[group.name] for group in self.groups.prunable}
+        with _frozen(model):
+            observe(model, self.groups, shown, gate=gate)
+        return {group.name: found[group.name] for group in self.groups.prunable}
+
+    def _at_once(
+        self, model: nn.Module, shown: Tensor, y: Tensor | None, static: Mapping[str, Tensor], *, learn: bool
+    ) -> dict[str, Float[Tensor, " _width"]]:
         with _frozen(model):
             features = observe(model, self.groups, shown)
         return {
@@ -187,7 +202,8 @@ class MaskGenerator(nn.Module):
         cost, budget : if given, the expected cost is this share of the whole network's; see `projection.project`
         generator : of the encoder ``subsample``
         """
-        return self._probabilities(self.logits(model, x, y=y, generator=generator), cost, budget)
+        logits = self.logits(model, x, y=y, generator=generator, cost=cost, budget=budget)
+        return self._probabilities(logits, cost, budget)
 
     def pi(
         self,
@@ -228,7 +244,9 @@ class MaskGenerator(nn.Module):
             for number in range(1, most + 1):
                 x, y = draw_set(data, set_size, generator)
                 y = y.to(like.device) if self.labels else None
-                logits = self.logits(model, x.to(like), y=y, generator=generator, weights=weights)
+                logits = self.logits(
+                    model, x.to(like), y=y, generator=generator, weights=weights, cost=cost, budget=budget
+                )
                 for name, value in self._probabilities(logits, cost, budget).items():
                     total[name] = total.get(name, 0.0) + value
                 if sets == "auto":
@@ -246,10 +264,6 @@ class MaskGenerator(nn.Module):
         if cost is None or budget is None:
             return {name: torch.sigmoid(value) for name, value in logits.items()}
         return project(logits, cost, budget)[0]
-
-    @property
-    def _shift(self) -> Tensor:
-        return cast("Tensor", self.shift)
 
     def _of_group(
         self, name: str, features: Features, y: Tensor | None, static: Mapping[str, Tensor], *, learn: bool

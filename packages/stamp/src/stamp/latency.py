@@ -33,6 +33,7 @@ __all__ = [
     "Timings",
     "Try",
     "fit_latency",
+    "measured_ms",
     "time_together",
 ]
 
@@ -443,6 +444,32 @@ def _located(grid: NDArray[np.float64], value: NDArray[np.float64]) -> tuple[NDA
     row = np.arange(len(grid))[:, None]
     start, end = grid[row, cell], grid[row, cell + 1]
     return cell, np.maximum((value - start) / (end - start), 0)
+
+
+def measured_ms(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    *,
+    device: str = "cpu",
+    warmup: int = 5,
+    repeats: int = 20,
+    measure: Measure = call_ms,
+) -> float:
+    """Measure a network's forward pass, as `fit_latency` does.
+
+    Parameters
+    ----------
+    model : left as it is
+    example : as `time_together` takes it
+    device : on which to measure
+    warmup, repeats, measure : see `time_together`
+
+    Returns
+    -------
+    The median, in milliseconds.
+    """
+    inputs = tuple(x.to(device) for x in as_inputs(example))
+    return _median(measure, copy.deepcopy(model).to(device).eval(), inputs, warmup, repeats)
 
 
 def _median(measure: Measure, module: nn.Module, inputs: tuple[Tensor, ...], warmup: int, repeats: int) -> float:

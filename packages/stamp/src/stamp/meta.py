@@ -201,6 +201,7 @@ class MetaTrainer:
     example : a batch that shows the shape of inputs. Default: one example of the reference
     validation : sets with other classes or examples; the generator that does best on them is kept
     head : qualified name of the network's last layer. Default: its last linear layer
+    cost : that budgets are shares of. Default: multiply-adds
     config : see `MetaConfig`
 
     Raises
@@ -228,6 +229,7 @@ class MetaTrainer:
         example: Tensor | None = None,
         validation: Examples | Sequence[Examples] | None = None,
         head: str | None = None,
+        cost: CostModel | None = None,
         config: MetaConfig | None = None,
     ) -> None:
         self.config = c = MetaConfig() if config is None else config
@@ -251,7 +253,7 @@ class MetaTrainer:
         example = (sets[0].inputs(slice(0, 1)) if example is None else example[:1]).to(self._like)
         with torch.no_grad():
             penultimate(self.model, example, self.head)
-        self.cost = CostModel.macs(self.model, generator.groups, example)
+        self.cost = CostModel.macs(self.model, generator.groups, example) if cost is None else cost
 
         def sampled(sets: Sequence[Examples], *, jitter: bool) -> TaskSampler:
             return TaskSampler(sets, ways=c.ways, shots=c.shots, queries=c.queries, jitter=jitter)
@@ -321,6 +323,8 @@ class MetaTrainer:
             if on_step is not None:
                 on_step(MetaStep(**asdict(self._records[-1]), state=self.state))
         self.generator.eval()
+        if self._records:
+            self.generator.settings["temperature"] = c.temperature[1] if c.gates == "annealed" else 1.0
         if self._best is not None:
             self.generator.load_state_dict(self._best[1])
         history = MetaHistory(tuple(self._records), seconds)
@@ -378,8 +382,9 @@ class MetaTrainer:
             index = torch.randperm(len(task.support), generator=random)[: c.set_size].to(self.device)
             y = task.support_y[index] if self.generator.labels else None
             logits = self.generator.logits(
-                self.model, task.support[index], y=y, generator=random, learn=True, weights=self._weights
-            )
+                self.model, task.support[index], y=y, generator=random, learn=True, weights=self._weights,
+                cost=self.cost if c.penalty == "projected" else None, budget=budget,
+            )  # fmt: skip
             pi, gates = self._gates(logits, budget, temperature)
             masks.append(pi)
             drawn.append(gates)
@@ -418,8 +423,7 @@ class MetaTrainer:
         annealed = self.config.gates == "annealed"
         sharp = temperature if annealed else 1.0
         if self.config.penalty == "projected":
-            pi, shift = project(logits, self.cost, budget, temperature=sharp)
-            cast("Tensor", self.generator.shift).fill_(shift)
+            pi, _ = project(logits, self.cost, budget, temperature=sharp)
         else:
             pi = {name: torch.sigmoid(value / sharp) for name, value in logits.items()}
         if annealed:
@@ -514,8 +518,13 @@ class MetaTrainer:
             for found in self._validation:
                 task = _moved(found, self._like)
                 y = task.support_y if self.generator.labels else None
-                logits = self.generator.logits(self.model, task.support, y=y, generator=random, weights=self._weights)
+                logits: _Gates = {}
                 for budget in (0.5, 0.25, 0.1):
+                    if not logits or self.generator.sequential:
+                        logits = self.generator.logits(
+                            self.model, task.support, y=y, generator=random, weights=self._weights, cost=self.cost,
+                            budget=budget,
+                        )  # fmt: skip
                     kept = select(logits, self.cost, max(budget, self._least))
                     gates = {name: mask.to(self.device, torch.float32) for name, mask in kept.items()}
                     support, query = self._features(self.model, gates, (task.support, task.query))
@@ -542,6 +551,10 @@ def _check(c: MetaConfig) -> None:
         raise InputError(f"temperature: must fall from one positive number to another, got {c.temperature}")
     if c.inner == "ridge" and c.inner_steps:
         raise InputError("inner_steps: ridge is solved in closed form; take inner='class-mean' for gradient steps")
+    if c.adapt != "head" and not c.inner_steps:
+        raise InputError(
+            f"adapt: '{c.adapt}' changes nothing in 0 steps; give inner_steps of 1 or more, or leave it out"
+        )
     if c.second_order and c.adapt != "head":
         raise InputError(f"second_order: is for adapt='head' only, not '{c.adapt}'")
 

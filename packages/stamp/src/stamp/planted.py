@@ -201,30 +201,35 @@ def study(
     kind: Kind,
     domains: Callable[[int], Mapping[str, Target]],
     *,
+    unseen: Callable[[int], Mapping[str, Target]] | None = None,
     seeds: Sequence[int],
     protocol: Protocol,
     budget: float,
     channels: Sequence[int] = (16, 32, 32),
     control: bool = True,
     draws: int = 10,
+    min_channels: int | float = 0.05,
     device: torch.device | str = "cpu",
     advance: Callable[[str, int], None] = _silent,
 ) -> Study:
     """Judge each data set with its own mask, with the others', and with baselines' at the same widths.
 
-    Nothing is fine-tuned, and the network keeps its head, of which only the data set's classes compete.
+    Nothing is fine-tuned, and the network keeps its head, of which only the data set's classes compete. Where there are
+    `unseen` sets, these are judged instead, by class means: a head for them does not exist.
 
     Parameters
     ----------
     run : keeps what is done
     kind : of network
     domains : data sets of a seed, by name, of images of one channel
+    unseen : likewise, other sets, which neither the network nor the generator is trained on; for a plain network
     seeds : of networks, generators and masks
     protocol : of both trainings; its `MetaConfig` should take rows of the network's own head, ``inner="slice"``
     budget : share of the multiply-adds
     channels : of each specialist's layers; the network has as many times more as there are data sets
     control : measure `FREE` masks, too
     draws : of random masks
+    min_channels : the least to keep of each group, see `selection.select`
     device : where
     advance : called with a note and the number of seeds done
     """
@@ -234,13 +239,15 @@ def study(
         def compute(seed: int = seed) -> Seen:
             with protocol.alone(device):
                 return _seen(
-                    kind, domains(seed), seed, protocol, budget, channels, device, control=control, draws=draws
-                )
+                    kind, domains(seed), {} if unseen is None else unseen(seed), seed, protocol, budget, channels,
+                    device, control=control, draws=draws, min_channels=min_channels,
+                )  # fmt: skip
 
         seen[seed] = run.once(f"{kind}/{seed}", compute)
         own = ", ".join(f"{name} {100 * row['own']:.1f} %" for name, row in seen[seed]["recalibrated"].items())
         advance(f"{kind}, own masks: {own}", 1)
-    return Study(_rows(kind, seen), _claims(kind, seen), seen)
+    what = f"{kind} network" if unseen is None else f"unseen by a {kind} network"
+    return Study(_rows(what, seen), _claims(kind, what, seen), seen)
 
 
 def _network(
@@ -285,6 +292,7 @@ def _placed(domains: Mapping[str, Target], kind: Kind) -> dict[str, Target]:
 def _seen(
     kind: Kind,
     domains: Mapping[str, Target],
+    unseen: Mapping[str, Target],
     seed: int,
     protocol: Protocol,
     budget: float,
@@ -293,11 +301,16 @@ def _seen(
     *,
     control: bool,
     draws: int,
+    min_channels: int | float,
 ) -> Seen:
     if len(domains) < 2:
         raise InputError(f"domains: need two or more, got {', '.join(domains) or 'none'}")
     if len({target.train.x.dtype for target in domains.values()}) > 1:
         raise InputError("domains: all of them must be bytes, or none")
+    if unseen and kind != "plain":
+        raise InputError(f"unseen: in a {kind} network each set has a channel of its own; take kind='plain'")
+    if both := [name for name in unseen if name in domains]:
+        raise InputError(f"unseen: '{both[0]}' is one of the sets to train on")
     model, owners = _network(kind, domains, seed, protocol, channels, str(device))
     placed = _placed(domains, kind)
     starts = np.cumsum([0, *(target.train.num_classes for target in domains.values())]).tolist()
@@ -308,12 +321,16 @@ def _seen(
         for place, target in enumerate(domains.values())
     ]
     generator, history = fit_generator(model, groups, tasks, protocol, seed=seed)
-    pairs = {name: (target.train, target.test) for name, target in placed.items()}
+    pairs = {name: (target.train, target.test) for name, target in (unseen or placed).items()}
+    if unseen:
+        # What the network was trained on lends its masks.
+        pairs |= {name: (target.train, target.test) for name, target in domains.items()}
 
     def judged(by: object, *, recalibrate: bool, baselines: Sequence[str]) -> Adaptivity:
         return measured(
-            model, groups, by, pairs, budget, baselines=baselines, draws=draws, recalibrate=recalibrate, keep_head=True,  # pyright: ignore[reportArgumentType]
-            classes=classes, masks=protocol.sets, seed=seed,
+            model, groups, by, pairs, budget, baselines=baselines, draws=draws, recalibrate=recalibrate,  # pyright: ignore[reportArgumentType]
+            keep_head=not unseen, classes=None if unseen else classes, masks=protocol.sets, seed=seed,
+            min_channels=min_channels, only=[*unseen] or None,
         )  # fmt: skip
 
     baselines = ("random", "l1", "bn", "act", "snip")
@@ -334,17 +351,17 @@ def _seen(
         "plain": plain.accuracy,
         "precision": right,
         "overlap": {g: float(np.mean([each[g] for each in found.overlaps.values()])) for g in widths},
-        "widths": {name: {g: [int(keep[g].sum()), widths[g]] for g in widths} for name, keep in found.keep.items()},
+        "widths": {name: {g: [int(found.keep[name][g].sum()), widths[g]] for g in widths} for name in found.accuracy},
         "seconds": history.seconds,
     }
 
 
-def _rows(kind: Kind, seen: Mapping[int, Seen]) -> list[Result]:
+def _rows(what: str, seen: Mapping[int, Seen]) -> list[Result]:
     found: list[Result] = []
     first = next(iter(seen.values()))
     seconds = sum(each["seconds"] for each in seen.values())
     for domain in first["recalibrated"]:
-        dataset = f"{domain}, {kind} network"
+        dataset = f"{domain}, {what}"
         for part, metric in (("recalibrated", "accuracy"), ("plain", "accuracy, not recalibrated")):
             for mask in first[part][domain]:
                 values = [100 * each[part][domain][mask] for each in seen.values()]
@@ -359,11 +376,11 @@ def _rows(kind: Kind, seen: Mapping[int, Seen]) -> list[Result]:
     for group in first["overlap"]:
         values = [each["overlap"][group] for each in seen.values()]
         metric = f"overlap of masks in group {group}"
-        found.append(summarize(values, dataset=f"{kind} network", method="own", metric=metric, better="lower"))
+        found.append(summarize(values, dataset=what, method="own", metric=metric, better="lower"))
     return found
 
 
-def _claims(kind: Kind, seen: Mapping[int, Seen]) -> list[Claim]:
+def _claims(kind: Kind, what: str, seen: Mapping[int, Seen]) -> list[Claim]:
     """Hold the worst data set, the mean over seeds, against the specification's gates."""
     domains = list(next(iter(seen.values()))["recalibrated"])
 
@@ -377,7 +394,7 @@ def _claims(kind: Kind, seen: Mapping[int, Seen]) -> list[Claim]:
 
         return min(map(of, domains))
 
-    where = f"{kind} network, worst data set, mean of {len(seen)} seed{'s' * (len(seen) > 1)}, without fine-tuning"
+    where = f"{what}, worst data set, mean of {len(seen)} seed{'s' * (len(seen) > 1)}, without fine-tuning"
     source = "specification, experiment 6"
 
     def points(text: str, masks: Sequence[str], threshold: float) -> Claim:

@@ -17,10 +17,12 @@ from stamp.baselines import SCORERS, Scorer, meta_pruning
 from stamp.counting import CostModel
 from stamp.examples import Examples, as_examples, check_fits
 from stamp.generator import MaskGenerator
-from stamp.latency import LatencyTable, fit_latency
+from stamp.latency import LatencyTable, fit_latency, measured_ms
 from stamp.meta import SAME, MetaConfig, MetaTrainer
+from stamp.metapruning import MetaPruned
 from stamp.plan import PrunePlan
-from stamp.selection import Budget, Cost, Mode, normalised, overlap, select, widths_like
+from stamp.projection import project
+from stamp.selection import Budget, BudgetError, Cost, Mode, normalised, overlap, select, widths_like
 from stamp.structure import ChannelGroups
 from stamp.surgery import cut
 from stamp.training import accuracy, head_name, recalibrate_bn, with_head
@@ -34,6 +36,7 @@ METHODS = ("dense", *SCORERS, "metapruning")
 """Methods that `prune` knows by name; a generator is given as it is."""
 
 _SCORED_AT = 0.25
+_MEASURED = 8
 
 
 def prune(
@@ -128,18 +131,25 @@ def prune(
             with_head(model, tuned, head=head), groups, tuned, held, cost, share, generator=random, **extra
         )
         keep = {group: mask.cpu() for group, mask in found.keep.items()}
+        if timed and table is not None:
+            batch = examples.inputs(slice(0, 64)).to(like)
+            keep, said = _fast_enough(model, groups, found, extra, share * table.dense_ms, batch)
+            notes.append(said)
     else:
         if isinstance(method, MaskGenerator):
             aim = share if budget.kind != "latency_ms" else _SCORED_AT
-            if adapt_steps:
-                method = adapt(model, method, examples, budget=aim, steps=adapt_steps, seed=seed, head=head)
             expected = params if budget.kind == "params" else macs
+            if adapt_steps:
+                at = aim if table is None or not timed else _macs_at(method, model, examples, macs, table, share, seed)
+                method = adapt(
+                    model, method, examples, budget=at, cost=expected, steps=adapt_steps, seed=seed, head=head
+                )
             scores = method.pi(
                 model, examples, sets=sets, set_size=set_size, cost=expected, budget=aim, generator=random
             )
-            spread = torch.cat([pi * (1 - pi) for pi in scores.values()]).mean()
-            if float(spread) > 0.1:
-                notes.append(f"keep probabilities are not sharp: mean pi (1 - pi) is {float(spread):.2f}, above 0.1")
+            spread = _undecided(scores, expected, aim, float(method.settings["temperature"]))
+            if spread > 0.1:
+                notes.append(f"keep probabilities are not sharp: mean pi (1 - pi) is {spread:.2f}, above 0.1")
         else:
             scores = _scored(model, groups, method, examples, random, head, options)
         scores = {group: value.detach().cpu() for group, value in scores.items()}
@@ -178,6 +188,7 @@ def adapt(
     data: Examples,
     *,
     budget: float,
+    cost: CostModel | None = None,
     steps: int = 20,
     lr: float = 1e-3,
     seed: int = 0,
@@ -190,7 +201,8 @@ def adapt(
     model : the network
     generator : meta-trained; stays as it is
     data : of the new task, whose labels are used
-    budget : share of the multiply-adds
+    budget : share of the cost
+    cost : as `counting.CostModel` makes it. Default: multiply-adds
     steps : of Adam
     lr : its learning rate
     seed : of the examples drawn
@@ -201,19 +213,77 @@ def adapt(
     The adapted copy.
     """
     adapted = copy.deepcopy(generator)
+    final = float(generator.settings["temperature"])
     config = MetaConfig(
         iters=steps,
         tasks=1,
         ways=(data.num_classes, data.num_classes) if data.num_classes > 1 else (2, 2),
         lr=lr,
         own_lr=lr,
-        temperature=(0.3, 0.1),
+        # Gates as it was trained with, near the end of that training.
+        gates="concrete" if final == 1 else "annealed",
+        temperature=(0.3, 0.1) if final == 1 else (3 * final, final),
         budgets=(budget, budget),
         jitter=False,
         seed=seed,
     )
-    MetaTrainer(model, adapted, data, head=head, config=config).fit()
+    MetaTrainer(model, adapted, data, head=head, cost=cost, config=config).fit()
     return adapted
+
+
+def _fast_enough(
+    model: nn.Module,
+    groups: ChannelGroups,
+    found: MetaPruned,
+    options: Mapping[str, Any],
+    target: float,
+    batch: Tensor,
+) -> tuple[Keep, str]:
+    """Return the most accurate of a search's candidates that is measured to take no longer than asked, and its time."""
+    names = groups.widths()
+    ranked: Mapping[str, Tensor] = options.get("scores") or {
+        name: -torch.arange(width) for name, width in names.items()
+    }
+    fastest = float("inf")
+    for widths in sorted(found.tried, key=lambda widths: -found.tried[widths])[:_MEASURED]:
+        keep = widths_like(ranked, dict(zip(names, widths, strict=True)))
+        took = measured_ms(cut(model, groups, keep), batch, device=str(batch.device))
+        if took <= target:
+            return keep, f"{took:.3g} ms measured for {target:.3g} asked"
+        fastest = min(fastest, took)
+    raise BudgetError(
+        f"metapruning: of its {min(_MEASURED, len(found.tried))} best candidates the fastest was measured to take"
+        f" {fastest:.3g} ms, and {target:.3g} were asked for; ask for less than that, its widths are searched by"
+        " predicted times"
+    )
+
+
+def _macs_at(
+    generator: MaskGenerator,
+    model: nn.Module,
+    data: Examples,
+    macs: CostModel,
+    table: LatencyTable,
+    share: float,
+    seed: int,
+) -> float:
+    """Return the share of the multiply-adds that goes with a share of the time, in what the generator would cut."""
+    random = torch.Generator().manual_seed(seed)
+    scores = generator.pi(model, data, sets=1, cost=macs, budget=_SCORED_AT, generator=random)
+    try:
+        keep = select(scores, table, share)
+    except BudgetError as error:
+        keep = select(scores, table, error.smallest or 1.0)
+    return macs.exact(keep) / macs.exact({})
+
+
+def _undecided(pi: Mapping[str, Tensor], cost: CostModel, budget: float, temperature: float) -> float:
+    """Return the mean of ``pi (1 - pi)`` at the temperature with which the generator's training ended."""
+    if temperature != 1:
+        # What is averaged over sets is not the sigmoid of logits any more, but nearly so where sets agree.
+        logits = {name: torch.logit(value.double(), eps=1e-9) for name, value in pi.items()}
+        pi = project(logits, cost, budget, temperature=temperature)[0]
+    return float(torch.cat([value * (1 - value) for value in pi.values()]).mean())
 
 
 def _name(method: Method) -> str:
@@ -294,6 +364,8 @@ def adaptivity(
     keep_head: bool = False,
     classes: Mapping[str, Sequence[int]] | None = None,
     masks: int = 10,
+    min_channels: int | float = 0.05,
+    only: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Adaptivity:
     """Measure each data set with its own mask, with the masks of the others, and with baselines at equal widths.
@@ -314,6 +386,8 @@ def adaptivity(
     keep_head : classify by the network's own head (its classes are then the labels); else by class means
     classes : with `keep_head`, the only classes that compete, by data set
     masks : sets that the generator reads
+    min_channels : the least to keep of each group, see `selection.select`
+    only : data sets to measure; those left out lend their masks to ``other``. Default: all
     seed : of everything drawn
 
     Raises
@@ -337,24 +411,26 @@ def adaptivity(
         else:
             found = generator[name]
         scores[name] = {group: value.detach().cpu() for group, value in found.items()}
-    keeps = {name: select(found, cost, budget) for name, found in scores.items()}
+    keeps = {name: select(found, cost, budget, min_channels=min_channels) for name, found in scores.items()}
     head = head_name(model)
     table: dict[str, dict[str, float]] = {}
     swapped: dict[str, dict[str, float]] = {}
 
     for name, (train, test) in sets.items():
+        if only is not None and name not in only:
+            continue
         widths = {group: int(mask.sum()) for group, mask in keeps[name].items()}
-        only = None if classes is None else classes[name]
+        rivals = None if classes is None else classes[name]
 
         def judged(
-            keep: Mapping[str, Tensor], train: Examples = train, test: Examples = test, only: Any = only
+            keep: Mapping[str, Tensor], train: Examples = train, test: Examples = test, rivals: Any = rivals
         ) -> float:
             small = cut(model, groups, keep)
             if recalibrate:
                 recalibrate_bn(small, train, seed=seed)
             if not keep_head:
                 small = with_head(small, train, head=head, inplace=True)
-            return accuracy(small, test, classes=only)
+            return accuracy(small, test, classes=rivals)
 
         row = {"dense": judged({}), "own": judged(keeps[name])}
         swapped[name] = {

@@ -24,7 +24,7 @@ from stamp._readers import TABLES, read_aircraft, read_arrays, read_pictures, re
 from stamp._rows import Found, Split, Values, Wanted, chosen, in_memory, limited, official, standardised
 from stamp.examples import DataError, Examples, as_examples
 
-__all__ = ["SPLITS", "Split", "read_examples"]
+__all__ = ["SPLITS", "Split", "is_drawn", "read_examples"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -45,6 +45,20 @@ _OTHER_NAMES = {
     "aircraft": "fgvc-aircraft",
     "tiny-imagenet-200": "tiny-imagenet",
 }
+
+
+def is_drawn(source: str | Path) -> bool:
+    """Tell whether a source's classes and instances are drawn, so that `read_examples` can be asked for a number.
+
+    Parameters
+    ----------
+    source : as `read_examples` takes it
+    """
+    return _plain(source) in _DRAWN
+
+
+def _plain(source: str | Path) -> str:
+    return str(source).lower().replace("_", "-")
 
 
 def read_examples(
@@ -117,7 +131,7 @@ def read_examples(
 
 
 def _found(source: str | Path, wanted: Wanted) -> Found:
-    name, path = str(source).lower().replace("_", "-"), Path(source)
+    name, path = _plain(source), Path(source)
     if wanted.instances is not None and name not in _DRAWN:
         raise InputError(f"instances: is for {', '.join(_DRAWN)}; of '{source}' take a limit")
     if isinstance(source, str) and (known := _named(name, wanted)) is not None:
