@@ -320,6 +320,7 @@ def four_of_twelve(seed=0):
     return model, trace(model, x[:2]), data
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_free_gates_find_the_channels_that_matter_and_meet_the_budget():
     model, groups, data = four_of_twelve()
     found = SCORERS["free"](model, groups, data, torch.Generator().manual_seed(0), keep=0.4, steps=300)
@@ -328,6 +329,7 @@ def test_free_gates_find_the_channels_that_matter_and_meet_the_budget():
     assert float(cost.expected(found)) / float(cost.expected({})) == pytest.approx(0.4, abs=0.06)
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_bbdropout_keeps_what_the_labels_need():
     model, groups, data = four_of_twelve()
 

@@ -95,6 +95,7 @@ def found(backbone, tmp_path_factory):
     return compared(run_in(tmp_path_factory.mktemp("compare")), backbone, ALL, seeds=(0, 1))
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_every_method_keeps_the_budget_and_is_measured_alike(found):
     cells = found.cells["blobs"]
     assert tuple(cells) == ALL
@@ -176,6 +177,7 @@ def test_an_interrupted_comparison_repeats_only_the_piece_it_was_in(backbone, tm
         assert again.cells["blobs"][method][0]["accuracy"] == whole.cells["blobs"][method][0]["accuracy"]
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_rates_are_chosen_on_validation_examples_for_every_method(backbone, tmp_path):
     found = compared(run_in(tmp_path), backbone, (DENSE, "l1"), tuned=True, steps=(4,))
     rates = {method: by_seed[0]["lr"] for method, by_seed in found.cells["blobs"].items()}
@@ -271,6 +273,7 @@ def test_total_time_counts_what_each_way_does(backbone):
     assert found["usual"] == pytest.approx(at[-1], abs=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_the_rapid_experiment(backbone, tmp_path):
     def small(seed: int, limit: int | None) -> Target:
         data = target(seed=seed)

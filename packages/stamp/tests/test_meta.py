@@ -461,6 +461,7 @@ def test_the_generator_that_does_best_on_validation_is_kept():
 # ---- penalties
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_dual_ascent_raises_its_weight_by_how_far_the_cost_is_off():
     model = perceptron()
     data = vectors()
@@ -700,6 +701,7 @@ def test_states_of_other_trainings_are_refused_in_a_line():
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 @pytest.mark.parametrize("encoder", ["attention", "pma"])
 @pytest.mark.parametrize("head", ["channel", "mlp", "clamp"])
 def test_encoders_that_make_pseudo_instances_learn(encoder, head):

@@ -70,6 +70,7 @@ def test_any_network_with_groups(name):
     assert all(torch.equal(again.keep[key], mask) for key, mask in found.keep.items())
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_the_search_finds_what_exhaustion_finds():
     model, groups, train, validation, cost = problem()
     scales = tuple(k / 10 for k in range(1, 11))
@@ -92,6 +93,7 @@ def test_the_search_finds_what_exhaustion_finds():
     assert few.accuracy == everything.accuracy
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_evolution_comes_closer_to_the_best_widths_than_as_many_random_candidates(monkeypatch):
     """Judged by how far widths are from hidden ones of the same cost, in a network of eight layers."""
     layers = [part for _ in range(8) for part in (nn.Linear(30, 30), nn.ReLU())]
@@ -122,6 +124,7 @@ def test_evolution_comes_closer_to_the_best_widths_than_as_many_random_candidate
     assert sum(gains) / 3 > 0.04
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 def test_training_makes_weights_that_work_at_any_width():
     model, groups, train, validation, cost = problem()
     options = {"population": 8, "generations": 2, "recalibration": 2}

@@ -44,6 +44,7 @@ def test_the_work_of_large_images_is_that_of_the_literature():
     assert macs(mobilenetv2(1000, stem="imagenet"), large) == 300_774_272
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_is_traced_and_cut_exactly(name):
     # As narrow as its blocks allow: what is traced does not depend on the width.

@@ -67,6 +67,7 @@ class Counting:
         return self.known[key]
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
 @pytest.mark.parametrize(("least", "multiple"), [(0.05, 1), (3, 1), (0.3, 2), (1, 4), (5, 4)])
 def test_a_budget_keeps_what_brute_force_over_all_thresholds_keeps(kind, least, multiple):
@@ -177,6 +178,7 @@ def greedy(scores, cost, budget, least):
     return keep
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed: shapes are checked by the others
 @pytest.mark.parametrize("name", ["vgg", "mobilenet", "nested-cat"])
 @pytest.mark.parametrize("known", [True, False])
 def test_efficiency_equals_a_plain_greedy_removal(name, known):
