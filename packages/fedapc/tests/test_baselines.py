@@ -254,6 +254,17 @@ def test_fedprox_without_its_term_is_fedavg_bit_for_bit():
         assert all(same(a.state(), b.state()) for a, b in zip(one, two, strict=True))
 
 
+def test_fedprox_holds_clients_near_what_the_round_began_with():
+    for method in ("fedprox", "fedprox_ewc", "fedprox_stable_sgd"):
+        moved = []
+        for proximal in (0.0, 30.0):
+            (client,), server = made(method, training=dataclasses.replace(TRAINING, proximal=proximal), rounds=1)
+            begun = {name: value.clone() for name, value in server.base.items()}
+            simulate([client], server, rounds=1)
+            moved.append(sum(float((value - begun[name]).square().sum()) for name, value in bodies(client).items()))
+        assert moved[1] < 0.5 * moved[0]
+
+
 @pytest.mark.parametrize(
     ("method", "other"),
     [("fedavg", "finetune"), ("fedavg_ewc", "ewc"), ("scaffold", "finetune"), ("fedcurv", "finetune")],
@@ -371,7 +382,7 @@ def scaffold_on_quadratics(curvature, goals, rounds, lr, server_lr, steps):
 
 def test_scaffold_is_its_algorithm():
     curvature, goals = {"a": 1.0, "b": 3.0, "c": 0.5}, {"a": 2.0, "b": -1.0, "c": 4.0}
-    rounds = [("a", "b", "c"), ("a", "c"), ("b", "c"), ("a", "b")]
+    rounds = [("a", "c"), ("a", "b", "c"), ("b", "c"), ("a", "b")]
     x, c, own = scaffold_on_quadratics(curvature, goals, rounds, lr=0.1, server_lr=0.7, steps=4)
     begun = {"w": torch.zeros(1, dtype=torch.float64)}
     server = ScaffoldServer(begun, dict.fromkeys("abc", 1), server_lr=0.7, rounds=4)
@@ -390,7 +401,7 @@ def test_scaffold_is_its_algorithm():
             sides[client].end_round({"w": weight}, dict)
             up = (wire.encode(weight.detach()), wire.encode(sides[client].upload()["control"]["w"]))
             sections = (messages.Section("base", client, 0, up),)
-            update = messages.Message("update", client, round_, 0, layout, examples=5, sections=sections)
+            update = messages.Message("update", client, round_, 0, layout, examples=ord(client), sections=sections)
             assert server.receive(client, messages.pack(update))
         server.close()
     assert float(server.base["w"]) == pytest.approx(x, rel=1e-12)

@@ -66,7 +66,7 @@ class ElasticWeights(Strategy):
         importance, anchor, spread = (self._kept[kind] for kind in _KEPT)
         if not importance or not self.strength:
             return None
-        # In the order of the body: safetensors sorts what it writes, and sums depend on their order.
+        # In the order of the body, not that of a file: sums depend on their order.
         parts = [
             (importance[name] * (value - anchor[name]).square()).sum() + spread[name] for name, value in body.items()
         ]
