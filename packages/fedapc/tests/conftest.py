@@ -24,3 +24,12 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data sets, or a skip that says how to get it."""
+    folder = os.environ.get("SHARED_CORE_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs real data: set SHARED_CORE_DATA to a folder that holds the official files")
+    return Path(folder)

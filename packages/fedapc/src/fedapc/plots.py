@@ -181,8 +181,8 @@ def _write_in(axis: Axes, values: Float64[np.ndarray, "rows columns"], low: floa
 
 def _numbered(axis: Axes, count: int) -> None:
     ticks = range(count) if count <= 12 else range(0, count, -(-count // 10))
-    axis.set_xticks(ticks)
-    axis.set_yticks(ticks)
+    axis.set_xticks(ticks, [str(tick + 1) for tick in ticks])
+    axis.set_yticks(ticks, [str(tick + 1) for tick in ticks])
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
@@ -199,8 +199,8 @@ def plot_memory(path: str | Path, matrices: Mapping[str, Float64[np.ndarray, "cl
     if not matrices:
         raise InputError("there is no method to draw")
     with mpl.rc_context(_STYLE):
-        columns = min(4, len(matrices))
-        lines = -(-len(matrices) // columns)
+        lines = -(-len(matrices) // 5)
+        columns = -(-len(matrices) // lines)
         figure = Figure(figsize=(2.7 * columns + 0.8, 2.5 * lines + 0.6), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel())
         for axis, (name, matrix) in zip(axes, matrices.items(), strict=False):
@@ -253,7 +253,7 @@ def plot_attention(path: str | Path, report: Report, task: int | None = None) ->
             values[place, column] = np.mean(found) if found else np.nan
     widest = max(float(np.nanmax(np.abs(values))), 1e-9)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(1.9 + 0.62 * len(slots), 1.6 + 0.42 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(max(4.4, 1.9 + 0.62 * len(slots)), max(2.6, 1.6 + 0.42 * len(rows))), layout="constrained")
         axis = figure.subplots()
         axis.set_facecolor("#eeeeee")
         image = axis.imshow(values, cmap="PuOr", vmin=-widest, vmax=widest, aspect="auto")
@@ -267,8 +267,8 @@ def plot_attention(path: str | Path, report: Report, task: int | None = None) ->
         axis.set_yticks(range(len(rows)), rows)
         axis.set_xticks(range(len(slots)), [f"{client}\ntask {number + 1}" for client, number in slots])
         axis.tick_params(length=0)
-        axis.set_title(f"Weight of the parts of others in task {task + 1}, mean over layers")
-        figure.colorbar(image, ax=axis, label="attention")
+        axis.set_title(f"Who listens to whom in task {task + 1}")
+        figure.colorbar(image, ax=axis, label="attention, mean over layers")
         _save(figure, path)
 
 
