@@ -158,3 +158,23 @@ def test_only_what_is_named_is_made_sparse():
     proximal_step(optimizer, [cut], 2.0)
     assert kept.tolist() == [1.0, 1.0]
     assert cut.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("open_gates", [False, True])
+def test_slopes_by_hand_are_those_of_the_graph(shape, open_gates):
+    anchor, base, gates, parts = case(shape, open_gates=open_gates)
+    penalty = RetroactivePenalty.of(anchor, gates, parts)
+    values = penalty.values + torch.randn(len(penalty.values), dtype=torch.float64)
+    moved = torch.randn(shape, dtype=torch.float64)
+    for leaf in (base, values, moved):
+        leaf.requires_grad_()
+    with torch.no_grad():
+        found = [penalty.frozen_slope(base), *penalty.joint_slopes(base, values), *penalty.shared_slopes(base, moved)]
+    expected = [
+        *torch.autograd.grad(penalty.frozen(base), base),
+        *torch.autograd.grad(penalty.joint(base, values), (base, values)),
+        *torch.autograd.grad(penalty.shared(base, moved), (base, moved)),
+    ]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

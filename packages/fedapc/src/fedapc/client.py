@@ -16,14 +16,15 @@ from torch.nn import functional
 
 from fedapc import messages, wire
 from fedapc.choices import AdaptiveInit, AttentionInit, Retroactive, Score, Transfer
-from fedapc.decomposition import DecomposedModel, Kept, Layout, RunningTask, fingerprint
+from fedapc.decomposition import DecomposedModel, Kept, Layout, RunningTask, add_gradient, fingerprint
 from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TrainingDivergedError
-from fedapc.objective import RetroactivePenalty, l1_norm, proximal_step
+from fedapc.objective import RetroactivePenalty, proximal_step
 from fedapc.probing import probe
 from fedapc.seeds import derive, generator
 from fedapc.selection import rows_to_send
 from fedapc.sparse import SparseTensor
 from fedapc.states import State, bytes_of, described, description, tensor_of
+from fedapc.stepping import Steps
 from fedapc.tasks import Task
 from shared_core.errors import InputError
 
@@ -437,6 +438,7 @@ class Client:
             for name, moved in self.model.compensation.items()
         }
         optimizer = self._optimizer(running)
+        steps = Steps(optimizer)
         sparse = [*running.adaptive.values(), *self._retention.moved.values()]
         with torch.random.fork_rng(devices=[]):
             # What the network itself draws, e.g. dropout, comes from the global state.
@@ -449,14 +451,14 @@ class Client:
                 random = generator(self._seed, self.name, "shuffle", message.round, epoch)
                 total = torch.zeros((), dtype=torch.float64)
                 for chosen in torch.randperm(len(task.y), generator=random).split(learning.batch_size):
-                    optimizer.zero_grad(set_to_none=True)
-                    loss = self._loss(running, slopes, task.x[chosen], task.y[chosen], message.task)
-                    for name, at in begun.items():
-                        distance = (self.model.base[name] - at).square().sum()
-                        loss = loss + 0.5 * learning.proximal * distance
+                    steps.clear()
+                    weights, gates = self.model.leaves()
+                    loss = self._loss(running, weights, task.x[chosen], task.y[chosen], message.task)
                     loss.backward()
+                    self.model.pull_back(weights, gates)
+                    self._regularise(running, slopes, begun)
                     self._correct()
-                    optimizer.step()
+                    steps.take()
                     if learning.l1_solver == "prox":
                         proximal_step(optimizer, sparse, learning.sparsity)
                     total += loss.detach()
@@ -470,36 +472,52 @@ class Client:
         self._rest(running)
 
     def _loss(
-        self, running: RunningTask, slopes: Mapping[str, Tensor], x: Tensor, y: Tensor, task: int
+        self, running: RunningTask, weights: Mapping[str, Tensor], x: Tensor, y: Tensor, task: int
     ) -> Float[Tensor, ""]:
-        learning = self.learning
-        logits = self.model.run(self.model.training_weights(), task, x, training=True)
+        """Return what is differentiated by a graph: the cross-entropy of a batch, with these weights of the layers."""
+        logits = self.model.run(weights, task, x, training=True)
         if logits.shape != (len(y), running.classes):
             raise ModelMismatchError(
                 f"client '{self.name}', task {task}: the network returns {tuple(logits.shape)}, expected"
                 f" {(len(y), running.classes)}: its head '{self.layout.head}' has to come last"
             )
-        loss = functional.cross_entropy(logits, y)
-        direct = learning.l1_solver == "subgradient"
-        if learning.sparsity and direct and running.adaptive:
-            loss = loss + learning.sparsity * l1_norm(running.adaptive.values())
-        if learning.mask_sparsity and running.mask:
-            loss = loss + learning.mask_sparsity * l1_norm(running.mask.values())
+        return functional.cross_entropy(logits, y)
+
+    @torch.no_grad()
+    def _regularise(self, running: RunningTask, slopes: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> None:
+        """Add to the gradients those of all that the objective has besides the cross-entropy (spec 2.3).
+
+        Parameters
+        ----------
+        running : the task that runs
+        slopes : of the L1 norm of past parts in the compensation, by layer
+        begun : the base that the round began with, by layer, if distance from it counts
+        """
+        learning, direct = self.learning, self.learning.l1_solver == "subgradient"
+        if learning.sparsity and direct:
+            for part in running.adaptive.values():
+                add_gradient(part, part.sign(), learning.sparsity)
+        if learning.mask_sparsity:
+            for mask in running.mask.values():
+                add_gradient(mask, mask.sign(), learning.mask_sparsity)
+        for name, at in begun.items():
+            add_gradient(self.model.base[name], self.model.base[name] - at, learning.proximal)
         for name, penalty in self._retention.penalties.items():
             base = self.model.base[name]
             if name in self.model.compensation:
                 moved = self.model.compensation[name]
-                loss = loss + learning.retention * penalty.shared(base, moved)
-                if learning.sparsity:
-                    loss = loss + learning.sparsity * (slopes[name] * moved).sum()
+                of_base, of_moved = penalty.shared_slopes(base, moved)
+                add_gradient(moved, of_moved, learning.retention)
+                add_gradient(moved, slopes[name], learning.sparsity)
             elif name in self._retention.moved:
                 values = self._retention.moved[name]
-                loss = loss + learning.retention * penalty.joint(base, values)
-                if learning.sparsity and direct:
-                    loss = loss + learning.sparsity * values.abs().sum()
+                of_base, of_values = penalty.joint_slopes(base, values)
+                add_gradient(values, of_values, learning.retention)
+                if direct:
+                    add_gradient(values, values.sign(), learning.sparsity)
             else:
-                loss = loss + learning.retention * penalty.frozen(base)
-        return loss
+                of_base = penalty.frozen_slope(base)
+            add_gradient(base, of_base, learning.retention)
 
     def _correct(self) -> None:
         """Change the gradients before a step, for methods that do."""

@@ -41,6 +41,7 @@ __all__ = [
     "Norm",
     "RunningTask",
     "Transfer",
+    "add_gradient",
     "effective_weight",
     "fingerprint",
     "gate",
@@ -315,6 +316,9 @@ class DecomposedModel:
         self._initial_buffers = {name: b.detach() for name, b in module.named_buffers()}
         self._aliases = _aliases(module)
         self._norms = [part for part in self._skeleton.modules() if getattr(part, "running_mean", None) is not None]
+        self._places = _places(self._skeleton)
+        self._empty = [(place, place[0][place[1]]) for place in self._places.values()]
+        self._training: bool | None = None
         self.base: Tensors = {
             name: torch.zeros_like(self._initial[name])
             if base is None
@@ -422,6 +426,48 @@ class DecomposedModel:
         }
 
     @torch.no_grad()
+    def leaves(self) -> tuple[Tensors, Tensors]:
+        """Return equation (W) of the task that runs as leaves of a graph, by layer, and the gates that went into it.
+
+        Their gradients become those of what they are made of by `pull_back`: by hand, since a graph through these few
+        products costs as much as a small network.
+        """
+        _, running = self._ongoing()
+        gates = {name: gate(mask) for name, mask in running.mask.items()}
+        found: Tensors = {}
+        for name, base in self.base.items():
+            foreign = running.received[name].weighted_sum(running.attention[name]) if running.received else None
+            found[name] = effective_weight(base, gates.get(name), running.adaptive.get(name), foreign).detach()
+            found[name].requires_grad_()
+        return found, gates
+
+    @torch.no_grad()
+    def pull_back(self, weights: Tensors, gates: Tensors) -> None:
+        """Add to gradients of the base, masks, parts and attention what those of the weights amount to.
+
+        Parameters
+        ----------
+        weights, gates : of `leaves`, after a backward pass through the weights
+        """
+        _, running = self._ongoing()
+        for name, weight in weights.items():
+            base, slope = self.base[name], weight.grad
+            if slope is None:
+                continue
+            if name in gates:
+                mask, opened = running.mask[name], gates[name]
+                inner = (slope * base).flatten(1).sum(1)
+                inner = inner.mul_(opened * (1 - opened)).masked_fill_(mask.abs() > _LARGEST_LOGIT, 0)
+                add_gradient(mask, inner)
+                add_gradient(base, slope * opened.view(-1, *[1] * (base.ndim - 1)))
+            else:
+                add_gradient(base, slope.clone() if name in running.adaptive else slope)
+            if name in running.attention and running.attention[name].requires_grad:
+                add_gradient(running.attention[name], running.received[name].slopes(slope))
+            if name in running.adaptive:
+                add_gradient(running.adaptive[name], slope)
+
+    @torch.no_grad()
     def weights(self, task: int, *, foreign: bool = True) -> Tensors:
         """Return equation (W) of a task with the base as it is now, and adaptive parts cut off, by layer.
 
@@ -464,11 +510,21 @@ class DecomposedModel:
         given.update(self._initial_buffers)
         given.update(part.buffers)
         given.update({name: given[of] for name, of in self._aliases.items()})
-        self._skeleton.train(training)
-        if self.layout.norm == "frozen":
-            for norm in self._norms:
-                norm.eval()
-        return cast("Tensor", torch.func.functional_call(self._skeleton, given, inputs, tie_weights=False))
+        if self._training != training:
+            self._skeleton.train(training)
+            if self.layout.norm == "frozen":
+                for norm in self._norms:
+                    norm.eval()
+            self._training = training
+        # What torch.func.functional_call does, but for looking the names up anew at every call.
+        try:
+            for name, (held, key) in self._places.items():
+                if name in given:
+                    held[key] = given[name]
+            return cast("Tensor", self._skeleton(*inputs))
+        finally:
+            for (held, key), value in self._empty:
+                held[key] = value
 
     def __call__(self, *inputs: Tensor, task: int) -> Float[Tensor, "batch classes"]:
         """Return logits of a task, without gradients, in evaluation mode."""
@@ -704,6 +760,34 @@ class DecomposedModel:
         if self._attention_init == "scaled":
             return _trained(_cut_normal((slots,), slots, random, like))
         return _trained(like.new_zeros(slots))
+
+
+def add_gradient(leaf: Tensor, slope: Tensor, scale: float = 1.0) -> None:
+    """Add to the gradient of a leaf, which takes `slope` as its own if it has none; one that is not trained has none.
+
+    Parameters
+    ----------
+    leaf : a parameter
+    slope : of its shape; another that nobody else needs
+    scale : that it is multiplied by
+    """
+    if not leaf.requires_grad:
+        return
+    if leaf.grad is None:
+        leaf.grad = slope if scale == 1 else slope * scale
+    else:
+        leaf.grad.add_(slope, alpha=scale)
+
+
+def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where a network keeps each of its parameters and buffers, by their names."""
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for prefix, part in module.named_modules():
+        for held in (vars(part)["_parameters"], vars(part)["_buffers"]):
+            found |= {
+                f"{prefix}.{key}" if prefix else key: (held, key) for key, value in held.items() if value is not None
+            }
+    return found
 
 
 def _alike(value: Tensor) -> Tensor:

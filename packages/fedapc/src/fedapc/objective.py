@@ -107,6 +107,30 @@ class RetroactivePenalty:
         traded = self.shared_weight * compensation * (change + left)
         return 0.5 * ((change.square().flatten(1).sum(1) * self.row_weight).sum() - traded.sum())
 
+    def frozen_slope(self, base: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+        """Return the gradient of `frozen`."""
+        return (base - self.base) * self._by_row()
+
+    def joint_slopes(
+        self, base: Float[Tensor, "rows ..."], values: Float[Tensor, " entries"]
+    ) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, " entries"]]:
+        """Return the gradient of `joint` in the base and in the values."""
+        moved, change = base - self.base, values - self.values
+        slope = moved * self._by_row()
+        slope.view(-1).index_add_(0, self.index, self.gates * change)
+        return slope, torch.addcmul(change, self.gates, moved.reshape(-1).index_select(0, self.index))
+
+    def shared_slopes(
+        self, base: Float[Tensor, "rows ..."], compensation: Float[Tensor, "rows ..."]
+    ) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, "rows ..."]]:
+        """Return the gradient of `shared` in the base and in the compensation."""
+        change = base - self.base
+        slope = (change * self._by_row()).addcmul_(self.shared_weight, compensation, value=-1)
+        return slope, change.sub_(compensation).mul_(self.shared_weight).neg_()
+
+    def _by_row(self) -> Float[Tensor, "rows ..."]:
+        return self.row_weight.view(-1, *[1] * (self.base.ndim - 1))
+
     def shared_l1_slope(self, compensation: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """Return the gradient of the L1 norm of all past parts in the compensation, constant until a sign changes."""
         at = compensation.detach().reshape(-1).index_select(0, self.index)

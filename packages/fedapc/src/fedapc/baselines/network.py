@@ -271,9 +271,9 @@ class NetworkClient(Client):
         self.strategy.end_round(self.model.base, lambda: self._fisher(message.task))
 
     def _loss(
-        self, running: RunningTask, slopes: Mapping[str, Tensor], x: Tensor, y: Tensor, task: int
+        self, running: RunningTask, weights: Mapping[str, Tensor], x: Tensor, y: Tensor, task: int
     ) -> Float[Tensor, ""]:
-        loss = super()._loss(running, slopes, x, y, task)
+        loss = super()._loss(running, weights, x, y, task)
         penalty = self.strategy.penalty(self.model.base)
         return loss if penalty is None else loss + penalty
 
