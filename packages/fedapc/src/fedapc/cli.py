@@ -147,7 +147,7 @@ def _outcome(
     import numpy as np
 
     from fedapc import plots
-    from fedapc.experiments import claims_of, results_of
+    from fedapc.experiments import claims_of, mean_known, results_of
 
     results = results_of(name, cells)
     plots.plot_comparison(session.run.artifact("comparison.png"), [r for r in results if r.metric in _DRAWN_METRICS])
@@ -162,11 +162,7 @@ def _outcome(
         {method: (a, f, up / 1e6, down / 1e6) for method, (a, f, up, down) in means.items()},
     )
     matrices = {
-        method: np.nanmean(
-            np.stack([np.array(cell["matrix"], dtype=object).astype(float) for cell in by_seed.values()]), 0
-        )
-        if len(by_seed) > 1
-        else np.array(next(iter(by_seed.values()))["matrix"], dtype=object).astype(float)
+        method: mean_known([np.array(cell["matrix"], dtype=object).astype(float) for cell in by_seed.values()])
         for method, by_seed in cells.items()
     }
     plots.plot_memory(session.run.artifact("memory.png"), matrices)

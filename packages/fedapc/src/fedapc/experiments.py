@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 
 from fedapc.baselines import METHODS, Training
 from fedapc.config import FedAPCConfig
@@ -31,6 +32,7 @@ __all__ = [
     "claims_of",
     "compare",
     "find_method",
+    "mean_known",
     "measure",
     "results_of",
     "run",
@@ -335,6 +337,23 @@ def results_of(name: str, cells: Mapping[str, Mapping[int, Cell]]) -> list[Resul
                 )
             )
     return rows
+
+
+def mean_known(arrays: Sequence[Float64[np.ndarray, "..."]]) -> Float64[np.ndarray, "..."]:
+    """Average arrays entry by entry over those that have it, NaN where none has.
+
+    Parameters
+    ----------
+    arrays : of one shape, with NaN where there is nothing
+
+    Examples
+    --------
+    >>> mean_known([np.array([1.0, np.nan]), np.array([3.0, np.nan])])
+    array([ 2., nan])
+    """
+    stacked = np.stack(arrays)
+    there = (~np.isnan(stacked)).sum(0)
+    return np.where(there > 0, np.nansum(stacked, 0) / np.maximum(there, 1), np.nan)
 
 
 def claims_of(cells: Mapping[str, Mapping[int, Cell]], ours: str = "fedapc") -> list[Claim]:

@@ -184,9 +184,10 @@ class Federation:
 
             def after(_: object) -> None:
                 progress = watch.after_round()
-                keep(watch.state)
+                # Before the state is kept, so that a run folder's log has the rounds that its checkpoint has.
                 if on_round is not None:
                     on_round(progress)
+                keep(watch.state)
 
             simulate(fleet, server, channel=channel, after_round=after)
             return watch.report()
