@@ -223,7 +223,7 @@ METHODS: dict[str, MethodInfo] = {
     "fedapc_no_retention": MethodInfo(
         "FedAPC, no retention",
         "federated",
-        "FedAPC whose parts of past tasks move freely, so that the L1 norm wears them off: the control that must forget",
+        "FedAPC whose parts of past tasks move freely, so that the L1 norm wears them off: it must forget",
         recipe=_Recipe("fedapc", decomposed={"retention": 0.0, "retroactive": "joint"}),
     ),
     "fedweit": MethodInfo(
