@@ -29,8 +29,9 @@ def leave_one_out_error(
 ) -> float:
     """Return the mean squared error of ridge regression on one-hot classes, each example predicted by all others.
 
-    With the kernel K of centred features, plus a constant, and ``G = (K + ridge * mean(diag K) * I)^-1``, the error of
-    example i left out is ``(G Y)_i / G_ii``.
+    With X the centred features, scaled to a mean square of 1 over all of an example's, and a column of ones, the error
+    of example i left out is ``(Y - X W)_i / (1 - h_i)``: W are the weights that ridge regression finds, and h the
+    diagonal of ``X (X'X + ridge I)^-1 X'``. With more features than examples the same comes from the kernel XX'.
 
     Parameters
     ----------
@@ -47,13 +48,21 @@ def leave_one_out_error(
     True
     """
     centred = features.double() - features.double().mean(0)
-    kernel = centred @ centred.T
-    scale = kernel.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    kernel = kernel / scale + 1.0
-    kernel.diagonal().add_(ridge)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))
+    scale = centred.square().sum(1).mean().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    inputs = torch.cat([centred / scale, centred.new_ones(len(centred), 1)], 1)
     wanted = functional.one_hot(y, classes).double() - 1 / classes
-    left_out = inverse @ wanted / inverse.diagonal()[:, None]
+    # The smaller of the two matrices.
+    if inputs.shape[1] < len(inputs):
+        gram = inputs.T @ inputs
+        gram.diagonal().add_(ridge)
+        solved = torch.cholesky_solve(inputs.T, torch.linalg.cholesky(gram))
+        left = wanted - inputs @ (solved @ wanted)
+        left_out = left / (1 - (inputs * solved.T).sum(1, keepdim=True))
+    else:
+        kernel = inputs @ inputs.T
+        kernel.diagonal().add_(ridge)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))
+        left_out = inverse @ wanted / inverse.diagonal()[:, None]
     return float(left_out.square().sum(1).mean())
 
 
