@@ -92,8 +92,10 @@ reproduce: $(VENV)/.ready  ## the experiments at full size; their JSON goes to d
 	@for p in $(CHOSEN); do $(BIN)/python scripts/reproduce.py $$p $(BIN) $(RUNS); done
 
 lock: $(VENV)/.ready  ## pin every dependency anew in constraints.txt
+	@# Every extra but those of Flower, which asks for an older Typer: they have an environment of their own.
 	@env -u UV_FIND_LINKS -u UV_TORCH_BACKEND $(UV) pip compile --quiet --universal --upgrade --python-version 3.11 \
-	  --all-extras --group pyproject.toml:dev --group pyproject.toml:bench --no-header --no-annotate \
+	  --extra all --extra bcf --extra cevae --extra forests --extra glyphs --extra hershey --extra tables \
+	  --group pyproject.toml:dev --group pyproject.toml:bench --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --no-emit-package shared-core \
 	  shared/pyproject.toml $(PROJECTS:%=packages/%/pyproject.toml) -o constraints.txt
 	@echo "constraints.txt: $$(wc -l < constraints.txt) pins"

@@ -379,8 +379,11 @@ def claims_of(cells: Mapping[str, Mapping[int, Cell]], ours: str = "fedapc") -> 
         if other == ours or other in ABLATIONS:
             continue
         margin = min(mine[seed]["accuracy"] - by_seed[seed]["accuracy"] for seed in mine)
-        text = "is an upper line: within 5 points" if other == "stl" else "more accurate"
-        claims.append(_claim(f"{text} than {other}, for every seed", margin, -0.05 if other == "stl" else 0.0))
+        if other == "stl":
+            text, least = "at most 5 points behind a network of its own for every task, for every seed", -0.05
+        else:
+            text, least = f"more accurate than {other}, for every seed", 0.0
+        claims.append(_claim(text, margin, least))
     if "fedavg" in cells:
         share = max(mine[seed]["up"] / cells["fedavg"][seed]["up"] for seed in mine)
         claims.append(_claim("sends up at most half of FedAvg's bytes", share, 0.5, below=True))
