@@ -6,8 +6,10 @@ import gc
 
 import pytest
 import torch
+from networks import federation, same
 
 from fedapc import sparse, wire
+from fedapc.engine import simulate
 from fedapc.errors import ModelMismatchError, WireError
 from fedapc.sparse import SparseStack, SparseTensor
 
@@ -109,3 +111,27 @@ def test_the_same_bytes_are_one_tensor_as_long_as_somebody_has_it():
     del part
     gc.collect()
     assert len(wire._SHARED) == held - 1
+
+
+def test_clients_of_one_process_hold_a_part_once_and_between_rounds_nothing_else():
+    clients, server = federation(clients=3, tasks=2, rounds=2)
+    simulate(clients, server, rounds=3)
+    first, second, third = (client.model.running[1] for client in clients)
+    for name in clients[0].layout.layers:
+        # Of a, b, c: a has parts of b and c, b of a and c, c of a and b.
+        assert first.received[name].parts[1] is second.received[name].parts[1]
+        assert first.received[name].parts[0] is third.received[name].parts[1]
+    for client in clients:
+        client.evaluate()
+        assert all(stack._held is None for stack in client.model.running[1].received.values())
+
+
+def test_clients_share_parts_again_after_a_restart():
+    clients, server = federation(clients=3, tasks=2, rounds=2)
+    simulate(clients, server, rounds=3)
+    fresh, _ = federation(clients=3, tasks=2, rounds=2)
+    for old, new in zip(clients, fresh, strict=True):
+        new.load_state(old.state())
+        assert same(old.state(), new.state())
+    first, second = (client.model.running[1] for client in fresh[:2])
+    assert all(first.received[name].parts[1] is second.received[name].parts[1] for name in first.received)
