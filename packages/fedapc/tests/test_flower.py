@@ -18,10 +18,11 @@ pytest.importorskip("flwr", reason="Flower asks for an environment of its own: p
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from fedapc import messages, wire
+from fedapc import baselines, messages, wire
+from fedapc.baselines import Training
 from fedapc.client import Client
 from fedapc.config import FedAPCConfig
-from fedapc.data import benchmark
+from fedapc.data import benchmark, read_tasks, write_example
 from fedapc.decomposition import Layout, initial_base
 from fedapc.engine import simulate
 from fedapc.errors import WireError
@@ -131,6 +132,22 @@ def test_the_same_bits_and_the_same_ledger_as_in_one_program(expected):
     for number, context in over.contexts().items():
         state = ClientStore(context, found.federation, "ab"[number - 1]).read()
         assert same(state, clients[number - 1].state())
+
+
+@pytest.mark.parametrize("method", ["apd", "fedavg_ewc", "scaffold", "fedcurv"])
+def test_other_methods_run_on_flower_as_well(method):
+    tasks = {name: [judged_task(10 * number + k) for k in range(2)] for number, name in enumerate("ab")}
+
+    def make():
+        return baselines.build(method, mlp(), tasks, training=Training(epochs=1, batch_size=12), rounds=2)
+
+    clients, at = make()
+    simulate(clients, at)
+    found = strategy(make()[1])
+    found.start(grid(app=client_app(lambda context: make()[0][context.node_config["partition-id"]])))
+    assert same(found.server.base, at.base)
+    assert equal(found.accuracy[4], {one.name: one.evaluate() for one in clients})
+    assert plain(found.server.ledger) == plain(at.ledger)
 
 
 def test_wire_bytes_are_all_records_of_all_messages():
@@ -583,52 +600,74 @@ def test_an_app_of_the_server(expected, tmp_path):
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A written project, and its two apps."""
-    config = FedAPCConfig.preset("fedweit", rounds=2, epochs=1, batch_size=20, lr=9e-4)
-    write_project(tmp_path / "app", benchmark="gaussian", clients=2, tasks=2, per_class=6, config=config)
-    monkeypatch.syspath_prepend(str(tmp_path / "app"))
-    apps = [importlib.import_module(f"fedapc_app.{name}").app for name in ("client_app", "server_app")]
-    yield config, tmp_path / "app", *apps
+def apps(tmp_path, monkeypatch):
+    """Write a project, and give its two apps and its settings."""
+
+    def write(**options):
+        config = FedAPCConfig.preset("fedweit", rounds=2, epochs=1, batch_size=20, lr=9e-4)
+        write_project(tmp_path / "app", config=config, **options)
+        monkeypatch.syspath_prepend(str(tmp_path / "app"))
+        found = [importlib.import_module(f"fedapc_app.{name}").app for name in ("client_app", "server_app")]
+        settings = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+        return config, settings, *found
+
+    yield write
     for name in [name for name in sys.modules if name.split(".")[0] == "fedapc_app"]:
         del sys.modules[name]
 
 
-def test_a_written_project_runs_as_it_is(project, tmp_path):
-    config, folder, on_node, at_server = project
-    found = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    assert found["components"] == {
+def in_one_program(config, tasks, name):
+    net = network(name, next(iter(tasks.values()))[0].x, classes=2)
+    clients = [Client(name, net, own, config.learning()) for name, own in tasks.items()]
+    counts = {name: len(own) for name, own in tasks.items()}
+    at = Server(initial_base(net, Layout.of(net)), counts, **config.serving())
+    simulate(clients, at)
+    return at, {one.name: one.evaluate() for one in clients}
+
+
+GAUSSIAN = {"benchmark": "gaussian", "clients": 2, "tasks": 2, "per_class": 6}
+
+
+@pytest.mark.parametrize("own_files", [False, True])
+def test_a_written_project_runs_as_it_is(apps, tmp_path, own_files):
+    if own_files:
+        file = write_example(tmp_path / "data")
+        config, settings, on_node, at_server = apps(tasks_file=file)
+        read = read_tasks(file)
+        tasks, name = read.tasks, read.network
+        nodes = [{"client": client, "tasks": str(file)} for client in tasks]
+    else:
+        config, settings, on_node, at_server = apps(**GAUSSIAN)
+        made = benchmark("gaussian", clients=2, tasks=2, per_class=6)
+        tasks, name, nodes = made.tasks, made.network, TWO
+    assert settings["components"] == {
         "serverapp": "fedapc_app.server_app:app", "clientapp": "fedapc_app.client_app:app",
     }  # fmt: skip
-    run_config = {**found["config"], "state-folder": str(tmp_path / "out"), "poll": 0.0}
-    over = LocalGrid(on_node, TWO, run_config)
+    run_config = {**settings["config"], "state-folder": str(tmp_path / "out"), "poll": 0.0}
+    over = LocalGrid(on_node, nodes, run_config)
     at_server(over, over.contexts()[1])
-    data = benchmark("gaussian", clients=2, tasks=2, per_class=6)
-    example = next(iter(data.tasks.values()))[0].x
-    net = network(data.network, example, classes=2)
-    clients = [Client(name, net, tasks, config.learning()) for name, tasks in data.tasks.items()]
-    at = Server(initial_base(net, Layout.of(net)), dict.fromkeys(data.tasks, 2), **config.serving())
-    simulate(clients, at)
+    at, accuracy = in_one_program(config, tasks, name)
     assert same(read_state(tmp_path / "out" / "base.safetensors"), at.base)
-    accuracy = json.loads((tmp_path / "out" / "accuracy.json").read_text())["4"]
-    assert accuracy == {one.name: one.evaluate() for one in clients}
+    found = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    assert found[str(at.round)] == accuracy
 
 
-def test_a_project_is_not_written_over(project):
+def test_a_project_is_not_written_over(tmp_path):
+    write_project(tmp_path, **GAUSSIAN)
     with pytest.raises(InputError, match="has a project already"):
-        write_project(project[1])
+        write_project(tmp_path, **GAUSSIAN)
 
 
-def test_nodes_are_told_which_clients_there_are(project):
-    _config, folder, on_node, _ = project
-    run_config = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+def test_nodes_are_told_which_clients_there_are(apps):
+    _, settings, on_node, _ = apps(**GAUSSIAN)
     for node, why in (
         ({"partition-id": 2}, "there are 2 clients"),
         ({}, "there are 2 clients"),
         ({"client": "z"}, "client 'z' of the node"),
+        ({"tasks": "/nowhere/tasks.toml", "client": "z"}, "/nowhere/tasks.toml"),
     ):
         found = strategy(absence=2.0)
-        found.start(LocalGrid(on_node, [node], run_config), num_rounds=1)
+        found.start(LocalGrid(on_node, [node], settings["config"]), num_rounds=1)
         assert any(why in entry.note for entry in found.server.ledger.events())
 
 

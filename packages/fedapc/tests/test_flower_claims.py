@@ -27,7 +27,7 @@ from fedapc.states import bytes_of
 
 pytestmark = pytest.mark.claims
 
-CONFIG = FedAPCConfig.preset("fedweit", rounds=1, epochs=1, batch_size=50, lr=9e-4)
+CONFIG = FedAPCConfig.preset("probed", rounds=1, epochs=1, batch_size=50, lr=9e-4)
 DATA = {"clients": 2, "tasks": 2, "per_class": 6}
 
 

@@ -202,6 +202,11 @@ class Client:
         self._retention = _Retention()
         self._answered: tuple[str, bytes] = ("", b"")
 
+    @property
+    def fingerprint(self) -> int:
+        """Number of the architecture that messages carry, see `Layout.fingerprint`."""
+        return fingerprint(self._expected())
+
     def answer(self, request: bytes) -> bytes:
         """Do a round of training; the request of the last round again gets the answer of the last round again.
 
@@ -330,9 +335,10 @@ class Client:
         self._answered = about["digest"], bytes_of(state["answer"])
         self._retention = _Retention()
         if f"anchor.base/{next(iter(self.layout.layers))}" in state:
-            self._take_anchors({name: state[f"anchor.base/{name}"] for name in self.layout.layers})
+            device = next(iter(self.model.base.values())).device
+            self._take_anchors({name: state[f"anchor.base/{name}"].to(device) for name in self.layout.layers})
             for name, penalty in self._retention.penalties.items():
-                values = state[f"anchor.values/{name}"].clone()
+                values = state[f"anchor.values/{name}"].to(device, copy=True)
                 self._retention.penalties[name] = replace(penalty, values=values)
 
     def _undo(self) -> Callable[[], None]:
@@ -346,7 +352,7 @@ class Client:
     def _check(self, message: messages.Message) -> None:
         if message.kind != "request" or message.client != self.name:
             raise ProtocolError(f"client '{self.name}': got a message '{message.kind}' of client '{message.client}'")
-        if message.layout != fingerprint(self._expected()):
+        if message.layout != self.fingerprint:
             raise ModelMismatchError(
                 f"client '{self.name}': the server's network has other layers than this one's,"
                 f" {', '.join(f'{name} {shape}' for name, shape in self.layout.layers.items())}"

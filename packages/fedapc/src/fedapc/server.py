@@ -90,6 +90,11 @@ class Server:
         return self.round // self.rounds
 
     @property
+    def fingerprint(self) -> int:
+        """Number of the architecture, see `Layout.fingerprint`; clients of another one do not belong here."""
+        return self._layout
+
+    @property
     def done(self) -> bool:
         """Tell whether all rounds are over."""
         return self.task >= max(self.tasks.values())

@@ -1,7 +1,7 @@
 """What is used of Flower, with types: the only place that imports it.
 
 Type checkers read the declarations, so that they need no Flower, whose requirements this repository's own environment
-does not meet; they are those of flwr 1.41 and 1.42.
+does not meet; they are those of flwr 1.41 and 1.42. Without Flower everything here can be imported, and nothing used.
 """
 
 from __future__ import annotations
@@ -29,12 +29,21 @@ __all__ = [
     "Scalar",
     "ServerApp",
     "Strategy",
+    "ec",
+    "hashes",
     "identify",
+    "serialization",
+    "x509",
 ]
 
 Scalar = str | int | float | bool
 
 if TYPE_CHECKING:
+    # Of cryptography, which comes with Flower.
+    ec: Any
+    hashes: Any
+    serialization: Any
+    x509: Any
 
     class Array:
         """Bytes with a type and a shape."""
@@ -181,6 +190,9 @@ if TYPE_CHECKING:
 
 else:
     try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
         from flwr.app import (
             Array,
             ArrayRecord,
@@ -198,7 +210,20 @@ else:
         from flwr.serverapp import Grid, ServerApp
         from flwr.serverapp.strategy import Result, Strategy
     except ImportError as error:
-        raise InputError(f"fedapc.flower needs flwr 1.41 or newer ({error}): pip install 'fedapc[flower]'") from error
+        _WHY = f"fedapc.flower needs flwr 1.41 or newer ({error}): pip install 'fedapc[flower]'"
+
+        class _Absent(type):
+            def __getattr__(cls, name):
+                # Whoever looks at a class asks for names of this kind, and expects to be told that there is none.
+                raise AttributeError(name) if name.startswith("_") else InputError(_WHY)
+
+        class _Missing(metaclass=_Absent):
+            def __new__(cls, *_, **__):
+                raise InputError(_WHY)
+
+        Array = ArrayRecord = ConfigRecord = Context = Error = Message = MessageType = Metadata = _Missing
+        MetricRecord = RecordDict = ClientApp = ErrorCode = Grid = ServerApp = Result = Strategy = _Missing
+        ec = hashes = serialization = x509 = _Missing
 
 
 def identify(run_id: int) -> None:

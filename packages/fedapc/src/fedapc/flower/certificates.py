@@ -15,23 +15,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedapc.flower._flwr import ec, hashes, serialization, x509
 from shared_core.errors import InputError
-
-if TYPE_CHECKING:
-    # Comes with Flower; without stubs at hand nothing is known of it.
-    ec: Any
-    hashes: Any
-    serialization: Any
-    x509: Any
-else:
-    try:
-        from cryptography import x509
-        from cryptography.hazmat.primitives import hashes, serialization
-        from cryptography.hazmat.primitives.asymmetric import ec
-    except ImportError as error:
-        raise InputError(f"certificates need cryptography ({error}): pip install 'fedapc[flower]'") from error
 
 __all__ = ["main", "make_certificates"]
 

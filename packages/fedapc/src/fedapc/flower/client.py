@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedapc.decomposition import Layout
+from fedapc.client import Client
 from fedapc.errors import TrainingDivergedError
 from fedapc.flower._flwr import ClientApp, Context, Message, RecordDict
 from fedapc.flower._kept import STATE_LIMIT, ClientStore
@@ -66,13 +66,12 @@ def client_app(build: Callable[[Context], Participant], *, state_limit: int = ST
 
 
 def _introduced(client: Participant) -> RecordDict:
-    layout = getattr(client, "layout", None)
     return holding(
         about={
             "name": client.name,
             "tasks": len(client.tasks),
             "examples": [len(task.y) for task in client.tasks],
-            "layout": layout.fingerprint() if isinstance(layout, Layout) else 0,
+            "layout": client.fingerprint if isinstance(client, Client) else 0,
         }
     )
 

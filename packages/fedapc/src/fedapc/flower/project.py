@@ -64,7 +64,7 @@ def write_project(
     folder = Path(folder)
     if (folder / "pyproject.toml").exists() or (folder / "fedapc_app").exists():
         raise InputError(f"{folder}: has a project already; choose another folder, or remove it")
-    config = config or FedAPCConfig.preset("fedweit", rounds=5, epochs=3, batch_size=50, lr=9e-4)
+    config = config or FedAPCConfig.preset("probed", rounds=5, epochs=3, batch_size=50, lr=9e-4)
     file = "" if tasks_file is None else str(Path(tasks_file).expanduser().resolve())
     if file:
         from fedapc.data import read_tasks
@@ -212,7 +212,7 @@ def settings(context):
     """Settings of the method, from the run's configuration."""
     given = {key.replace("-", "_"): value for key, value in context.run_config.items()}
     known = {name: given[name] for name in FedAPCConfig.model_fields if name in given}
-    return FedAPCConfig.preset("fedweit", **known)
+    return FedAPCConfig.preset("probed", **known)
 
 
 def make_network(context):

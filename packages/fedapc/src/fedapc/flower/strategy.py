@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedapc.decomposition import fingerprint
 from fedapc.errors import ProtocolError, WireError
 from fedapc.flower._flwr import (
     ArrayRecord,
@@ -409,9 +408,10 @@ class FedAPCStrategy(Strategy):
                 self._note(now - 1, client, "down", wire_bytes(content), note="evaluation")
                 yield self._message(what, client, node, content, MessageType.EVALUATE)
                 continue
+            before = len(self.server.ledger)
             blob = self.server.request(client)
             content = holding(blob, {"federation": self.federation, "known": self.server.known(client)})
-            self.server.ledger.carried(wire_bytes(content) - len(blob))
+            self._carried(before, wire_bytes(content) - len(blob))
             yield self._message(what, client, node, content, MessageType.TRAIN)
 
     def _question(self) -> RecordDict:
@@ -527,13 +527,12 @@ class FedAPCStrategy(Strategy):
     def _fits(self, name: str, node: int, found: _Client) -> bool:
         """Tell whether a client belongs to this federation, and write down what it sent."""
         server = self.server
-        expected = fingerprint({layer: tuple(value.shape) for layer, value in server.base.items()})
         if name not in server.tasks:
             self._event("unknown_client", name, f"node {node}: there are {', '.join(server.tasks)}", found.size)
             return False
         if found.tasks != server.tasks[name]:
             why = f"has {found.tasks} tasks, expected {server.tasks[name]}"
-        elif found.layout not in (0, expected):
+        elif found.layout not in (0, server.fingerprint):
             why = "its network has other layers than the server's"
         else:
             self._note(server.round, name, "down", wire_bytes(self._question()), "query")
@@ -587,11 +586,17 @@ class FedAPCStrategy(Strategy):
             if current:
                 self._given_up.add(client)
             return
+        before = len(server.ledger)
         used = server.receive(client, blob)
-        server.ledger.carried(size - len(blob))
+        self._carried(before, size - len(blob))
         if current and not used and client in server.missing():
             # The same request would get the same answer.
             self._given_up.add(client)
+
+    def _carried(self, before: int, extra: int) -> None:
+        """Write down what Flower adds to a message; servers of local methods write no messages down."""
+        if len(self.server.ledger) > before:
+            self.server.ledger.carried(extra)
 
     def _event(self, event: Event, client: str, note: str, size: int = 0) -> None:
         _log.warning("fedapc: %s: %s: %s", event, client, note)
