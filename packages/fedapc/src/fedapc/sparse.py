@@ -101,8 +101,8 @@ class SparseStack:
     --------
     >>> one, two = (SparseTensor.of(torch.tensor(row)) for row in ([0.0, 2.0], [1.0, 0.0]))
     >>> stack = SparseStack([one, two], (2,), torch.zeros(2))
-    >>> stack.weighted_sum(torch.tensor([0.5, 3.0])), stack.fold(torch.tensor([0.5, 0.0])).index
-    (tensor([3., 1.]), tensor([1]))
+    >>> stack.weighted_sum(torch.tensor([0.5, 3.0])), stack.fold(torch.tensor([0.5, 0.0])).dense()
+    (tensor([3., 1.]), tensor([0.0000, 0.5000]))
     """
 
     def __init__(self, parts: Sequence[SparseTensor], shape: Sequence[int], like: Float[Tensor, "..."]) -> None:
@@ -146,7 +146,6 @@ class SparseStack:
 
     def _hold(self) -> _Dense | _Entries:
         if self._held is None:
-            # Places of 32 bits are enough: a message has no more elements than that.
             kind = _Dense if self.density >= _DENSE_FROM else _Entries
             self._held = kind(self.parts, self._places, self._like)
         return self._held
@@ -177,6 +176,7 @@ class _Entries:
         slot = torch.repeat_interleave(torch.arange(len(parts), dtype=torch.int32), lengths)
         values = torch.cat([like, *(part.values.to(like) for part in parts)])
         order = index.argsort(stable=True)
+        # Enough: a message has no more elements than that.
         self._index = index[order].to(torch.int32).to(like.device)
         self._slot = slot[order].to(like.device)
         self._values = values[order.to(like.device)]
