@@ -9,13 +9,17 @@ import pytest
 import torch
 
 import stamp
+import stamp.axes
+import stamp.structure
 
 sys.path.insert(0, str(Path(__file__).parent))  # for zoo.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 # Modules that have shapes in their signatures; the types of others, which pyright checks, are checked no better for the
-# price of a call. Not networks.py, whose forward passes run on the proxies of torch.fx.
+# price of a call. Not networks.py, whose forward passes run on the proxies of torch.fx. The two that are asked most are
+# imported above, before the hook: what is imported from inside a module with the hook comes from the hook's own cache,
+# which may hold the module as another list of names once made it.
 source = Path(next(iter(stamp.__path__)))
 modules = [
     ".".join(path.relative_to(source).with_suffix("").parts)
