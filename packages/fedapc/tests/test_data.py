@@ -261,12 +261,12 @@ def test_noniid50_has_the_papers_sequences():
 
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory):
-    """Tiny sets in folders of classes, as users download them; five pictures of each class."""
+    """Tiny sets in folders of classes, as users download them; three pictures of each class."""
     root = tmp_path_factory.mktemp("downloads")
-    folders(root, "notMNIST_small", 10, 5, "L", side=28)
+    folders(root, "notMNIST_small", 10, 3, "L", side=28)
     (root / "notMNIST_small" / "00000" / "broken.png").write_bytes(b"")
-    folders(root, "GTSRB/Final_Training/Images", 43, 5, ending="ppm")
-    folders(root, "facescrub", 81, 5)
+    folders(root, "GTSRB/Final_Training/Images", 43, 3, ending="ppm")
+    folders(root, "facescrub", 81, 3)
     return root
 
 
@@ -299,7 +299,7 @@ def test_noniid50_from_folders(downloads):
     ]
     owners = {}
     for name, task in pairs:
-        assert task.x.shape == (15, 3, 32, 32)
+        assert task.x.shape == (5, 3, 32, 32)
         assert len(task.validation[1]) == 5
         assert len(task.test[1]) == 5
         of = _SETS[name.rpartition("_")[0]]
@@ -313,12 +313,17 @@ def test_noniid50_from_folders(downloads):
             assert owners.setdefault((of.key, label), name) == name
 
 
-def test_noniid50_of_fewer_tasks(downloads, tmp_path):
-    found = benchmark("noniid50", root=downloads, absent="leave out", clients=3, tasks=2, per_class=2, test_per_class=1)
-    assert list(found.tasks) == ["client0", "client1", "client2"]
-    assert {len(tasks) for tasks in found.tasks.values()} == {2}
-    task = found.tasks["client2"][0]
+def test_noniid50_of_fewer_tasks(tmp_path):
+    folders(tmp_path / "ten", "notMNIST", 10, 6, "L", side=28)
+    options = {"root": tmp_path / "ten", "absent": "leave out", "clients": 2, "test_per_class": 1}
+    found = benchmark("noniid50", tasks=1, per_class=2, **options)
+    assert list(found.related.values()) == ["notmnist_1", "notmnist_0"]
+    task = found.tasks["client1"][0]
     assert (len(task.y), len(task.validation[1]), len(task.test[1])) == (10, 5, 5)
+    with pytest.raises(
+        InputError, match="notmnist has 5 training instances of a class for 'client0', and 6 are needed"
+    ):
+        benchmark("noniid50", per_class=5, **options)
     folders(tmp_path, "notmnist", 4, 2)
     with pytest.raises(InputError, match="notmnist: has 4 classes, and 2 tasks need 10"):
         benchmark("noniid50", root=tmp_path, absent="leave out")

@@ -22,8 +22,8 @@ class SparseTensor:
 
     Parameters
     ----------
-    index : places in C order, ascending
-    values : at these places
+    index : places in C order, ascending, ``(kept,)``
+    values : at these places, ``(kept,)``
     shape : of the whole tensor
 
     Examples
@@ -101,8 +101,8 @@ class SparseStack:
     --------
     >>> one, two = (SparseTensor.of(torch.tensor(row)) for row in ([0.0, 2.0], [1.0, 0.0]))
     >>> stack = SparseStack([one, two], (2,), torch.zeros(2))
-    >>> stack.weighted_sum(torch.tensor([0.5, 3.0])), stack.fold(torch.tensor([0.5, 0.0])).dense()
-    (tensor([3., 1.]), tensor([0.0000, 0.5000]))
+    >>> stack.weighted_sum(torch.tensor([0.5, 3.0])), stack.fold(torch.tensor([2.0, 0.0])).dense()
+    (tensor([3., 1.]), tensor([0., 4.]))
     """
 
     def __init__(self, parts: Sequence[SparseTensor], shape: Sequence[int], like: Float[Tensor, "..."]) -> None:
