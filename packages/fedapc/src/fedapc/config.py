@@ -106,7 +106,7 @@ class FedAPCFields(BaseModel):
 
 
 class FedAPCConfig(FedAPCFields):
-    """All settings of FedAPC; names and defaults are those of `fedapc.Learning` and `fedapc.Server`.
+    """All settings of FedAPC; names and defaults are those of `Learning` and `Server`.
 
     Raises
     ------

@@ -59,6 +59,10 @@ class Entry:
 class Ledger:
     """A log that only grows.
 
+    Parameters
+    ----------
+    entries : to begin with
+
     Examples
     --------
     >>> ledger = Ledger()

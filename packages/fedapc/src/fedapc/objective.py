@@ -39,11 +39,11 @@ class RetroactivePenalty:
 
     Parameters
     ----------
-    base : anchor of the base
-    row_weight : sum of the squared gates over past tasks
-    index, gates, values : places, gates and anchors of the entries of the parts of all past tasks
+    base : anchor of the base, ``(rows, ...)``
+    row_weight : sum of the squared gates over past tasks, ``(rows,)``
+    index, gates, values : places, gates and anchors of the entries of the parts of all past tasks, ``(entries,)``
     lengths : entries of each past task
-    shared_weight : sum of the squared gates over the tasks to whose parts an entry belongs
+    shared_weight : sum of the squared gates over the tasks to whose parts an entry belongs, ``(rows, ...)``
     """
 
     base: Float[Tensor, "rows ..."]

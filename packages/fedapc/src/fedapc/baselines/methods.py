@@ -63,6 +63,7 @@ class MethodInfo:
     description : in a sentence
     strength : the field of `Training` that is tuned besides the learning rate, if there is one
     grid : values to try for it
+    recipe : what `build` makes it of
     """
 
     title: str
