@@ -242,9 +242,8 @@ def plot_attention(path: str | Path, report: Report, task: int | None = None) ->
     if task not in tasks:
         raise InputError(f"task {task}: received no parts of others; those that did are {tasks}")
     rows = [client for client in report.clients if report.attentions.get((client, task))][:30]
-    slots = sorted({slot for client in rows for layer in report.attention(client, task).values() for slot in layer})[
-        :30
-    ]
+    heard = {slot for client in rows for layer in report.attention(client, task).values() for slot in layer}
+    slots = sorted(heard, key=lambda slot: (report.clients.index(slot[0]), slot[1]))[:30]
     values = np.full((len(rows), len(slots)), np.nan)
     for place, client in enumerate(rows):
         layers = report.attention(client, task)
@@ -253,7 +252,9 @@ def plot_attention(path: str | Path, report: Report, task: int | None = None) ->
             values[place, column] = np.mean(found) if found else np.nan
     widest = max(float(np.nanmax(np.abs(values))), 1e-9)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(max(4.4, 1.9 + 0.62 * len(slots)), max(2.6, 1.6 + 0.42 * len(rows))), layout="constrained")
+        figure = Figure(
+            figsize=(max(4.4, 1.9 + 0.62 * len(slots)), max(2.6, 1.6 + 0.42 * len(rows))), layout="constrained"
+        )
         axis = figure.subplots()
         axis.set_facecolor("#eeeeee")
         image = axis.imshow(values, cmap="PuOr", vmin=-widest, vmax=widest, aspect="auto")
