@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,6 +108,7 @@ class CompareConfig(ProtocolOptions):
     seeds: int = Field(3, ge=1, description="draws of the benchmark, and runs of each method")
     tune: bool = Field(False, description="choose each method's settings on validation examples of another draw")
     trials: int = Field(6, ge=1, description="settings to try for each method")
+    leave_out: bool = Field(False, description="noniid50: go on without the data sets that are missing")
 
 
 def _compared(
@@ -118,6 +120,7 @@ def _compared(
     seeds: int,
     tuned: bool = False,
     trials: int = 6,
+    leave_out: bool = False,
 ) -> dict[str, dict[int, Cell]]:
     from fedapc.experiments import compare
 
@@ -132,6 +135,7 @@ def _compared(
             protocol=protocol,
             tuned=tuned,
             device=str(session.device),
+            options={"absent": "leave out"} if leave_out else {},
             advance=lambda note, done: advance(done, note=note),
         )
 
@@ -181,7 +185,14 @@ def _outcome(
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Run methods on the same draws of a benchmark: accuracy, forgetting, bytes."""
     cells = _compared(
-        config, session, config.data, config.methods, seeds=config.seeds, tuned=config.tune, trials=config.trials
+        config,
+        session,
+        config.data,
+        config.methods,
+        seeds=config.seeds,
+        tuned=config.tune,
+        trials=config.trials,
+        leave_out=config.leave_out,
     )
     return _outcome(session, config.data, cells)
 
@@ -308,6 +319,7 @@ def _federation(facts: Mapping[str, Any], files: Any, settings: FedAPCConfig, de
 def fit(config: FitConfig, session: Session) -> Outcome:
     """Let clients learn their tasks, and keep what they know."""
     from fedapc.data import read_tasks
+    from fedapc.errors import SparsityWarning
     from fedapc.experiments import find_method, measure, results_of
 
     find_method(config.method)
@@ -323,7 +335,14 @@ def fit(config: FitConfig, session: Session) -> Outcome:
         "settings": settings.model_dump(),
         "labels": {client: [list(names) for names in own] for client, own in files.labels.items()},
     }
-    federation = _federation(facts, files, settings, str(session.device))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SparsityWarning)
+        federation = _federation(facts, files, settings, str(session.device))
+        # The same is said once a client; here once.
+        settings.learning()
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        session.say(f"note: {text}")
+    warnings.simplefilter("ignore", SparsityWarning)
     total = settings.rounds * max(map(len, files.tasks.values()))
     with session.progress("rounds", total) as advance:
         done = 0
