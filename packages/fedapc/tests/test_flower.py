@@ -495,6 +495,20 @@ def test_a_node_that_cannot_say_who_it_is_says_why():
     assert any("there is no folder /data" in entry.note for entry in found.server.ledger.events())
 
 
+def test_what_crashes_again_and_again_is_given_up():
+    """A program that is killed for its memory may be lucky the next time, and not for ever."""
+    kinds = {1: "query", 2: "train"}
+
+    def channel(message, reply):
+        node, kind = message.metadata.dst_node_id, message.metadata.message_type
+        return Message(Error(8, "killed"), reply_to=message) if kinds[node] == kind else reply
+
+    found = strategy(absence=2.0)
+    found.start(grid(channel=channel), num_rounds=1)
+    crashed = [(e.client, e.note.split()[0]) for e in found.server.ledger.events() if e.event == "failed"]
+    assert sorted(crashed) == [("b", "train")] * 5 + [("node 1", "query")] * 5
+
+
 def test_evaluations_that_are_wrong_are_events():
     def channel(message, reply):
         if message.metadata.message_type == "evaluate":

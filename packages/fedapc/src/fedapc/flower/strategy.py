@@ -391,7 +391,10 @@ class FedAPCStrategy(Strategy):
 
     def _strangers(self) -> Iterator[tuple[_Asked, Message]]:
         """Make the messages to nodes that have not said who they are since they started."""
-        asked = {(order.node, order.start) for order in self._asked.values() if order.what == "query"}
+        soonest = self._clock() - self._resend
+        asked = {
+            (order.node, order.start) for order in self._asked.values() if order.what == "query" and order.at > soonest
+        }
         for node, start in self._online.items():
             if (node, start) not in self._met and (node, start) not in asked:
                 yield self._message("query", "", node, self._question(), MessageType.QUERY)
@@ -482,17 +485,17 @@ class FedAPCStrategy(Strategy):
             ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
             ErrorCode.CLIENT_APP_CRASHED,
         )
-        if order.what == "query":
-            if not gone and not lost:
-                self._met[order.node, order.start] = ""
-            self._event("failed", f"node {order.node}", f"does not say who it is: error {code}, {reason}")
+        who = order.client or f"node {order.node}"
+        self._event("failed", who, f"{order.what} of round {order.round}: error {code}, {reason}")
+        if order.what != "query" and order.round != self.server.round:
             return
-        if lost and order.round == self.server.round:
-            self._lost[order.client] = self._lost.get(order.client, 0) + 1
-        again = gone or (lost and self._lost.get(order.client, 0) < _MOST_LOST)
-        current = order.round == self.server.round
-        self._event("failed", order.client, f"{order.what} of round {order.round}: error {code}, {reason}")
-        if current and not again:
+        if lost:
+            self._lost[who] = self._lost.get(who, 0) + 1
+        if gone or (lost and self._lost[who] < _MOST_LOST):
+            return
+        if order.what == "query":
+            self._met[order.node, order.start] = ""
+        else:
             self._given_up.add(order.client)
 
     def _introduce(self, order: _Asked, content: RecordDict) -> None:
