@@ -9,6 +9,7 @@ SHELL := /bin/bash
 PACKAGE ?=
 TORCH ?= auto
 RUNS ?= runs
+CLAIMS ?=
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 PROJECTS := $(sort $(patsubst packages/%/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)))
@@ -36,7 +37,7 @@ $(error no package '$(PACKAGE)'; there are: $(PROJECTS))
 endif
 endif
 
-.PHONY: help setup demo test claims lint typecheck format build matrix bench reproduce lock clean
+.PHONY: help setup demo test claims lint typecheck format build matrix bench flower reproduce lock clean
 
 help:  ## print the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +89,18 @@ bench: .venv-bench/.ready  ## race each package against its strongest peers, in 
 	@$(UV) pip install --quiet --python .venv-bench/bin/python -c constraints.txt $(EDITABLE) --group bench
 	@touch $@
 
+flower: .venv-flower/.ready  ## fedapc on Flower, in an environment of its own; CLAIMS=1 with real programs on loopback
+	@FLWR_TELEMETRY_ENABLED=0 .venv-flower/bin/python -m pytest -q -m "not claims" \
+	  packages/fedapc/tests/test_flower.py packages/fedapc/tests/test_flower_absent.py
+	@[ -z "$(CLAIMS)" ] || FLWR_TELEMETRY_ENABLED=0 JAXTYPING_DISABLE=1 .venv-flower/bin/python -m pytest -q -m claims \
+	  packages/fedapc/tests/test_flower_claims.py
+
+.venv-flower/.ready: $(VENV)/.ready packages/fedapc/pyproject.toml packages/fedapc/constraints-flower.txt
+	@[ -x .venv-flower/bin/python ] || $(UV) venv --quiet --python $(BIN)/python .venv-flower
+	@$(UV) pip install --quiet --python .venv-flower/bin/python -c packages/fedapc/constraints-flower.txt \
+	  -e './shared[glyphs]' -e './packages/fedapc[flower-simulation]' --group packages/fedapc/pyproject.toml:test
+	@touch $@
+
 reproduce: $(VENV)/.ready  ## the experiments at full size; their JSON goes to docs/results/ and feeds the READMEs
 	@for p in $(CHOSEN); do $(BIN)/python scripts/reproduce.py $$p $(BIN) $(RUNS); done
 
@@ -101,5 +114,5 @@ lock: $(VENV)/.ready  ## pin every dependency anew in constraints.txt
 	@echo "constraints.txt: $$(wc -l < constraints.txt) pins"
 
 clean:  ## remove environments, builds, caches and runs
-	@rm -rf .venv .venv-bench build dist runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-bench .venv-flower build dist runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,8 +4,8 @@ Attention begins at zero in the paper's setting and moves by a step of Adam at a
 it cannot tell a part that solves the task from one that does not (spec 8). A client can tell at once, without another
 message: it adds each part to its weights, looks at the features that enter the head, and asks how well a linear
 classifier on them predicts the examples that it has not seen, by leave-one-out ridge regression, which has a closed
-form. Attention begins at 1 for the part with the lowest error if that is below half of the error without parts, and
-at 0 for all others.
+form. Attention begins at 1 for the part with the lowest error if that is below three quarters of the error without
+parts, and at 0 for all others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedapc.seeds import generator
 __all__ = ["leave_one_out_error", "probe"]
 
 _RIDGE = 0.1
-_MUST_FALL_TO = 0.5
+_MUST_FALL_TO = 0.75
 
 
 def leave_one_out_error(
