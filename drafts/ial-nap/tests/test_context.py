@@ -1,0 +1,132 @@
+"""Counts of verdicts against counting anew, undo to the bit, and what no annotation means."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ial_nap.context import Context, check_masks, counts, preference
+
+from shared_core.errors import InputError
+
+T, R = 3, 4
+
+
+def random_masks(k, seed=0):
+    return torch.randint(-1, 2, (k, T, R), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
+def recounted(context):
+    one, zero = counts(context.masks)
+    return one, zero
+
+
+marks = st.tuples(
+    st.sampled_from(["a", "b", "c"]),
+    st.sampled_from(["", "x"]),
+    st.lists(st.tuples(st.integers(0, T - 1), st.integers(0, R - 1), st.integers(-1, 1)), max_size=6),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(marks, max_size=8))
+def test_counts_are_those_of_counting_anew_and_undo_goes_all_the_way_back(changes):
+    context, seen = Context(T, R), []
+    for instance, annotator, cells in changes:
+        seen.append((context.one.clone(), context.zero.clone(), context.digest, context.keys))
+        context.mark(instance, cells, annotator=annotator, allow_empty=True)
+        one, zero = recounted(context)
+        assert torch.equal(context.one, one)
+        assert torch.equal(context.zero, zero)
+    for one, zero, digest, keys in reversed(seen):
+        context.undo()
+        assert torch.equal(context.one, one)
+        assert torch.equal(context.zero, zero)
+        assert (context.digest, context.keys) == (digest, keys)
+    assert len(context) == 0
+
+
+def test_no_annotation_is_one_mask_of_nothing_known():
+    empty, unknown = Context(T, R), Context.of(torch.full((1, T, R), -1))
+    assert torch.equal(empty.masks, unknown.masks)
+    assert torch.equal(empty.preference, unknown.preference)
+    assert torch.equal(empty.preference, torch.zeros(T, R))
+
+
+def test_preference_grows_to_one_with_what_is_repeated():
+    masks = random_masks(5)
+    one = Context.of(masks).preference
+    before = one
+    for times in (2, 4, 16, 256):
+        now = Context.of(masks.repeat(times, 1, 1)).preference
+        assert (now.abs() >= before.abs()).all()
+        assert torch.equal(now.sign(), one.sign())
+        before = now
+    agreed = Context.of(torch.ones(2000, T, R, dtype=torch.int8)).preference
+    assert float(agreed.min()) > 0.999
+    assert float(agreed.max()) < 1
+
+
+def test_conflicting_annotators_leave_it_open():
+    context = Context(1, 2)
+    context.mark("a", [(0, 0, 1)], annotator="x")
+    context.mark("a", [(0, 0, 0)], annotator="y")
+    assert len(context) == 2
+    assert context.preference[0, 0] == 0
+
+
+def test_order_of_masks_changes_neither_counts_nor_digest():
+    masks = random_masks(6)
+    one, two = Context.of(masks), Context.of(masks.flip(0))
+    assert torch.equal(one.preference, two.preference)
+    assert one.digest == two.digest
+    assert one.digest != Context.of(masks, schema="other").digest
+
+
+def test_a_later_mask_of_an_instance_replaces_what_it_saw():
+    context = Context(1, 3)
+    context.add(np.array([[[1, 0, -1]]]), ids=["a"])
+    shift = context.add(np.array([[[-1, 1, 1]]]), ids=["a"])
+    assert context.masks.tolist() == [[[1, 1, 1]]]
+    assert shift.cells == ((0, 1), (0, 2))
+    assert shift.verdicts == 2
+    copied = context.copy()
+    context.undo()
+    assert context.masks.tolist() == [[[1, 0, -1]]]
+    assert copied.masks.tolist() == [[[1, 1, 1]]]
+    assert (context.depth, copied.depth) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: c.mark("a", [(3, 0, 1)]), r"step 3, feature 0.*3 steps and 4 features"),
+        (lambda c: c.mark("a", [(0, 0, 2)]), "verdict 2"),
+        (lambda c: c.add(torch.zeros(2, 4, 3)), r"expected \(K, 3, 4\)"),
+        (lambda c: c.add(torch.full((1, T, R), 3)), r"masks\[0, 0, 0\] = 3"),
+        (lambda c: c.add(random_masks(2), ids=["a"]), "give one each"),
+        (lambda c: c.add(torch.zeros(1, T, R)), "every cell is marked 0"),
+        (lambda c: c.undo(), "nothing to undo"),
+        (lambda c: check_masks(torch.full((1, T, R), 0.5), T, R), "= 0.5"),
+        (lambda c: preference(c.one, c.zero, 0.0), "kappa"),
+        (lambda c: Context.of(torch.zeros(T, R)), "K, T, r"),
+        (lambda c: Context(0, 3), "needs steps"),
+    ],
+)
+def test_wrong_input_is_refused_and_changes_nothing(unchecked, change, match):
+    context = Context(T, R)
+    with pytest.raises(InputError, match=match):
+        change(context)
+    assert (len(context), context.depth) == (0, 0)
+    assert torch.equal(context.one, torch.zeros(T, R))
+
+
+def test_a_refused_mask_takes_those_before_it_back():
+    context = Context(T, R)
+    with pytest.raises(InputError, match="instance '#1'"):
+        context.add(torch.stack([torch.ones(T, R), torch.zeros(T, R)]))
+    assert len(context) == 0
+    context.add(torch.zeros(1, T, R), allow_empty=True)
+    assert float(context.preference.max()) == -0.5
