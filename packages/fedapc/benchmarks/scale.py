@@ -95,7 +95,7 @@ def extrapolate(found, options, clients=100_000, drawn=5):
     print(
         f"\n{clients:,} clients, {options.tasks} tasks, sample:{drawn}, {weights:,} weights, parts of {part:,.0f} bytes"
     )
-    print(f"the server holds {stored / 1e9:.1f} GB of parts (last: {clients * part / 1e9:.1f} GB), and its base twice")
+    print(f"the server holds {stored / 1e9:.1f} GB of parts in the end, whatever the policy, and its base twice")
     for fraction in (0.001, 0.01, 0.1):
         asked = fraction * clients
         # Who is first asked in a task gets its parts; whoever is asked in a task's last round sends one.
