@@ -128,8 +128,10 @@ class Context:
         if steps < 1 or features < 1:
             raise InputError(f"a context needs steps and features, got {steps} and {features}")
         self.steps, self.features, self.kappa, self.schema = steps, features, kappa, schema
-        self.one = torch.zeros(steps, features)
-        self.zero = torch.zeros(steps, features)
+        # What is made in inference mode could not be changed outside of it.
+        with torch.inference_mode(False):
+            self.one = torch.zeros(steps, features)
+            self.zero = torch.zeros(steps, features)
         self._masks: dict[tuple[str, str], Tensor] = {}
         self._past: list[list[tuple[tuple[str, str], bool, Tensor, Tensor]]] = []
 
@@ -202,8 +204,9 @@ class Context:
     def copy(self) -> Context:
         """Return a context of the same masks, without the past."""
         other = Context(self.steps, self.features, kappa=self.kappa, schema=self.schema)
-        other.one, other.zero = self.one.clone(), self.zero.clone()
-        other._masks = {key: mask.clone() for key, mask in self._masks.items()}
+        with torch.inference_mode(False):
+            other.one, other.zero = self.one.clone(), self.zero.clone()
+            other._masks = {key: mask.clone() for key, mask in self._masks.items()}
         return other
 
     def add(
@@ -303,7 +306,8 @@ class Context:
         for key, cells in parts:
             is_new = key not in self._masks
             if is_new:
-                self._masks[key] = torch.full((self.steps, self.features), -1, dtype=torch.int8)
+                with torch.inference_mode(False):
+                    self._masks[key] = torch.full((self.steps, self.features), -1, dtype=torch.int8)
             # The last verdict on a cell counts, so that one cell is written once and undone once.
             last = {(t, d): verdict for t, d, verdict in cells.tolist()}
             at = torch.tensor(list(last), dtype=torch.int64).reshape(-1, 2)

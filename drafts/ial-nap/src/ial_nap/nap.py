@@ -1,0 +1,589 @@
+"""An attention model in feature space that is conditioned on verdicts, so that a new verdict needs no training.
+
+Two paths lead from a context of masks to attention (spec 2.6). The deterministic one counts verdicts of each cell and
+closes the cell's gate before anything reads it. The latent one is a neural process: a recurrent network reads every
+mask, the mean over masks gives the Gaussian of a latent z for each step, and z enters both attentions and the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int8, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ial_nap.attention import Attended, Contributions, lstm_or_gru, masked_softmax, positive, reverse_by_length
+from ial_nap.context import Context, check_masks, counts, preference
+from ial_nap.series import Kind, Series
+from shared_core.errors import InputError
+
+__all__ = ["Condition", "ContextEncoder", "FeatureNAP", "Latent", "Predicted", "Read", "probabilities"]
+
+_MOST_ROWS = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Latent:
+    """Gaussian of the latent, for one or several contexts.
+
+    Parameters
+    ----------
+    mean, deviation : ``(e, t, z)``
+    """
+
+    mean: Float[Tensor, "e t z"]
+    deviation: Float[Tensor, "e t z"]
+
+    def drawn(self, noise: Float[Tensor, "s t z"]) -> Float[Tensor, "s t z"]:
+        """Return ``mean + deviation * noise``, through which gradients flow.
+
+        Parameters
+        ----------
+        noise : standard normal; one context stands for any number of draws
+        """
+        return self.mean + self.deviation * noise
+
+    def kl(self, other: Latent | None = None) -> Float[Tensor, " e"]:
+        """Kullback-Leibler divergence from another Gaussian, summed over steps and entries.
+
+        Parameters
+        ----------
+        other : None is N(0, 1)
+        """
+        mean = self.mean if other is None else self.mean - other.mean
+        scale = torch.ones_like(self.deviation) if other is None else other.deviation
+        ratio = self.deviation / scale
+        return (0.5 * ((mean / scale).square() + ratio.square() - 1) - ratio.log()).sum((1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What attention is conditioned on; one for all instances of a batch, or one for each.
+
+    Parameters
+    ----------
+    preference : of each cell, see :func:`ial_nap.context.preference`, ``(e, t, r)``
+    z : latent of each step, ``(e, t, z)``
+    """
+
+    preference: Float[Tensor, "e t r"]
+    z: Float[Tensor, "e2 t z"]
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A forward pass, with the gate.
+
+    Parameters
+    ----------
+    logits : ``(b, c)``
+    alpha : weight of each step, ``(b, t)``
+    beta : weight of each cell, ``(b, t, r)``
+    gate : how far a cell is open, within [0, 1], ``(e, t, r)``
+    gated : what was read, the gate times x, ``(b, t, r)``
+    """
+
+    logits: Float[Tensor, "b c"]
+    alpha: Float[Tensor, "b t"]
+    beta: Float[Tensor, "b t r"]
+    gate: Float[Tensor, "e t r"]
+    gated: Float[Tensor, "b t r"]
+
+    @property
+    def additive(self) -> Float[Tensor, "b r"]:
+        """What the logits are linear in: ``sum_t alpha_t beta_td x~_td``."""
+        return torch.einsum("bt,btr,btr->br", self.alpha, self.beta, self.gated)
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """A Monte Carlo prediction.
+
+    Parameters
+    ----------
+    samples : probabilities, or standardised values of a regression, ``(s, n, c)``
+    kind : of the task
+    """
+
+    samples: Float[Tensor, "s n c"]
+    kind: Kind
+
+    @property
+    def mean(self) -> Float[Tensor, "n c"]:
+        """Mean over samples."""
+        return self.samples.mean(0)
+
+    @property
+    def spread(self) -> Float[Tensor, "n c"]:
+        """Standard deviation over samples: what the model does not know."""
+        return self.samples.std(0, correction=0)
+
+    @property
+    def noise(self) -> Float[Tensor, "n c"]:
+        """Standard deviation of the label itself, ``sqrt(E[p (1 - p)])``; 0 for a regression, which models none."""
+        if self.kind == "regression":
+            return torch.zeros_like(self.mean)
+        return (self.samples * (1 - self.samples)).mean(0).clamp(min=0).sqrt()
+
+    def interval(self, level: float = 0.9) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
+        """Return bounds that hold this share of the samples.
+
+        Parameters
+        ----------
+        level : share, within 0 and 1
+        """
+        tail = (1 - level) / 2
+        return self.samples.quantile(tail, 0), self.samples.quantile(1 - tail, 0)
+
+
+def probabilities(logits: Float[Tensor, "... c"], kind: Kind) -> Float[Tensor, "... c"]:
+    """Turn logits into probabilities; those of a regression are the prediction already.
+
+    Parameters
+    ----------
+    logits : ``(..., c)``
+    kind : of the task
+
+    Examples
+    --------
+    >>> probabilities(torch.zeros(1, 4), "multiclass").tolist()
+    [[0.25, 0.25, 0.25, 0.25]]
+    """
+    if kind == "multiclass":
+        return logits.softmax(-1)
+    return logits if kind == "regression" else logits.sigmoid()
+
+
+class ContextEncoder(nn.Module):
+    """Turn masks into the Gaussian of a latent for each step: read each mask, take the mean, map it (spec 2.4, 2.6).
+
+    A verdict is a choice of three, not an amount: three indicators stand for it.
+
+    Parameters
+    ----------
+    features : r
+    hidden : units of the recurrent layer
+    latent : entries z of the latent of a step
+    rnn : "gru" or "lstm"
+    """
+
+    def __init__(self, features: int, hidden: int, latent: int, rnn: Literal["gru", "lstm"] = "lstm") -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.rnn = lstm_or_gru(rnn, 3 * features, hidden)
+        self.to_mean = nn.Linear(hidden, latent)
+        self.to_deviation = nn.Linear(hidden, latent)
+
+    def states(self, masks: Int8[Tensor, "k t r"]) -> Float[Tensor, "k t h"]:
+        """Read masks, each by itself.
+
+        Parameters
+        ----------
+        masks : verdicts 1, 0, -1
+        """
+        shown = torch.cat([masks == verdict for verdict in (1, 0, -1)], 2)
+        return self.rnn(shown.to(self.to_mean.weight.dtype))[0]
+
+    def gaussian(self, summary: Float[Tensor, "e t h"]) -> Latent:
+        """Map the mean state of a context to the Gaussian of the latent.
+
+        Parameters
+        ----------
+        summary : means over masks
+        """
+        return Latent(self.to_mean(summary), positive(self.to_deviation(summary)))
+
+
+class FeatureNAP(nn.Module):
+    """Predict from a series, obeying verdicts on its cells (spec 2.6).
+
+    Parameters
+    ----------
+    steps, features, outputs : T, r and the number of logits
+    kind : of the task
+    hidden : units of each recurrent layer
+    latent : entries of the latent of a step; 0 leaves the latent path out
+    keep : probability of keeping a feature as the attention reads it, and a hidden state, where dropout is on
+    rnn : "gru" or "lstm", of the two that read series
+    kappa : prior count of :func:`ial_nap.context.preference`
+    hard : outside training, close the gate entirely where the preference is -0.5 or less
+    limit : most masks that the latent path reads; of more, a seeded choice
+    seed : of the initial weights, and of that choice
+
+    Examples
+    --------
+    >>> model = FeatureNAP(4, 3, 1, hidden=8, latent=2)
+    >>> x, lengths = torch.randn(5, 4, 3), torch.full((5,), 4)
+    >>> context = Context(4, 3)
+    >>> shift = context.mark("17", [(t, 1, 0) for t in range(4)])
+    >>> model.update(context)
+    >>> parts = model.contributions(x, lengths)
+    >>> bool((parts.cells[:, :, 1] == 0).all()), tuple(model.predict(x, lengths, samples=30).mean.shape)
+    (True, (5, 1))
+    """
+
+    preference: Tensor
+    summary: Tensor
+
+    def __init__(
+        self,
+        steps: int,
+        features: int,
+        outputs: int,
+        kind: Kind = "binary",
+        *,
+        hidden: int = 32,
+        latent: int = 16,
+        keep: float = 0.8,
+        rnn: Literal["gru", "lstm"] = "gru",
+        kappa: float = 1.0,
+        hard: bool = True,
+        limit: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(steps, features, outputs, hidden, limit) < 1 or latent < 0:
+            raise InputError(
+                f"sizes must be 1 or more: steps {steps}, features {features}, outputs {outputs}, hidden {hidden},"
+                f" limit {limit}; latent 0 or more: {latent}"
+            )
+        if not 0 < keep <= 1:
+            raise InputError(f"keep must be above 0 and at most 1, got {keep}")
+        self.steps, self.features, self.outputs = steps, features, outputs
+        self.kind: Kind = kind
+        self.hidden, self.latent, self.keep, self.kappa = hidden, latent, keep, kappa
+        self.hard, self.limit, self.seed = hard, limit, seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.rnn_alpha = lstm_or_gru(rnn, features, hidden)
+            self.rnn_beta = lstm_or_gru(rnn, features, hidden)
+            self.to_alpha = nn.Linear(hidden + latent, 1)
+            self.to_beta = nn.Linear(hidden + latent, features)
+            self.output = nn.Linear(features, outputs)
+            self.encoder = ContextEncoder(features, hidden, latent) if latent else None
+            self.to_gate = nn.Linear(latent, features, bias=False) if latent else None
+        self.gate_bias = nn.Parameter(torch.tensor(2.0))
+        # softplus of it is the slope, 3 at the beginning.
+        self.gate_slope = nn.Parameter(torch.tensor(3.0).expm1().log())
+        if self.to_gate is not None:
+            nn.init.zeros_(self.to_gate.weight)
+        self.register_buffer("preference", torch.zeros(steps, features))
+        self.register_buffer("summary", torch.zeros(steps, hidden))
+        self._masks = Context(steps, features).masks
+        self.refresh()
+
+    @classmethod
+    def of(
+        cls,
+        series: Series,
+        *,
+        hidden: int = 32,
+        latent: int = 16,
+        keep: float = 0.8,
+        rnn: Literal["gru", "lstm"] = "gru",
+        kappa: float = 1.0,
+        seed: int = 0,
+    ) -> FeatureNAP:
+        """Make a model of the sizes that some series have.
+
+        Parameters
+        ----------
+        series : to be trained on
+        hidden, latent, keep, rnn, kappa, seed : as of the class
+        """
+        return cls(
+            len(series.steps),
+            len(series.features),
+            series.outputs,
+            series.kind,
+            hidden=hidden,
+            latent=latent,
+            keep=keep,
+            rnn=rnn,
+            kappa=kappa,
+            seed=seed,
+        )
+
+    # ---- the context
+
+    @torch.no_grad()
+    def update(self, context: Context) -> None:
+        """Obey a context from now on. No parameter changes, and no gradient is needed.
+
+        Parameters
+        ----------
+        context : verdicts; an empty one takes all back
+
+        Raises
+        ------
+        InputError
+            For a context of other sizes.
+        """
+        if (context.steps, context.features) != (self.steps, self.features):
+            raise InputError(
+                f"the context is of {context.steps} steps and {context.features} features, the model of {self.steps}"
+                f" and {self.features}"
+            )
+        self.preference.copy_(preference(context.one, context.zero, self.kappa))
+        self._masks = context.masks
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the masks again, after parameters of the encoder have changed."""
+        if self.encoder is None:
+            return
+        masks = self._masks
+        if len(masks) > self.limit:
+            chosen = torch.randperm(len(masks), generator=torch.Generator().manual_seed(self.seed))[: self.limit]
+            masks = masks[chosen]
+        self.summary.copy_(self.encoder.states(masks.to(self.summary.device)).mean(0))
+
+    def gaussian(self) -> Latent | None:
+        """Return the Gaussian of the latent under the present context, ``e = 1``; None without a latent path."""
+        return None if self.encoder is None else self.encoder.gaussian(self.summary.unsqueeze(0))
+
+    def condition(self, samples: int = 0, seed: int = 0) -> Condition:
+        """Return what attention is conditioned on under the present context.
+
+        Parameters
+        ----------
+        samples : draws of the latent; 0 is its mean
+        seed : of the draws, the same for every context, so that before and after can be compared
+        """
+        latent = self.gaussian()
+        shown = self.preference.unsqueeze(0)
+        if latent is None:
+            return Condition(shown, shown.new_zeros(max(1, samples), self.steps, 0))
+        if not samples:
+            return Condition(shown, latent.mean)
+        noise = torch.randn(samples, self.steps, self.latent, generator=torch.Generator().manual_seed(seed))
+        return Condition(shown, latent.drawn(noise.to(latent.mean)))
+
+    def condition_on(
+        self, masks: Int8[Tensor, "e k t r"], noise: Float[Tensor, "e t z"] | None = None
+    ) -> tuple[Condition, Latent | None]:
+        """Condition on contexts other than the present one, through which gradients flow.
+
+        Parameters
+        ----------
+        masks : of each of e contexts
+        noise : standard normal; None is the mean of the latent
+
+        Returns
+        -------
+        The conditions, and the Gaussian of their latents.
+
+        Raises
+        ------
+        InputError
+            For masks of other sizes.
+        """
+        e, k = masks.shape[:2]
+        flat = check_masks(masks.flatten(0, 1), self.steps, self.features)
+        shown = preference(*counts(masks), self.kappa).to(self.preference)
+        if self.encoder is None:
+            return Condition(shown, shown.new_zeros(e, self.steps, 0)), None
+        latent = self.encoder.gaussian(self.encoder.states(flat).unflatten(0, (e, k)).mean(1))
+        return Condition(shown, latent.mean if noise is None else latent.drawn(noise)), latent
+
+    # ---- reading
+
+    def gate(self, condition: Condition, *, hard: bool) -> Float[Tensor, "e t r"]:
+        """Open each cell as far as verdicts ask for: ``sigmoid(a0 + a1 (u or 2u below 0) + U z)``.
+
+        Parameters
+        ----------
+        condition : preference u and latent z
+        hard : close entirely where u is -0.5 or less
+        """
+        u = condition.preference
+        scores = self.gate_bias + functional.softplus(self.gate_slope) * torch.where(u >= 0, u, 2 * u)
+        if self.to_gate is not None:
+            scores = scores + self.to_gate(condition.z)
+        gate = scores.sigmoid()
+        return torch.where(u <= -0.5, gate.new_zeros(()), gate) if hard else gate
+
+    def drops(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Draw what dropout multiplies: of both inputs and of both hidden states, ``(rows, 1, entries)`` each.
+
+        Parameters
+        ----------
+        rows : draws
+        generator : of them
+        """
+        sizes = (self.features, self.features, self.hidden, self.hidden)
+        device = generator.device
+        kept = [torch.rand(rows, 1, size, generator=generator, device=device) < self.keep for size in sizes]
+        return tuple(part.to(self.preference) / self.keep for part in kept)
+
+    def read(
+        self,
+        x: Float[Tensor, "b t r"],
+        lengths: Int64[Tensor, " b"],
+        condition: Condition,
+        *,
+        hard: bool = False,
+        drops: tuple[Tensor, ...] | None = None,
+    ) -> Read:
+        """Predict under conditions.
+
+        Parameters
+        ----------
+        x : standardised values
+        lengths : real steps
+        condition : one, or one for each instance
+        hard : see :meth:`gate`
+        drops : of :meth:`drops`, a row for each instance; None leaves dropout out
+        """
+        gate = self.gate(condition, hard=hard)
+        gated = gate * x
+        back = reverse_by_length(gated, lengths)
+        for_alpha, for_beta = (back, back) if drops is None else (back * drops[0], back * drops[1])
+        on_steps, on_cells = self.rnn_alpha(for_alpha)[0], self.rnn_beta(for_beta)[0]
+        if drops is not None:
+            on_steps, on_cells = on_steps * drops[2], on_cells * drops[3]
+        # States return to forward time before they meet z, which is in forward time.
+        z = condition.z.expand(len(x), -1, -1)
+        on_steps = torch.cat([reverse_by_length(on_steps, lengths), z], 2)
+        on_cells = torch.cat([reverse_by_length(on_cells, lengths), z], 2)
+        alpha = masked_softmax(self.to_alpha(on_steps).squeeze(2), lengths)
+        beta = self.to_beta(on_cells).tanh()
+        additive = torch.einsum("bt,btr,btr->br", alpha, beta, gated)
+        return Read(self.output(additive), alpha, beta, gate, gated)
+
+    def forward(self, x: Float[Tensor, "b t r"], lengths: Int64[Tensor, " b"]) -> Attended:
+        """Predict under the present context, at the mean of the latent and without dropout.
+
+        Parameters
+        ----------
+        x, lengths : as of :meth:`read`
+        """
+        found = self.read(x, lengths, self.condition(), hard=self.hard)
+        return Attended(found.logits, found.alpha, found.beta)
+
+    def additive(self, x: Float[Tensor, "b t r"], lengths: Int64[Tensor, " b"]) -> Float[Tensor, "b r"]:
+        """Return what the logits are linear in, under the present context.
+
+        Parameters
+        ----------
+        x, lengths : as of :meth:`read`
+        """
+        return self.read(x, lengths, self.condition(), hard=self.hard).additive
+
+    def contributions(self, x: Float[Tensor, "b t r"], lengths: Int64[Tensor, " b"]) -> Contributions:
+        """Divide the logits among cells, ``alpha_t beta_td w_d x~_td``, under the present context.
+
+        Parameters
+        ----------
+        x, lengths : as of :meth:`read`
+        """
+        return self._parts(self.read(x, lengths, self.condition(), hard=self.hard))
+
+    def _parts(self, found: Read) -> Contributions:
+        cells = torch.einsum("bt,btr,btr,cr->btrc", found.alpha, found.beta, found.gated, self.output.weight)
+        return Contributions(cells, self.output.bias.expand(len(cells), -1))
+
+    # ---- Monte Carlo
+
+    def _sampled(
+        self, x: Tensor, lengths: Tensor, samples: int, seed: int, dropout: bool
+    ) -> Iterator[tuple[slice, Read]]:
+        """Read instances, some at a time, each under every sample: rows are samples times instances."""
+        condition = self.condition(samples, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        drops = self.drops(samples, generator) if dropout and self.keep < 1 else None
+        size = max(1, _MOST_ROWS // samples)
+        for first in range(0, len(x), size):
+            at = slice(first, min(first + size, len(x)))
+            count = at.stop - at.start
+
+            def spread(values: Tensor, count: int = count) -> Tensor:
+                return values.repeat_interleave(count, 0)
+
+            yield (
+                at,
+                self.read(
+                    x[at].repeat(samples, 1, 1),
+                    lengths[at].repeat(samples),
+                    Condition(
+                        spread(condition.preference) if len(condition.preference) > 1 else condition.preference,
+                        spread(condition.z),
+                    ),
+                    hard=self.hard,
+                    drops=None if drops is None else tuple(spread(part) for part in drops),
+                ),
+            )
+
+    @torch.no_grad()
+    def predict(
+        self,
+        x: Float[Tensor, "n t r"],
+        lengths: Int64[Tensor, " n"],
+        *,
+        samples: int = 30,
+        seed: int = 0,
+        dropout: bool = True,
+    ) -> Predicted:
+        """Predict by draws of the latent and of dropout, each the same for all instances and for every context.
+
+        Parameters
+        ----------
+        x, lengths : as of :meth:`read`
+        samples : draws, 1 or more
+        seed : of them
+        dropout : leave it on, as the paper does
+
+        Raises
+        ------
+        InputError
+            For fewer than 1 sample.
+        """
+        self._check_samples(samples)
+        found = [
+            probabilities(read.logits, self.kind).unflatten(0, (samples, -1))
+            for _, read in self._sampled(x, lengths, samples, seed, dropout)
+        ]
+        return Predicted(torch.cat(found, 1), self.kind)
+
+    @torch.no_grad()
+    def spread_of_contributions(
+        self,
+        x: Float[Tensor, "n t r"],
+        lengths: Int64[Tensor, " n"],
+        *,
+        samples: int = 30,
+        seed: int = 0,
+        dropout: bool = True,
+    ) -> tuple[Float[Tensor, "n t r c"], Float[Tensor, "n t r c"]]:
+        """Return mean and variance, over draws, of what each cell contributes.
+
+        Parameters
+        ----------
+        x, lengths, samples, seed, dropout : as of :meth:`predict`
+
+        Raises
+        ------
+        InputError
+            For fewer than 1 sample.
+        """
+        self._check_samples(samples)
+        means, variances = list[Tensor](), list[Tensor]()
+        for _, read in self._sampled(x, lengths, samples, seed, dropout):
+            cells = self._parts(read).cells.unflatten(0, (samples, -1))
+            means.append(cells.mean(0))
+            variances.append(cells.var(0, correction=0))
+        return torch.cat(means), torch.cat(variances)
+
+    @staticmethod
+    def _check_samples(samples: int) -> None:
+        if samples < 1:
+            raise InputError(f"samples must be 1 or more, got {samples}")
+
+    def excluded(self) -> Bool[Tensor, "t r"]:
+        """Return the cells that have no effect whatever under the present context: those whose gate is exactly 0."""
+        return (self.gate(self.condition(), hard=self.hard) == 0)[0]
