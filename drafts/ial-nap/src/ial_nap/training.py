@@ -1,0 +1,378 @@
+"""Train on imagined annotators, so that nothing has to be trained when real ones speak (spec 2.6)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ial_nap.attention import Retain
+from ial_nap.context import Context
+from ial_nap.episodes import Episodes
+from ial_nap.nap import Condition, FeatureNAP
+from ial_nap.series import Kind, Series
+from shared_core.errors import InputError
+
+__all__ = [
+    "Episodic",
+    "Epoch",
+    "Objective",
+    "Plain",
+    "Training",
+    "TrainingState",
+    "finetune",
+    "losses",
+    "weight_penalty",
+]
+
+Objective: TypeAlias = "Callable[[Series, torch.Generator | None, float], Tensor]"
+"""Loss of a batch: series, generator (None at evaluation), and the share of all steps that is done."""
+
+
+def losses(logits: Float[Tensor, "b c"], y: Shaped[Tensor, "b ..."], kind: Kind) -> Float[Tensor, " b"]:
+    """Loss of each instance: cross-entropy, that of labels averaged, or the squared error.
+
+    Parameters
+    ----------
+    logits : of a regression, the prediction
+    y : labels as :class:`ial_nap.Series` holds them
+    kind : of the task
+
+    Examples
+    --------
+    >>> abs(losses(torch.zeros(1, 1), torch.ones(1), "binary").item() - math.log(2)) < 1e-6
+    True
+    """
+    if kind == "multiclass":
+        return functional.cross_entropy(logits, y, reduction="none")
+    target = y.view(len(y), -1).to(logits)
+    if kind == "regression":
+        return (logits - target).square().mean(1)
+    return functional.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+
+
+def weight_penalty(model: nn.Module) -> Float[Tensor, ""]:
+    """Half of the sum of squares of all weights; biases and single numbers are left alone.
+
+    Parameters
+    ----------
+    model : any
+    """
+    parts = [0.5 * p.square().sum() for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """Loss without annotators.
+
+    Parameters
+    ----------
+    model : takes ``(x, lengths, generator)``
+    l2 : of :func:`weight_penalty`
+    """
+
+    model: Retain
+    l2: float = 0.004
+
+    def __call__(self, batch: Series, generator: torch.Generator | None, done: float) -> Tensor:  # noqa: ARG002
+        """Return the loss of a batch, with the penalty only in training."""
+        logits = self.model(batch.x, batch.lengths, generator).logits
+        loss = losses(logits, batch.targets, batch.kind).mean()
+        return loss if generator is None else loss + self.l2 * weight_penalty(self.model)
+
+
+class Episodic:
+    """Loss under imagined annotators: of the task, of the gate, of the latent's divergence, of the weights.
+
+    Parameters
+    ----------
+    model : to train
+    episodes : how annotators are imagined; None takes the defaults at the model's sizes
+    per_batch : episodes that share a batch, each with its part of the instances
+    gate : weight of the binary cross-entropy between the gate and what is not in the off-set
+    kl : weight of the latent's divergence, reached after the first fifth of the steps
+    l2 : of :func:`weight_penalty`
+    bound : "prior": divergence from N(0, 1); "np": of the latent under the masks and a second draw of masks from the
+        latent under the first, as in a neural process
+    seed : of the episodes that evaluation uses, always the same
+
+    Raises
+    ------
+    InputError
+        For an unknown bound, or fewer than one episode a batch.
+    """
+
+    def __init__(
+        self,
+        model: FeatureNAP,
+        *,
+        episodes: Episodes | None = None,
+        per_batch: int = 8,
+        gate: float = 0.5,
+        kl: float = 1e-4,
+        l2: float = 0.004,
+        bound: Literal["prior", "np"] = "prior",
+        seed: int = 0,
+    ) -> None:
+        if bound not in {"prior", "np"} or per_batch < 1:
+            raise InputError(f"bound must be prior or np, got '{bound}'; per_batch 1 or more, got {per_batch}")
+        self.model, self.per_batch, self.weights, self.bound = model, per_batch, (gate, kl, l2), bound
+        self.episodes = episodes or Episodes(model.steps, model.features)
+        self.seed = seed
+
+    def __call__(self, batch: Series, generator: torch.Generator | None, done: float) -> Tensor:
+        """Return the loss of a batch; at evaluation, of the task alone, under episodes that are always the same."""
+        model, training = self.model, generator is not None
+        source = generator if generator is not None else torch.Generator().manual_seed(self.seed)
+        e = min(self.per_batch, len(batch))
+        drawn = self.episodes.draw(e, source)
+        noise = torch.randn(e, model.steps, model.latent, generator=source).to(model.preference) if training else None
+        device = model.preference.device
+        condition, latent = model.condition_on(drawn.masks.to(device), noise)
+        row = torch.arange(len(batch), device=device) % e
+        found = model.read(
+            batch.x,
+            batch.lengths,
+            Condition(condition.preference[row], condition.z[row]),
+            drops=model.drops(len(batch), source) if training and model.keep < 1 else None,
+        )
+        loss = losses(found.logits, batch.targets, batch.kind).mean()
+        if not training:
+            return loss
+        gate_weight, kl_weight, l2 = self.weights
+        if gate_weight:
+            gate = model.gate(condition, hard=False).clamp(1e-6, 1 - 1e-6)
+            loss = loss + gate_weight * functional.binary_cross_entropy(gate, (~drawn.off).to(gate))
+        if kl_weight and latent is not None:
+            if self.bound == "np":
+                both = torch.cat([drawn.masks, self.episodes.again(drawn, source)], 1).to(device)
+                _, wider = model.condition_on(both)
+                assert wider is not None
+                divergence = wider.kl(latent)
+            else:
+                divergence = latent.kl()
+            loss = loss + kl_weight * min(1.0, done / 0.2) * divergence.mean()
+        return loss + l2 * weight_penalty(model)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch of training came to.
+
+    Parameters
+    ----------
+    epoch : 1, 2, ...
+    loss : mean of the objective
+    validation : loss on validation series; NaN without them
+    is_best : the best validation loss so far
+    """
+
+    epoch: int
+    loss: float
+    validation: float
+    is_best: bool
+
+
+class TrainingState(TypedDict):
+    """All that going on with a training needs."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    generator: Tensor
+    history: list[tuple[int, float, float, bool]]
+    best: dict[str, Tensor] | None
+    since_best: int
+
+
+class Training:
+    """A training that can stop after any epoch and go on from its state, to the bit.
+
+    Parameters
+    ----------
+    model : to train
+    objective : :class:`Episodic`, :class:`Plain`, or any other of the same form
+    train : series to learn from
+    validation : series to stop by; None trains for all epochs
+    lr, batch, epochs : of Adam
+    patience : epochs without a better validation loss after which to stop
+    clip : largest norm of a gradient
+    parameters : what is trained; None is all
+    seed : of batches, episodes, latents and dropout
+
+    Raises
+    ------
+    InputError
+        For numbers that cannot be, or series without labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train: Series,
+        validation: Series | None = None,
+        *,
+        lr: float = 3e-3,
+        batch: int = 200,
+        epochs: int = 150,
+        patience: int = 20,
+        clip: float = 5.0,
+        parameters: Sequence[nn.Parameter] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if lr <= 0 or min(batch, epochs, patience) < 1 or clip <= 0:
+            raise InputError(
+                f"lr and clip must be above 0, batch, epochs and patience 1 or more, got {lr}, {clip}, {batch},"
+                f" {epochs}, {patience}"
+            )
+        _ = train.targets, None if validation is None else validation.targets
+        self.model, self.objective, self.train, self.validation = model, objective, train, validation
+        self.batch, self.epochs, self.patience, self.clip = batch, epochs, patience, clip
+        self.leaves = list(model.parameters() if parameters is None else parameters)
+        self.optimizer = torch.optim.Adam(self.leaves, lr=lr)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.history: list[Epoch] = []
+        self.best: dict[str, Tensor] | None = None
+        self._since_best = 0
+
+    @property
+    def is_done(self) -> bool:
+        """No epoch is left, or none has been better for as long as patience lasts."""
+        return len(self.history) >= self.epochs or self._since_best >= self.patience
+
+    def run(self, epochs: int | None = None, on_epoch: Callable[[Epoch], None] | None = None) -> list[Epoch]:
+        """Train until it is done, or for some epochs; when done, the model is the best one.
+
+        Parameters
+        ----------
+        epochs : at most; None is all that are left
+        on_epoch : called after each
+
+        Returns
+        -------
+        The whole history.
+        """
+        left = math.inf if epochs is None else epochs
+        while left > 0 and not self.is_done:
+            left -= 1
+            found = self._epoch()
+            if on_epoch is not None:
+                on_epoch(found)
+        if self.is_done and self.best is not None:
+            self.model.load_state_dict(self.best)
+        if isinstance(self.model, FeatureNAP):
+            self.model.refresh()
+        return self.history
+
+    def _epoch(self) -> Epoch:
+        order = torch.randperm(len(self.train), generator=self.generator)
+        parts = order.split(self.batch)
+        total = 0.0
+        for k, index in enumerate(parts):
+            done = (len(self.history) + k / len(parts)) / self.epochs
+            loss = self.objective(self.train.part(index), self.generator, done)
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.leaves, self.clip)
+            self.optimizer.step()
+            total += loss.item() * len(index)
+        value = math.nan
+        if self.validation is not None:
+            with torch.no_grad():
+                value = self.objective(self.validation, None, 1.0).item()
+        earlier = [epoch.validation for epoch in self.history]
+        is_best = self.validation is not None and all(value < other for other in earlier)
+        self._since_best = 0 if is_best or self.validation is None else self._since_best + 1
+        if is_best:
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        found = Epoch(len(self.history) + 1, total / len(self.train), value, is_best)
+        self.history.append(found)
+        return found
+
+    def state_dict(self) -> TrainingState:
+        """Return all that going on needs."""
+        return copy.deepcopy(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.generator.get_state(),
+                "history": [(e.epoch, e.loss, e.validation, e.is_best) for e in self.history],
+                "best": self.best,
+                "since_best": self._since_best,
+            }
+        )
+
+    def load_state_dict(self, state: TrainingState) -> None:
+        """Go on from a state.
+
+        Parameters
+        ----------
+        state : of :meth:`state_dict`, of a training made with the same arguments
+        """
+        held = copy.deepcopy(state)
+        self.model.load_state_dict(held["model"])
+        self.optimizer.load_state_dict(held["optimizer"])
+        self.generator.set_state(held["generator"])
+        self.history = [Epoch(*row) for row in held["history"]]
+        self.best = held["best"]
+        self._since_best = held["since_best"]
+
+
+def finetune(
+    model: FeatureNAP,
+    series: Series,
+    context: Context,
+    *,
+    steps: int = 50,
+    lr: float = 1e-3,
+    l2: float = 0.004,
+    seed: int = 0,
+) -> list[float]:
+    """Take gradient steps on what makes attention, under the context and on what was annotated (spec 2.6, optional).
+
+    Parameters
+    ----------
+    model : its output layer stays as it is
+    series : annotated instances, all of them a step
+    context : what was said
+    steps, lr : of Adam
+    l2 : of :func:`weight_penalty`
+    seed : of dropout and latents
+
+    Returns
+    -------
+    The loss at each step.
+
+    Raises
+    ------
+    InputError
+        For fewer than 1 step.
+    """
+    if steps < 1 or lr <= 0:
+        raise InputError(f"steps must be 1 or more and lr above 0, got {steps} and {lr}")
+    leaves = [p for name, p in model.named_parameters() if not name.startswith("output.")]
+    optimizer = torch.optim.Adam(leaves, lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    masks = context.masks.unsqueeze(0).to(model.preference.device)
+    found: list[float] = []
+    for _ in range(steps):
+        noise = torch.randn(1, model.steps, model.latent, generator=generator).to(model.preference)
+        condition, _ = model.condition_on(masks, noise)
+        drops = model.drops(len(series), generator) if model.keep < 1 else None
+        logits = model.read(series.x, series.lengths, condition, hard=model.hard, drops=drops).logits
+        loss = losses(logits, series.targets, series.kind).mean() + l2 * weight_penalty(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    model.zero_grad()
+    model.update(context)
+    return found
