@@ -67,8 +67,3 @@ def run(**options):
 def same(one, other):
     """States of the same bits."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def build(name, tasks):
-    """One of the clients of a federation, in a process of its own."""
-    return next(client for client in federation(tasks=tasks)[0] if client.name == name)

@@ -8,14 +8,14 @@ import warnings
 
 import pytest
 import torch
-from networks import LEARNING, Convolutional, build, federation, mlp, run, same, task
+from networks import LEARNING, Convolutional, federation, mlp, run, same, task
 from torch import nn
 from torch.nn import functional
 
 from fedapc import messages, wire
 from fedapc.client import Client, Learning
 from fedapc.decomposition import Layout, initial_base
-from fedapc.engine import LocalFleet, ProcessFleet, simulate
+from fedapc.engine import LocalFleet, simulate
 from fedapc.errors import (
     ModelMismatchError,
     ProtocolError,
@@ -34,6 +34,10 @@ PLAIN = dataclasses.replace(
     LEARNING, mask=False, adaptive=False, transfer="none", retention=0.0, weight_decay=0.0, upload_fraction=1.0
 )
 RETROACTIVE = ["shared", "joint", "none"]
+
+# Shapes are checked at run time by test_fit.py, test_cli.py and the tests of every function; here, where federations
+# run to their ends, it would take half of the time.
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def plain_training(net, data, name, round_, learning):
@@ -103,8 +107,8 @@ def test_one_client_is_local_learning_bit_for_bit(fraction):
 
 @pytest.mark.parametrize("policy", ["last", "sample:2"])
 def test_the_order_of_clients_changes_nothing(policy):
-    one, first = run(kb_policy=policy)
-    other, second = run(kb_policy=policy, reverse=True)
+    one, first = run(kb_policy=policy, rounds=1)
+    other, second = run(kb_policy=policy, rounds=1, reverse=True)
     assert same(first.state(), second.state())
     assert all(same(one[name].state(), other[name].state()) for name in one)
 
@@ -112,28 +116,28 @@ def test_the_order_of_clients_changes_nothing(policy):
 @pytest.mark.parametrize("retroactive", RETROACTIVE)
 def test_a_run_taken_up_after_any_round_ends_with_the_same_bits(retroactive):
     learning = dataclasses.replace(LEARNING, retroactive=retroactive, patience=1, lr=4e-4)
-    expected_clients, expected = run(learning=learning, tasks=2)
-    for stop in range(1, 4):
-        clients, server = federation(learning=learning, tasks=2)
-        simulate(clients, server, rounds=stop)
-        states = [client.state() for client in clients]
-        at_rest = server.state()
-        clients, server = federation(learning=learning, tasks=2)
+    options = {"learning": learning, "clients": 2, "tasks": 2}
+    expected_clients, expected = federation(**options)
+    clients, server = federation(**options)
+    while not server.done:
+        simulate(expected_clients, expected, rounds=1)
+        simulate(clients, server, rounds=1)
+        states, at_rest = [client.state() for client in clients], server.state()
+        clients, server = federation(**options)
         for client, state in zip(clients, states, strict=True):
             client.load_state(state)
         server.load_state(at_rest)
-        simulate(clients, server)
         assert same(server.state(), expected.state())
-        assert all(same(client.state(), expected_clients[client.name].state()) for client in clients)
+        assert all(same(*(c.state() for c in pair)) for pair in zip(clients, expected_clients, strict=True))
 
 
 def test_a_server_taken_up_in_the_middle_of_a_round_loses_no_update():
-    _, expected = run()
-    clients, server = federation()
+    _, expected = run(tasks=2)
+    clients, server = federation(tasks=2)
     requests = server.requests()
     assert server.receive("b", clients[1].answer(requests["b"]))
     state = server.state()
-    other = federation()[1]
+    other = federation(tasks=2)[1]
     other.load_state(state)
     assert other.missing() == ["a", "c"]
     again = other.requests()
@@ -157,25 +161,12 @@ def test_the_same_request_gets_the_same_answer_and_trains_once():
     assert restarted.answer(request) == answer
 
 
-def test_threads_and_processes_give_the_same_bits():
-    expected_clients, expected = run(clients=4, tasks=2)
-    clients, server = federation(clients=4, tasks=2)
+def test_threads_give_the_same_bits():
+    expected_clients, expected = run(clients=4, tasks=2, rounds=1)
+    clients, server = federation(clients=4, tasks=2, rounds=1)
     simulate(LocalFleet(clients, workers=3), server)
     assert same(server.state(), expected.state())
     assert all(same(client.state(), expected_clients[client.name].state()) for client in clients)
-
-
-def test_processes_give_the_same_bits_and_tell_what_fails():
-    expected_clients, expected = run(tasks=2)
-    _, server = federation(tasks=2)
-    with ProcessFleet(functools.partial(build, tasks=2), list("abc"), workers=2) as fleet:
-        simulate(fleet, server)
-        assert same(server.state(), expected.state())
-        for name, client in expected_clients.items():
-            assert same(fleet.call(name, "state"), client.state())
-        with pytest.raises(UnknownKeyError, match="there is no task 9"):
-            fleet.call("a", "export", 9)
-        assert [type(answer) for _, answer in fleet.answers(["a", "b"], lambda name: b"")] == [WireError, WireError]
 
 
 def parsed(clients, server):
@@ -190,10 +181,16 @@ def parsed(clients, server):
     return blobs
 
 
+@functools.cache
+def told(keep_unsent):
+    """A federation that has ended, to be read only, and every blob of it."""
+    clients, server = federation(keep_unsent=keep_unsent)
+    return clients, server, parsed(clients, server)
+
+
 @pytest.mark.parametrize("keep_unsent", [True, False])
 def test_the_ledger_is_the_sum_of_what_was_sent(keep_unsent):
-    clients, server = federation(keep_unsent=keep_unsent)
-    blobs = parsed(clients, server)
+    _, server, blobs = told(keep_unsent)
     for direction in ("up", "down"):
         expected = sum(len(blob) for way, _, blob in blobs if way == direction)
         assert server.ledger.total("encoded_bytes", direction=direction) == expected
@@ -222,8 +219,7 @@ def test_rows_sent_take_the_bytes_of_the_formula():
 
 
 def test_parts_are_sent_once_and_reach_the_others_at_their_next_task():
-    clients, server = federation()
-    blobs = parsed(clients, server)
+    clients, _, blobs = told(True)
     up = [
         (m.round, s.client, s.task)
         for way, _, b in blobs
@@ -246,7 +242,7 @@ def test_parts_are_sent_once_and_reach_the_others_at_their_next_task():
 
 
 def test_nothing_private_leaves_a_client():
-    clients, server = federation(learning=dataclasses.replace(LEARNING, share_adaptive=False))
+    clients, server = federation(tasks=2, learning=dataclasses.replace(LEARNING, share_adaptive=False))
     up = b"".join(blob for way, _, blob in parsed(clients, server) if way == "up")
     for client in clients:
         about = client.model.running[1]
@@ -263,10 +259,9 @@ def test_past_tasks_are_kept_and_without_the_penalty_they_are_not(retroactive):
     found = {}
     for retention in (100.0, 0.0):
         learning = dataclasses.replace(LEARNING, epochs=5, retroactive=retroactive, retention=retention, lr=9e-4)
-        clients, server = federation(tasks=2, rounds=4, learning=learning)
-        before = {}
+        clients, server = federation(clients=2, tasks=2, rounds=2, learning=learning)
         x = {client.name: client.tasks[0].x for client in clients}
-        simulate(clients, server, rounds=4)
+        simulate(clients, server, rounds=2)
         before = {client.name: client.predict(x[client.name], 0) for client in clients}
         simulate(clients, server)
         changes = [(client.predict(x[client.name], 0) - before[client.name]).abs().mean() for client in clients]
@@ -302,13 +297,13 @@ def test_clients_with_fewer_tasks_and_rounds_with_fewer_clients():
     net = mlp()
     counts = {"a": 1, "b": 3, "c": 2, "d": 3}
     clients = [Client(name, net, [task(k) for k in range(count)], LEARNING) for name, count in counts.items()]
-    server = Server(initial_base(net, Layout.of(net)), counts, rounds=4, fraction=0.5, seed=1)
+    server = Server(initial_base(net, Layout.of(net)), counts, rounds=2, fraction=0.5, seed=1)
     asked = []
     simulate(clients, server, channel=lambda name, number, blob: [asked.append((number, name)), blob][1:])
-    assert server.round == 12
-    for number in range(12):
+    assert server.round == 6
+    for number in range(6):
         names = [name for n, name in asked if n == number]
-        active = [name for name, count in counts.items() if count > number // 4]
+        active = [name for name, count in counts.items() if count > number // 2]
         assert len(names) == max(1, round(0.5 * len(active)))
         assert set(names) <= set(active)
     assert not server.ledger.events()
@@ -391,9 +386,20 @@ FAULTS = {
 }
 
 
+SHORT = {"clients": 2, "tasks": 2, "learning": dataclasses.replace(LEARNING, epochs=1)}
+
+
+@functools.cache
+def base_after(kind):
+    """The base at the end of a federation whose channel has a fault; ``None``, a channel that has none."""
+    clients, server = federation(**SHORT)
+    simulate(clients, server, channel=kind and faulty(kind))
+    return server.base
+
+
 @pytest.mark.parametrize("kind", FAULTS)
 def test_rounds_go_on_with_faults_and_the_ledger_tells(kind):
-    clients, server = federation(tasks=2)
+    clients, server = federation(**SHORT)
     used = []
     simulate(clients, server, channel=faulty(kind), after_round=lambda server: used.append(server.round))
     events = [(entry.round, entry.client, entry.event) for entry in server.ledger.events()]
@@ -404,13 +410,8 @@ def test_rounds_go_on_with_faults_and_the_ledger_tells(kind):
     assert used == [1, 2, 3, 4]
     assert all(bool(torch.isfinite(value).all()) for value in server.base.values())
     # What was lost with the last round of a task is asked for again.
-    assert list(server.knowledge) == [(name, number) for name in "abc" for number in range(2)]
-    if kind == "duplicate":
-        assert same(server.base, run(tasks=2)[1].base)
-    else:
-        without = federation(tasks=2)
-        simulate(*without, channel=faulty("no_answer"))
-        assert same(server.base, without[1].base)
+    assert list(server.knowledge) == [(name, number) for name in "ab" for number in range(2)]
+    assert same(server.base, base_after(None if kind == "duplicate" else "no_answer"))
 
 
 def test_strangers_and_updates_after_the_end():
@@ -435,7 +436,7 @@ def test_strangers_and_updates_after_the_end():
 
 
 def test_a_client_that_diverges_is_as_it_was_and_the_round_goes_on():
-    clients, server = federation()
+    clients, server = federation(tasks=2)
     simulate(clients, server, rounds=1)
     state = clients[1].state()
     good = clients[1].tasks[0]

@@ -7,11 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from networks import Convolutional, mlp, task
+from networks import Convolutional, mlp, same, task
 from torch import nn
 
+import fedapc.federation
 from fedapc.config import PRESETS, FedAPCConfig
-from fedapc.errors import ModelMismatchError, TaskError
+from fedapc.engine import ProcessFleet
+from fedapc.errors import ModelMismatchError, TaskError, WireError
 from fedapc.federation import FedAPC, Federation, training_of
 from fedapc.report import Report
 from fedapc.tasks import Task
@@ -94,16 +96,18 @@ def test_export_is_a_plain_network(fitted):
 
 
 @pytest.mark.parametrize("method", ["fedapc", "fedavg", "apd", "stl"])
-def test_saved_and_opened_without_the_tasks(method, tmp_path):
-    federation = Federation(mlp(), method, config=CONFIG)
-    federation.fit(tasks())
+def test_saved_and_opened_without_the_tasks(method, tmp_path, fitted):
+    federation, _ = fitted
+    if method != "fedapc":
+        federation = Federation(mlp(), method, config=CONFIG.model_copy(update={"epochs": 1}))
+        federation.fit(tasks())
     federation.save(tmp_path / "f.safetensors")
     again = Federation.open(tmp_path / "f.safetensors", mlp())
     x = torch.randn(4, 6)
     for name, own in tasks().items():
         for number in range(len(own)):
             assert torch.equal(again.predict(name, x, number), federation.predict(name, x, number))
-    with_tasks = Federation(mlp(), method, config=CONFIG)
+    with_tasks = Federation(mlp(), method, config=federation.config)
     with_tasks.load(tmp_path / "f.safetensors", tasks())
     assert with_tasks.clients["site1"].evaluate() == federation.clients["site1"].evaluate()
 
@@ -123,6 +127,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", ["fedapc", "fedweit", "scaffold", "ewc"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(method, tmp_path):
     whole = Federation(mlp(), method, config=CONFIG)
@@ -152,18 +157,41 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(method, tmp_path):
     assert load_tree(file)["kind"].startswith("fedapc")
 
 
-def test_processes_and_threads_change_nothing(fitted):
-    federation, expected = fitted
+class Asked(ProcessFleet):
+    """Processes that are asked before they end."""
+
+    found = None
+
+    def close(self):
+        names = list(self._home)
+        states = {name: self.call(name, "state") for name in names}
+        with pytest.raises(UnknownKeyError, match="there is no task 9"):
+            self.call("site0", "export", 9)
+        refusals = [type(answer) for _, answer in self.answers(names, lambda name: b"")]
+        Asked.found = states, refusals
+        super().close()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_processes_and_threads_change_nothing(monkeypatch):
+    own = {**tasks(), "site2": [with_test(5), with_test(6)]}
+    federation = FedAPC(mlp(), CONFIG)
+    expected = federation.fit(own)
+    monkeypatch.setattr(fedapc.federation, "ProcessFleet", Asked)
     x = torch.randn(4, 6)
     for options in ({"processes": 2}, {"workers": 2}):
         other = FedAPC(mlp(), CONFIG)
-        report = other.fit(tasks(), **options)
+        report = other.fit(own, **options)
         np.testing.assert_array_equal(report.matrix, expected.matrix)
         assert report.attentions == expected.attentions
         assert report.ledger == expected.ledger
+        assert same(other.server.state(), federation.server.state())
         assert torch.equal(other.predict("site1", x, 1), federation.predict("site1", x, 1))
+    states, refusals = Asked.found
+    assert all(same(states[name], client.state()) for name, client in federation.clients.items())
+    assert refusals == [WireError] * 3
     with pytest.raises(InputError, match="workers"):
-        Federation(mlp(), "fedavg", config=CONFIG).fit(tasks(), processes=2)
+        Federation(mlp(), "fedavg", config=CONFIG).fit(own, processes=2)
 
 
 def test_progress(tmp_path):
