@@ -8,16 +8,43 @@ from typing import TYPE_CHECKING
 from shared_core.lazy import attach
 
 if TYPE_CHECKING:
+    from ial_nap.attention import Contributions as Contributions
+    from ial_nap.attention import Retain as Retain
+    from ial_nap.attention import Uncertain as Uncertain
     from ial_nap.context import Context as Context
     from ial_nap.context import Shift as Shift
+    from ial_nap.episodes import Episodes as Episodes
+    from ial_nap.influence import HeadInfluence as HeadInfluence
+    from ial_nap.influence import Influence as Influence
+    from ial_nap.influence import ModelInfluence as ModelInfluence
+    from ial_nap.influence import influence_on as influence_on
+    from ial_nap.nap import ContextEncoder as ContextEncoder
+    from ial_nap.nap import FeatureNAP as FeatureNAP
+    from ial_nap.nap import Predicted as Predicted
+    from ial_nap.ranking import CER as CER
+    from ial_nap.ranking import Ranked as Ranked
+    from ial_nap.ranking import counterfactual as counterfactual
     from ial_nap.series import Scaling as Scaling
     from ial_nap.series import Series as Series
     from ial_nap.series import make_series as make_series
+    from ial_nap.toys import shift_mask as shift_mask
+    from ial_nap.toys import shift_task as shift_task
+    from ial_nap.training import Episodic as Episodic
+    from ial_nap.training import Plain as Plain
+    from ial_nap.training import Training as Training
+    from ial_nap.training import finetune as finetune
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "attention": ["Contributions", "Retain", "Uncertain"],
         "context": ["Context", "Shift"],
+        "episodes": ["Episodes"],
+        "influence": ["HeadInfluence", "Influence", "ModelInfluence", "influence_on"],
+        "nap": ["ContextEncoder", "FeatureNAP", "Predicted"],
+        "ranking": ["CER", "Ranked", "counterfactual"],
         "series": ["Scaling", "Series", "make_series"],
+        "toys": ["shift_mask", "shift_task"],
+        "training": ["Episodic", "Plain", "Training", "finetune"],
     },
 )
