@@ -327,7 +327,8 @@ def results_of(name: str, cells: Mapping[str, Mapping[int, Cell]]) -> list[Resul
                 continue
             rows.append(
                 summarize(
-                    [scale * value for value in values],
+                    # Differences of floats that are equal are not 1e-16 points.
+                    [round(scale * value, 9) for value in values],
                     dataset=name,
                     method=method,
                     metric=metric,

@@ -25,7 +25,7 @@ def describe(blob: bytes) -> list[str]:
     --------
     >>> import torch
     >>> describe(wire.encode(torch.eye(3)))
-    ['a tensor (3, 3) of float32, codec bitmap, 3 of 9 numbers sent, 42 bytes']
+    ['a tensor (3, 3) of float32, codec dense, 9 of 9 numbers sent, 64 bytes']
     """
     if blob[:4] != b"FAPM":
         return [_tensor(blob)]
