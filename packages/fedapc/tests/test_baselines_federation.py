@@ -23,6 +23,9 @@ from shared_core.errors import InputError, UnknownKeyError
 
 LOCAL = [method for method, info in METHODS.items() if info.kind == "local"]
 PLAIN = ["fedavg", "fedprox", "fedavg_ewc", "fedprox_ewc", "fedprox_stable_sgd"]
+# Shapes are checked at run time by test_baselines.py and test_fit.py; here it would take half of the time.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 TIMES = {**dict.fromkeys(PLAIN, 1), "scaffold": 2, "fedcurv": 3}
 LEARNING = Learning(epochs=1, batch_size=3, lr=5e-4, upload_fraction=0.5, patience=1)
 TRAINING = Training(epochs=1, batch_size=3, lr=2e-3, sgd_factor=20.0, patience=1, learning=LEARNING)
@@ -66,8 +69,6 @@ def taken_up(method, clients, server):
     return others, coordinator
 
 
-# Shapes are checked at run time by the other tests of the same code; here it would take half of the time.
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_taken_up_after_every_round_and_within_it_ends_with_the_same_bits(method):
     expected_clients, expected = federation(method)
@@ -87,7 +88,6 @@ def test_a_run_taken_up_after_every_round_and_within_it_ends_with_the_same_bits(
     assert all(a.evaluate() == b.evaluate() for a, b in zip(clients, expected_clients, strict=True))
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", ["stl", "fedavg_ewc", "scaffold", "fedcurv", "fedavg_apd", "fedapc"])
 def test_the_order_of_clients_and_of_what_arrives_changes_nothing(method):
     one, first = federation(method, "abc", rounds=1)
@@ -190,7 +190,6 @@ def learnt(method):
     return found[1][0], found[3][1], found[3][0]
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_two_easy_tasks(method):
     first, second, _ = learnt(method)

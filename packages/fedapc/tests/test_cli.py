@@ -98,8 +98,29 @@ def test_fit_leaves_all_that_the_others_need(fitted, home):
     assert [entry["accuracy"] is None for entry in logged] == [True, False, True, False]
 
 
-def test_evaluate_in_a_fresh_process(fitted, home):
-    command = [sys.executable, "-c", "from fedapc.cli import main; main()", "evaluate", "run", "--out", "ev", "--json"]
+FRESH = """
+import sys, fedapc, fedapc.flower
+fedapc.flower.write_project
+assert "flwr" not in sys.modules
+sys.modules["flwr"] = None
+uses = {
+    "client_app": [print], "server_app": [print], "FedAPCStrategy": [None], "LocalGrid": [None, []],
+    "make_certificates": ["nowhere"],
+}
+for name, arguments in uses.items():
+    try:
+        getattr(fedapc.flower, name)(*arguments)
+    except ValueError as error:
+        assert str(error).endswith("pip install 'fedapc[flower]'"), error
+    else:
+        raise AssertionError(name)
+from fedapc.cli import main
+main()
+"""
+
+
+def test_a_fresh_process_evaluates_and_flower_is_missed_only_when_it_is_used(fitted, home):
+    command = [sys.executable, "-c", FRESH, "evaluate", "run", "--out", "ev", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)
     found = {(r["dataset"], r["metric"]): r["mean"] for r in json.loads(result.stdout)["results"]}
     report = Report.load(home / "run")
@@ -109,6 +130,7 @@ def test_evaluate_in_a_fresh_process(fitted, home):
             assert found[client, f"accuracy on {task}"] == pytest.approx(expected)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_predict_in_the_users_labels(fitted, call, home):
     header, *rows = (home / "data/parity.csv").read_text().splitlines()
     columns = header.split(",")[:-1]
@@ -174,11 +196,15 @@ def test_plot_again(fitted, done):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", ["fedapc", "fedcurv"])
 def test_an_interrupted_fit_resumes_to_the_same_bytes(method, done, call, home, fitted, monkeypatch):
     from shared_core.runs import Run
 
-    done("fit", "data/tasks.toml", *FAST, "--method", method, "--out", f"whole-{method}")
+    whole = "run"
+    if method != "fedapc":
+        whole = f"whole-{method}"
+        done("fit", "data/tasks.toml", *FAST, "--method", method, "--out", whole)
     original = Run.log
 
     def stop(self, **metrics):
@@ -193,11 +219,12 @@ def test_an_interrupted_fit_resumes_to_the_same_bytes(method, done, call, home, 
     assert "--resume" in stopped.stderr
     assert call("fit", "--resume", "--out", f"again-{method}").returncode == 0
     for name in ("federation.safetensors", "ledger.jsonl", "accuracy.npz"):
-        assert (home / f"again-{method}" / name).read_bytes() == (home / f"whole-{method}" / name).read_bytes(), name
+        assert (home / f"again-{method}" / name).read_bytes() == (home / whole / name).read_bytes(), name
     logged = [json.loads(text) for text in (home / f"again-{method}/metrics.jsonl").read_text().splitlines()]
     assert [entry["round"] for entry in logged] == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_presets_and_settings_reach_the_federation(fitted, done, home):
     done("fit", "data/tasks.toml", *FAST, "--preset", "reference", "--sparsity", 2e-3, "--out", "ref")
     settings = json.loads((home / "ref/federation.json").read_text())["settings"]
@@ -215,6 +242,7 @@ def test_wrong_settings_of_fit(fitted, call, home):
     refused(call("evaluate", "data", "--out", "w6"), "federation.safetensors")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_fit_takes_the_users_own_network(fitted, call, home):
     (home / "mine.py").write_text(
         "from torch import nn\n\n\ndef make(input_shape, classes):\n"
@@ -241,6 +269,7 @@ def test_demo_and_compare(done, home):
     assert rows["fedprox", "accuracy"].low is not None
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_interrupted_comparison_repeats_nothing(done, call, home, monkeypatch):
     import fedapc.experiments as module
 

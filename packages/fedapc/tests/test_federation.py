@@ -28,7 +28,7 @@ from fedapc.ledger import Ledger
 from fedapc.seeds import derive, generator
 from fedapc.server import Server
 from fedapc.tasks import Task
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError
 
 PLAIN = dataclasses.replace(
     LEARNING, mask=False, adaptive=False, transfer="none", retention=0.0, weight_decay=0.0, upload_fraction=1.0

@@ -70,7 +70,7 @@ def test_every_flipped_bit_before_the_tensors_and_every_other_length_is_refused(
         unpack(blob, limit=10)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_resealed_mutations_are_messages_or_are_refused(data):
     raw = bytearray(pack(EXAMPLE))

@@ -190,7 +190,7 @@ def again(found):
     return encode(tensor.view(found.shape), keep.view(found.shape), scale=found.scale)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(st.data())
 def test_resealed_mutations_decode_to_something_consistent_or_are_refused(data):
     raw = bytearray(data.draw(st.sampled_from(EXAMPLES)))
@@ -217,7 +217,7 @@ def test_resealed_mutations_decode_to_something_consistent_or_are_refused(data):
         assert torch.equal(bits(once_more.values), bits(found.values))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=120))
 def test_arbitrary_bytes_are_refused(blob):
     with pytest.raises(WireError):
