@@ -24,9 +24,15 @@ if TYPE_CHECKING:
     from ial_nap.ranking import CER as CER
     from ial_nap.ranking import Ranked as Ranked
     from ial_nap.ranking import counterfactual as counterfactual
+    from ial_nap.release import ReleaseNAP as ReleaseNAP
     from ial_nap.series import Scaling as Scaling
     from ial_nap.series import Series as Series
     from ial_nap.series import make_series as make_series
+    from ial_nap.simulation import Method as Method
+    from ial_nap.simulation import Oracle as Oracle
+    from ial_nap.simulation import Round as Round
+    from ial_nap.simulation import Setting as Setting
+    from ial_nap.simulation import simulate as simulate
     from ial_nap.toys import shift_mask as shift_mask
     from ial_nap.toys import shift_task as shift_task
     from ial_nap.training import Episodic as Episodic
@@ -43,7 +49,9 @@ __getattr__, __dir__, __all__ = attach(
         "influence": ["HeadInfluence", "Influence", "ModelInfluence", "influence_on"],
         "nap": ["ContextEncoder", "FeatureNAP", "Predicted"],
         "ranking": ["CER", "Ranked", "counterfactual"],
+        "release": ["ReleaseNAP"],
         "series": ["Scaling", "Series", "make_series"],
+        "simulation": ["Method", "Oracle", "Round", "Setting", "simulate"],
         "toys": ["shift_mask", "shift_task"],
         "training": ["Episodic", "Plain", "Training", "finetune"],
     },
