@@ -18,6 +18,7 @@ from fedapc import messages, wire
 from fedapc.choices import AdaptiveInit, AttentionInit, Retroactive, Score, Transfer
 from fedapc.decomposition import DecomposedModel, Kept, Layout, RunningTask, add_gradient, fingerprint
 from fedapc.errors import ModelMismatchError, ProtocolError, SparsityWarning, TrainingDivergedError
+from fedapc.metrics import capacity
 from fedapc.objective import RetroactivePenalty, proximal_step
 from fedapc.probing import probe
 from fedapc.seeds import derive, generator
@@ -273,9 +274,9 @@ class Client:
 
         Returns
         -------
-        ``density``, the share of its part's entries that are kept, NaN without a part; ``attention``, what the parts
-        of others weigh, by layer and by their client and task; ``accuracy_alone``, on the test examples without
-        these, NaN if there are none.
+        ``density``, the share of its part's entries that are kept, and ``capacity``, what base and parts of all tasks
+        hold relative to one network, NaN without a part; ``attention``, what the parts of others weigh, by layer and
+        by their client and task; ``accuracy_alone``, on the test examples without these, NaN if there are none.
         """
         parts = self.model.part(task)
         kept, all_ = sum(len(part.index) for part in parts.values()), self.layout.elements()
@@ -286,6 +287,7 @@ class Client:
             alone = float((self.predict(test[0], task, foreign=False).argmax(1) == test[1]).double().mean())
         return {
             "density": kept / all_ if parts else float("nan"),
+            "capacity": capacity(self.model) if parts else float("nan"),
             "attention": {
                 layer: dict(zip(slots, weights.tolist(), strict=True)) for layer, weights in attention.items()
             },

@@ -69,6 +69,7 @@ _METRICS: dict[str, tuple[str, float, str, Literal["lower", "higher"]]] = {
     "down_payload": ("sent down, numbers alone", 1e-6, "MB", "lower"),
     "gain": ("gain by parts of others", 100.0, "points", "higher"),
     "density": ("density of parts", 100.0, "%", "lower"),
+    "capacity": ("weights held, in networks", 1.0, "1", "lower"),
 }
 Cell = dict[str, Any]
 
@@ -169,6 +170,7 @@ def measure(report: Report) -> Cell:
         "learning": report.learning_accuracy,
         "gain": report.transfer_gain,
         "density": report.density,
+        "capacity": report.capacity,
         "up": sent("up", "encoded_bytes"),
         "down": sent("down", "encoded_bytes"),
         "up_payload": sent("up", "payload_bytes"),
@@ -322,7 +324,7 @@ def results_of(name: str, cells: Mapping[str, Mapping[int, Cell]]) -> list[Resul
     for method, by_seed in cells.items():
         seconds = sum(cell["seconds"] for cell in by_seed.values())
         for key, (metric, scale, unit, better) in _METRICS.items():
-            values = [cell[key] for cell in by_seed.values() if cell[key] is not None]
+            values = [cell[key] for cell in by_seed.values() if cell.get(key) is not None]
             if not values:
                 continue
             rows.append(

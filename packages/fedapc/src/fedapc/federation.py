@@ -441,6 +441,7 @@ class _Watch:
         self._matrix = np.full((len(tasks), most, most), np.nan)
         self._gains = np.full((len(tasks), most), np.nan)
         self._densities = np.full((len(tasks), most), np.nan)
+        self._capacities = np.full(len(tasks), np.nan)
         self._attentions: dict[tuple[str, int], Attention] = {}
 
     def after_round(self) -> Progress:
@@ -462,6 +463,7 @@ class _Watch:
             scores += row[: task + 1]
             about: dict[str, Any] = self._call(name, "about", task)
             self._densities[place, task] = about["density"]
+            self._capacities[place] = about["capacity"]
             if about["attention"]:
                 self._attentions[name, task] = about["attention"]
                 self._gains[place, task] = row[task] - about["accuracy_alone"]
@@ -479,6 +481,7 @@ class _Watch:
             self._densities,
             self._method,
             time.perf_counter() - self._begun,
+            self._capacities,
         )
 
     def state(self) -> dict[str, Any]:
@@ -490,6 +493,7 @@ class _Watch:
             "matrix": self._matrix,
             "gains": self._gains,
             "densities": self._densities,
+            "capacities": self._capacities,
             "attentions": [
                 [client, task, layer, of, of_task, weight]
                 for (client, task), layers in self._attentions.items()
@@ -505,8 +509,8 @@ class _Watch:
         if found["method"] != self._method or found["names"] != names:
             raise InputError("the checkpoint is of other clients, tasks or another method; name another file")
         self._begun = time.perf_counter() - found["seconds"]
-        self._matrix, self._gains, self._densities = (
-            np.array(found[name], dtype=np.float64) for name in ("matrix", "gains", "densities")
+        self._matrix, self._gains, self._densities, self._capacities = (
+            np.array(found[name], dtype=np.float64) for name in ("matrix", "gains", "densities", "capacities")
         )
         self._attentions = {}
         for client, task, layer, of, of_task, weight in found["attentions"]:

@@ -36,6 +36,8 @@ class Report:
     ledger : of all messages
     attentions : by client and task, what the parts of others weigh
     gains : ``(clients, tasks)``, accuracy on a task when it was finished, less that without the parts of others
+    capacities : ``(clients,)``, non-zeros of the base and of the parts of all tasks, relative to one network; NaN
+        without parts
     densities : ``(clients, tasks)``, share of the entries of a task's part that are kept; NaN without parts
     method : that was run
     seconds : it took
@@ -59,6 +61,7 @@ class Report:
     densities: Float64[np.ndarray, "clients tasks"] = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
     method: str = "fedapc"
     seconds: float = 0.0
+    capacities: Float64[np.ndarray, " clients"] = field(default_factory=lambda: np.zeros(0), repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -90,6 +93,12 @@ class Report:
     def density(self) -> float:
         """Mean share of the entries of the parts of tasks that are kept; NaN without parts."""
         known = self.densities[~np.isnan(self.densities)]
+        return float(known.mean()) if known.size else float("nan")
+
+    @property
+    def capacity(self) -> float:
+        """Mean of `capacities`: how many networks' weights a client holds at the end; NaN without parts."""
+        known = self.capacities[~np.isnan(self.capacities)]
         return float(known.mean()) if known.size else float("nan")
 
     def attention(self, client: str, task: int) -> Attention:
@@ -127,6 +136,7 @@ class Report:
                 "matrix": plain_numbers(self.matrix),
                 "gains": plain_numbers(self.gains),
                 "densities": plain_numbers(self.densities),
+                "capacities": plain_numbers(self.capacities),
                 "attention": [
                     {"client": client, "task": task, "layer": layer, "of": of, "of_task": of_task, "weight": weight}
                     for (client, task), layers in self.attentions.items()
@@ -175,6 +185,7 @@ class Report:
                 _array(found["densities"], (len(clients), most)),
                 found["method"],
                 float(found["seconds"]),
+                _array(found["capacities"], (len(clients),)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: is no report of a federation ({error}); it is damaged") from error
