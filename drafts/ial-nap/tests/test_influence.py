@@ -7,9 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from nap_cases import LENGTHS, R, T, masks, nap
-from scipy.stats import pearsonr, spearmanr
-
 from ial_nap.context import Context
 from ial_nap.influence import (
     HeadInfluence,
@@ -25,6 +22,9 @@ from ial_nap.influence import (
 )
 from ial_nap.series import make_series
 from ial_nap.training import losses
+from nap_cases import LENGTHS, R, T, masks, nap
+from scipy.stats import pearsonr, spearmanr
+
 from shared_core.errors import InputError
 
 KINDS = [("binary", 1), ("multilabel", 2), ("multiclass", 3), ("regression", 1)]
@@ -55,7 +55,7 @@ def test_slopes_and_curvature_are_autograds(kind, c):
 
 
 def fitted(x, y, weights, l2):
-    """Minimum of ``sum weights * loss + l2 / 2 ||w||^2`` of a logistic regression with a free bias, by Newton's method."""
+    """Minimum of ``sum weights * loss + l2 / 2 ||w||^2`` of logistic regression with a free bias, by Newton steps."""
     shown = np.c_[x, np.ones(len(x))]
     penalty = l2 * np.diag([1.0] * x.shape[1] + [0.0])
     w = np.zeros(shown.shape[1])
@@ -111,7 +111,13 @@ def test_conjugate_gradients_on_the_network_give_what_the_direct_solve_gives(cur
         make_series(a[:, None], b, standardise=False).to(torch.float64) for a, b in ((x, y), (other, other_y))
     )
     whole = ModelInfluence(
-        lambda s: layer(s.x[:, 0]), list(layer.parameters()), train, validation, l2=0.05, damping=0.0, curvature=curvature
+        lambda s: layer(s.x[:, 0]),
+        list(layer.parameters()),
+        train,
+        validation,
+        l2=0.05,
+        damping=0.0,
+        curvature=curvature,
     )
     head = HeadInfluence.of(head_of(x, y, w), head_of(other, other_y, w), "binary", l2=0.05, damping=0.0)
     torch.testing.assert_close(whole.scores(train), head.scores(*head_of(x, y, w)), atol=1e-7, rtol=1e-3)
@@ -244,4 +250,6 @@ def test_wrong_arguments(unchecked):
         ModelInfluence(lambda s: model(s.x, s.lengths).logits, [], series, series, curvature="none")
     zero = torch.zeros(4, 2)
     with pytest.raises(InputError, match="singular"):
-        HeadInfluence.of((zero, zero[:, :1], zero[:, 0]), (zero, zero[:, :1], zero[:, 0]), "binary", l2=0.0, damping=0.0)
+        HeadInfluence.of(
+            (zero, zero[:, :1], zero[:, 0]), (zero, zero[:, :1], zero[:, 0]), "binary", l2=0.0, damping=0.0
+        )

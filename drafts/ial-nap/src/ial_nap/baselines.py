@@ -58,7 +58,7 @@ class Annotated:
 
 
 def attention_supervision(beta: Float[Tensor, "n t r"], masks: Int8[Tensor, "n t r"]) -> Float[Tensor, ""]:
-    """Mean over judged cells of ``b^2`` where the verdict is 0 and ``(1 - b)^2`` where it is 1, b being ``|beta| / max``.
+    """Mean over judged cells of ``b^2`` at verdicts 0 and ``(1 - b)^2`` at 1, where b is ``|beta| / max |beta|``.
 
     Parameters
     ----------
@@ -110,7 +110,9 @@ def masked_logits(model: Retain, series: Series, masks: Int8[Tensor, "n t r"], g
     """
     embedded = model.embedding(series.x)
     if embedded.shape != series.x.shape:
-        raise InputError(f"the embedding has {embedded.shape[2]} entries for {series.x.shape[2]} features: use embed=None")
+        raise InputError(
+            f"the embedding has {embedded.shape[2]} entries for {series.x.shape[2]} features: use embed=None"
+        )
     alpha, beta = model.attention(embedded, series.lengths, generator)
     return model.output(torch.einsum("bt,btm,btm->bm", alpha, beta * (masks != 0).to(beta), embedded))
 

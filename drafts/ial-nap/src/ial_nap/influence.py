@@ -171,7 +171,7 @@ class Solved:
     x : the last iterate
     iterations : done
     residual : norm of what is left, relative to the right-hand side
-    curvature : the least ``p^T A p / p^T p`` met; at or below 0 the matrix is not positive definite, and `x` no solution
+    curvature : the least ``p^T A p / p^T p`` met; at or below 0 the matrix is not positive definite, `x` no solution
     """
 
     x: Float[Tensor, " p"]
@@ -237,9 +237,7 @@ def smallest_eigenvalue(product: Callable[[Tensor], Tensor], size: int, *, seed:
     return float(found[0])
 
 
-def sample_gradients(
-    values: Float[Tensor, " n"], parameters: Sequence[Tensor]
-) -> Float[Tensor, "n p"]:
+def sample_gradients(values: Float[Tensor, " n"], parameters: Sequence[Tensor]) -> Float[Tensor, "n p"]:
     """Return the gradient of each value, flat; one backward pass for each.
 
     Parameters
@@ -251,9 +249,7 @@ def sample_gradients(
     return torch.stack([_flat(row) for row in rows])
 
 
-def hessian_product(
-    loss: Callable[[], Tensor], parameters: Sequence[Tensor]
-) -> Callable[[Tensor], Tensor]:
+def hessian_product(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """Return the map from v to H v, for the Hessian of a loss; its graph is built once.
 
     Parameters
@@ -290,7 +286,9 @@ def gauss_newton_product(
     def product(v: Tensor) -> Tensor:
         (forward,) = torch.autograd.grad(back, u, v, retain_graph=True)
         weighed = torch.einsum("ncd,nd->nc", curvature, forward)
-        return _flat(torch.autograd.grad(found, parameters, weighed, retain_graph=True, materialize_grads=True)).detach()
+        return _flat(
+            torch.autograd.grad(found, parameters, weighed, retain_graph=True, materialize_grads=True)
+        ).detach()
 
     return product
 
@@ -345,9 +343,7 @@ class ModelInfluence:
         if curvature == "ggn":
             bare = gauss_newton_product(lambda: logits(train), self.parameters, train.kind)
         else:
-            bare = hessian_product(
-                lambda: losses(logits(train), train.targets, train.kind).mean(), self.parameters
-            )
+            bare = hessian_product(lambda: losses(logits(train), train.targets, train.kind).mean(), self.parameters)
 
         def product(v: Tensor) -> Tensor:
             return bare(v) + l2 * penalised * v

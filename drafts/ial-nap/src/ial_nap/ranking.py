@@ -155,7 +155,9 @@ def counterfactual(
     if len(set(named)) < len(named) or any(not 0 <= d < r for d in named):
         raise InputError(f"groups must be of different features within 0..{r - 1}, got {[list(g) for g in together]}")
     together += [[d] for d in range(r) if d not in named]
-    changes = [(steps, group) for group in together for steps in ([[s] for s in range(t)] if cells else [list(range(t))])]
+    changes = [
+        (steps, group) for group in together for steps in ([[s] for s in range(t)] if cells else [list(range(t))])
+    ]
     masks = torch.zeros(len(changes), t, r, dtype=torch.bool, device=x.device)
     for mask, (steps, group) in zip(masks, changes, strict=True):
         mask[torch.tensor(steps).unsqueeze(1), torch.tensor(group)] = True

@@ -1,4 +1,4 @@
-"""The whole loop with annotators who know the truth, or nearly: rank, ask, obey, measure, a few rounds long (spec 6)."""
+"""The loop with annotators who know the truth, or nearly: rank, ask, obey, measure, for a few rounds (spec 6)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class Oracle:
         """
         truth = self.mask if self.mask.ndim == 2 else self.mask[item.index]
         # Slips belong to the cell, so that every method meets the same annotator.
-        drawn = torch.rand((2, *truth.shape), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + item.index))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + item.index)
+        drawn = torch.rand((2, *truth.shape), generator=generator)
         said = torch.where(drawn[0] < self.flip, 1 - truth, truth).masked_fill(drawn[1] < self.unsure, -1)
         columns = [series.features.index(name) for name in item.features]
         return [(t, d, int(said[t, d])) for t in range(int(series.lengths[item.index])) for d in columns]
@@ -153,7 +154,7 @@ def simulate(
     validation: Series,
     test: Series,
     oracle: Oracle,
-    setting: Setting = Setting(),  # noqa: B008  (frozen)
+    setting: Setting = Setting(),
     *,
     seed: int = 0,
 ) -> list[Round]:
@@ -218,9 +219,7 @@ class _Arm:
         if not self.is_episodic:
             episodes = replace(episodes, steps=model.steps, features=model.features, empty=1.0)
         objective = Episodic(model, episodes=episodes, gate=0.5 if self.is_episodic else 0.0, l2=s.l2, seed=self.seed)
-        Training(
-            model, objective, train, validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=self.seed
-        ).run()
+        Training(model, objective, train, validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=self.seed).run()
         return model
 
     def choose(self, left: Sequence[int], seed: int) -> list[Ranked]:
@@ -319,9 +318,7 @@ class _RandomUA(_Arm):
         self.setting = s = setting
         self.attentive = Uncertain(len(train.features), train.outputs, hidden=s.hidden, keep=s.keep, seed=seed)
         objective = Plain(self.attentive, l2=s.l2)
-        Training(
-            self.attentive, objective, train, validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=seed
-        ).run()
+        Training(self.attentive, objective, train, validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=seed).run()
 
     def learn(self, context: Context) -> None:
         s, seen, model = self.setting, Annotated.of(self.train, context), self.attentive
