@@ -75,6 +75,9 @@ def test_conflicting_annotators_leave_it_open():
     context.mark("a", [(0, 0, 0)], annotator="y")
     assert len(context) == 2
     assert context.preference[0, 0] == 0
+    same = Context.of(context.masks, ids=["a", "a"], annotators=["x", "y"])
+    assert same.keys == context.keys
+    assert same.digest == context.digest
 
 
 def test_order_of_masks_changes_neither_counts_nor_digest():

@@ -292,9 +292,13 @@ def test_an_interrupted_comparison_repeats_nothing(done, call, home, monkeypatch
     ]
 
 
-def test_ablate_and_transfer(done):
+@pytest.mark.usefixtures("unchecked")
+def test_ablate(done):
     shown = done("ablate", "gaussian", *SMALL, "--seeds", 1, "--out", "a")
     assert {row.method for row in shown.results} >= {"fedapc", "fedapc_mean", "fedapc_no_kb", "fedweit"}
+
+
+def test_transfer(done):
     found = done("transfer", "digits", "--donor", 8, "--receiver", 2, "--distractors", 1, "--seeds", 1, "--rounds", 1,
                  "--epochs", 1, "--out", "t")  # fmt: skip
     methods = {row.method for row in found.results if row.metric == "accuracy of the receiver"}

@@ -21,6 +21,7 @@ from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import load_tree, save_tree
 
 CONFIG = FedAPCConfig(rounds=2, epochs=2, batch_size=8, lr=5e-4, upload_fraction=0.5)
+ONCE = CONFIG.model_copy(update={"epochs": 1})
 
 
 def with_test(seed, classes=3):
@@ -35,12 +36,13 @@ def tasks(clients=2, count=3):
 
 @pytest.fixture(scope="module")
 def fitted():
-    federation = FedAPC(mlp(), CONFIG)
-    return federation, federation.fit(tasks())
+    federation, seen = FedAPC(mlp(), CONFIG), []
+    report = federation.fit(tasks(), on_round=seen.append)
+    return federation, report, seen
 
 
 def test_the_report(fitted):
-    federation, report = fitted
+    federation, report, _ = fitted
     assert report.clients == ("site0", "site1")
     assert report.tasks["site1"] == ("clusters10", "clusters11")
     assert report.matrix.shape == (2, 3, 3)
@@ -65,7 +67,7 @@ def test_the_report(fitted):
 
 
 def test_a_report_goes_to_a_folder_and_back(fitted, tmp_path):
-    _, report = fitted
+    _, report, _ = fitted
     report.save(tmp_path)
     again = Report.load(tmp_path)
     np.testing.assert_array_equal(again.matrix, report.matrix)
@@ -82,7 +84,7 @@ def test_a_report_goes_to_a_folder_and_back(fitted, tmp_path):
 
 
 def test_export_is_a_plain_network(fitted):
-    federation, _ = fitted
+    federation, *_ = fitted
     x = torch.randn(5, 6)
     for name, own in tasks().items():
         for number in range(len(own)):
@@ -97,9 +99,9 @@ def test_export_is_a_plain_network(fitted):
 
 @pytest.mark.parametrize("method", ["fedapc", "fedavg", "apd", "stl"])
 def test_saved_and_opened_without_the_tasks(method, tmp_path, fitted):
-    federation, _ = fitted
+    federation, *_ = fitted
     if method != "fedapc":
-        federation = Federation(mlp(), method, config=CONFIG.model_copy(update={"epochs": 1}))
+        federation = Federation(mlp(), method, config=ONCE)
         federation.fit(tasks())
     federation.save(tmp_path / "f.safetensors")
     again = Federation.open(tmp_path / "f.safetensors", mlp())
@@ -130,7 +132,7 @@ class Stop(Exception):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", ["fedapc", "fedweit", "scaffold", "ewc"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(method, tmp_path):
-    whole = Federation(mlp(), method, config=CONFIG)
+    whole = Federation(mlp(), method, config=ONCE)
     expected = whole.fit(tasks())
     file = tmp_path / "checkpoint.safetensors"
     after = [1, 2, 3, 5]
@@ -141,8 +143,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(method, tmp_path):
                 raise Stop
 
         with pytest.raises(Stop):
-            Federation(mlp(), method, config=CONFIG).fit(tasks(), checkpoint=file, on_round=on_round)
-    last = Federation(mlp(), method, config=CONFIG)
+            Federation(mlp(), method, config=ONCE).fit(tasks(), checkpoint=file, on_round=on_round)
+    last = Federation(mlp(), method, config=ONCE)
     seen = []
     report = last.fit(tasks(), checkpoint=file, on_round=lambda progress: seen.append(progress.round))
     assert seen == [5, 6]
@@ -153,7 +155,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(method, tmp_path):
     x = torch.randn(4, 6)
     assert torch.equal(last.predict("site0", x, 2), whole.predict("site0", x, 2))
     with pytest.raises(InputError, match="other clients"):
-        Federation(mlp(), method, config=CONFIG).fit(tasks(clients=1), checkpoint=file)
+        Federation(mlp(), method, config=ONCE).fit(tasks(clients=1), checkpoint=file)
     assert load_tree(file)["kind"].startswith("fedapc")
 
 
@@ -175,12 +177,12 @@ class Asked(ProcessFleet):
 @pytest.mark.usefixtures("unchecked")
 def test_processes_and_threads_change_nothing(monkeypatch):
     own = {**tasks(), "site2": [with_test(5), with_test(6)]}
-    federation = FedAPC(mlp(), CONFIG)
+    federation = FedAPC(mlp(), ONCE)
     expected = federation.fit(own)
     monkeypatch.setattr(fedapc.federation, "ProcessFleet", Asked)
     x = torch.randn(4, 6)
     for options in ({"processes": 2}, {"workers": 2}):
-        other = FedAPC(mlp(), CONFIG)
+        other = FedAPC(mlp(), ONCE)
         report = other.fit(own, **options)
         np.testing.assert_array_equal(report.matrix, expected.matrix)
         assert report.attentions == expected.attentions
@@ -191,12 +193,11 @@ def test_processes_and_threads_change_nothing(monkeypatch):
     assert all(same(states[name], client.state()) for name, client in federation.clients.items())
     assert refusals == [WireError] * 3
     with pytest.raises(InputError, match="workers"):
-        Federation(mlp(), "fedavg", config=CONFIG).fit(own, processes=2)
+        Federation(mlp(), "fedavg", config=ONCE).fit(own, processes=2)
 
 
-def test_progress(tmp_path):
-    seen = []
-    FedAPC(mlp(), CONFIG).fit(tasks(), on_round=seen.append)
+def test_progress(fitted):
+    *_, seen = fitted
     assert [(p.round, p.rounds, p.task) for p in seen] == [(r, 6, (r - 1) // 2) for r in range(1, 7)]
     assert [np.isnan(p.accuracy) for p in seen] == [True, False] * 3
     assert all(a.megabytes < b.megabytes for a, b in pairwise(seen))
@@ -249,6 +250,7 @@ def test_what_cannot_be_learnt_is_said_before_anything_runs():
         FedAPC(Convolutional(norm=True))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_network_by_client():
     """What is not shared may differ; what is shared must not."""
 

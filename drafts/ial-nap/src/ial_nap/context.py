@@ -141,6 +141,7 @@ class Context:
         masks: Tensor | np.ndarray,
         *,
         ids: Sequence[str] | None = None,
+        annotators: Sequence[str] | None = None,
         kappa: float = 1.0,
         schema: str = "",
         allow_empty: bool = False,
@@ -151,6 +152,7 @@ class Context:
         ----------
         masks : ``(k, t, r)``
         ids : instance of each; None numbers them
+        annotators : of each; None is one without a name
         kappa, schema : as of the context
         allow_empty : accept a mask that leaves nothing to attend to
 
@@ -163,7 +165,7 @@ class Context:
         if found.ndim != 3:
             raise InputError(f"masks have shape {tuple(found.shape)}: expected (K, T, r)")
         context = cls(found.shape[1], found.shape[2], kappa=kappa, schema=schema)
-        context.add(found, ids=ids, allow_empty=allow_empty)
+        context.add(found, ids=ids, annotators=annotators, allow_empty=allow_empty)
         context.forget_past()
         return context
 

@@ -543,7 +543,8 @@ def _common_schema(readings: Sequence[_Reading]) -> TableSchema | None:
     while target in features.columns:
         target += "_"
     whole = pd.concat([frame[features.columns] for _, frame, _ in frames], ignore_index=True)
-    whole[target] = np.arange(len(whole)) % 2
+    # Another column in a frame of hundreds is slow, and pandas says so.
+    whole = pd.concat([whole, pd.Series(np.arange(len(whole)) % 2, name=target)], axis=1)
     return TableSchema.infer(whole, target=target, task="classification", source=str(first))
 
 
