@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ial_nap.influence import Influence as Influence
     from ial_nap.influence import ModelInfluence as ModelInfluence
     from ial_nap.influence import influence_on as influence_on
+    from ial_nap.metrics import Difference as Difference
+    from ial_nap.metrics import compare as compare
+    from ial_nap.metrics import measure as measure
     from ial_nap.nap import ContextEncoder as ContextEncoder
     from ial_nap.nap import FeatureNAP as FeatureNAP
     from ial_nap.nap import Predicted as Predicted
@@ -47,6 +50,7 @@ __getattr__, __dir__, __all__ = attach(
         "context": ["Context", "Shift"],
         "episodes": ["Episodes"],
         "influence": ["HeadInfluence", "Influence", "ModelInfluence", "influence_on"],
+        "metrics": ["Difference", "compare", "measure"],
         "nap": ["ContextEncoder", "FeatureNAP", "Predicted"],
         "ranking": ["CER", "Ranked", "counterfactual"],
         "release": ["ReleaseNAP"],

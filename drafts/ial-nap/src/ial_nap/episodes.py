@@ -61,8 +61,8 @@ class Episodes:
     features: int
     most_masks: int = 20
     empty: float = 0.2
-    most_off: float = 0.4
-    whole: float = 0.7
+    most_off: float = 1.0
+    whole: float = 0.9
     most_hidden: float = 0.7
     most_flipped: float = 0.1
 
