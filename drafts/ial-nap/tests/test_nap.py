@@ -244,6 +244,8 @@ def test_weights_come_from_the_seed_alone_and_states_can_be_loaded():
     model.update(Context.of(masks()))
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     assert torch.equal(model(batch(), LENGTHS).logits, other(batch(), LENGTHS).logits)
+    again = FeatureNAP(**nap(rnn="lstm", keep=0.7).config)
+    assert again.config == nap(rnn="lstm", keep=0.7).config
     series = make_series(batch().numpy(), [0, 1, 2, 0, 1, 2])
     assert FeatureNAP.of(series)(series.x, series.lengths).logits.shape == (6, 3)
 

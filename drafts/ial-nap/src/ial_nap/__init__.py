@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ial_nap.context import Context as Context
     from ial_nap.context import Shift as Shift
     from ial_nap.episodes import Episodes as Episodes
+    from ial_nap.gated import GatedModel as GatedModel
     from ial_nap.influence import HeadInfluence as HeadInfluence
     from ial_nap.influence import Influence as Influence
     from ial_nap.influence import ModelInfluence as ModelInfluence
@@ -49,6 +50,7 @@ __getattr__, __dir__, __all__ = attach(
         "attention": ["Contributions", "Retain", "Uncertain"],
         "context": ["Context", "Shift"],
         "episodes": ["Episodes"],
+        "gated": ["GatedModel"],
         "influence": ["HeadInfluence", "Influence", "ModelInfluence", "influence_on"],
         "metrics": ["Difference", "compare", "measure"],
         "nap": ["ContextEncoder", "FeatureNAP", "Predicted"],

@@ -21,7 +21,7 @@ from ial_nap.context import Context, check_masks, counts, preference
 from ial_nap.series import Kind, Series
 from shared_core.errors import InputError
 
-__all__ = ["Condition", "ContextEncoder", "FeatureNAP", "Latent", "Predicted", "Read", "probabilities"]
+__all__ = ["Condition", "ContextEncoder", "FeatureNAP", "Latent", "Predicted", "Read", "open_gate", "probabilities"]
 
 _MOST_ROWS = 8192
 
@@ -156,6 +156,35 @@ def probabilities(logits: Float[Tensor, "... c"], kind: Kind) -> Float[Tensor, "
     if kind == "multiclass":
         return logits.softmax(-1)
     return logits if kind == "regression" else logits.sigmoid()
+
+
+def open_gate(
+    preference: Float[Tensor, "e t r"],
+    bias: Float[Tensor, ""],
+    slope: Float[Tensor, ""],
+    shift: Float[Tensor, "e2 t r"] | None = None,
+    *,
+    hard: bool,
+) -> Float[Tensor, "e3 t r"]:
+    """Open each cell as far as verdicts ask for: ``sigmoid(a0 + a1 (u, or 2u below 0) + shift)``.
+
+    Parameters
+    ----------
+    preference : u, within (-1, 1)
+    bias : a0
+    slope : a1 before softplus, so that more verdicts 1 never close a gate
+    shift : what the latent adds
+    hard : close entirely where u is -0.5 or less
+
+    Examples
+    --------
+    >>> u = torch.tensor([[[-0.5, 0.0]]])
+    >>> open_gate(u, torch.tensor(0.0), torch.tensor(1.0), hard=True).tolist()
+    [[[0.0, 0.5]]]
+    """
+    scores = bias + functional.softplus(slope) * torch.where(preference >= 0, preference, 2 * preference)
+    gate = (scores if shift is None else scores + shift).sigmoid()
+    return torch.where(preference <= -0.5, gate.new_zeros(()), gate) if hard else gate
 
 
 class ContextEncoder(nn.Module):
@@ -308,6 +337,24 @@ class FeatureNAP(nn.Module):
             seed=seed,
         )
 
+    @property
+    def config(self) -> dict[str, int | float | bool | str]:
+        """What the class has to be called with to make a model that loads this one's state."""
+        return {
+            "steps": self.steps,
+            "features": self.features,
+            "outputs": self.outputs,
+            "kind": self.kind,
+            "hidden": self.hidden,
+            "latent": self.latent,
+            "keep": self.keep,
+            "rnn": "gru" if isinstance(self.rnn_beta, nn.GRU) else "lstm",
+            "kappa": self.kappa,
+            "hard": self.hard,
+            "limit": self.limit,
+            "seed": self.seed,
+        }
+
     # ---- the context
 
     @torch.no_grad()
@@ -401,12 +448,8 @@ class FeatureNAP(nn.Module):
         condition : preference u and latent z
         hard : close entirely where u is -0.5 or less
         """
-        u = condition.preference
-        scores = self.gate_bias + functional.softplus(self.gate_slope) * torch.where(u >= 0, u, 2 * u)
-        if self.to_gate is not None:
-            scores = scores + self.to_gate(condition.z)
-        gate = scores.sigmoid()
-        return torch.where(u <= -0.5, gate.new_zeros(()), gate) if hard else gate
+        shift = None if self.to_gate is None else self.to_gate(condition.z)
+        return open_gate(condition.preference, self.gate_bias, self.gate_slope, shift, hard=hard)
 
     def drops(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Draw what dropout multiplies: of both inputs and of both hidden states, ``(rows, 1, entries)`` each.
@@ -455,6 +498,21 @@ class FeatureNAP(nn.Module):
         beta = self.to_beta(on_cells).tanh()
         additive = torch.einsum("bt,btr,btr->br", alpha, beta, gated)
         return Read(self.output(additive), alpha, beta, gate, gated)
+
+    def logits_under(
+        self,
+        x: Float[Tensor, "b t r"],
+        lengths: Int64[Tensor, " b"],
+        condition: Condition,
+        drops: tuple[Tensor, ...] | None = None,
+    ) -> Float[Tensor, "b c"]:
+        """Return the logits under conditions, with the gate as it is in training.
+
+        Parameters
+        ----------
+        x, lengths, condition, drops : as of :meth:`read`
+        """
+        return self.read(x, lengths, condition, drops=drops).logits
 
     def forward(self, x: Float[Tensor, "b t r"], lengths: Int64[Tensor, " b"]) -> Attended:
         """Predict under the present context, at the mean of the latent and without dropout.

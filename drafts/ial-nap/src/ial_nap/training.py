@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -16,7 +16,7 @@ from torch.nn import functional
 from ial_nap.attention import Retain
 from ial_nap.context import Context
 from ial_nap.episodes import Episodes
-from ial_nap.nap import Condition, FeatureNAP
+from ial_nap.nap import Condition, FeatureNAP, Latent
 from ial_nap.series import Kind, Series
 from shared_core.errors import InputError
 
@@ -58,7 +58,7 @@ def losses(logits: Float[Tensor, "b c"], y: Shaped[Tensor, "b ..."], kind: Kind)
     return functional.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
 
 
-def weight_penalty(model: nn.Module) -> Float[Tensor, ""]:
+def weight_penalty(model: nn.Module | Conditioned) -> Float[Tensor, ""]:
     """Half of the sum of squares of all weights; biases and single numbers are left alone.
 
     Parameters
@@ -89,6 +89,39 @@ class Plain:
         return loss if generator is None else loss + self.l2 * weight_penalty(self.model)
 
 
+@runtime_checkable
+class Conditioned(Protocol):
+    """What :class:`Episodic` asks of a model: :class:`ial_nap.FeatureNAP` and :class:`ial_nap.GatedModel` have it."""
+
+    steps: int
+    features: int
+    latent: int
+    keep: float
+    preference: Tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return what is trained."""
+        ...
+
+    def condition_on(self, masks: Tensor, noise: Tensor | None = None) -> tuple[Condition, Latent | None]:
+        """Return conditions under other contexts than the present one."""
+        ...
+
+    def gate(self, condition: Condition, *, hard: bool) -> Tensor:
+        """Return how far cells are open."""
+        ...
+
+    def drops(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Draw what dropout multiplies."""
+        ...
+
+    def logits_under(
+        self, x: Tensor, lengths: Tensor, condition: Condition, drops: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        """Predict under conditions."""
+        ...
+
+
 class Episodic:
     """Loss under imagined annotators: of the task, of the gate, of the latent's divergence, of the weights.
 
@@ -112,7 +145,7 @@ class Episodic:
 
     def __init__(
         self,
-        model: FeatureNAP,
+        model: Conditioned,
         *,
         episodes: Episodes | None = None,
         per_batch: int = 8,
@@ -138,13 +171,13 @@ class Episodic:
         device = model.preference.device
         condition, latent = model.condition_on(drawn.masks.to(device), noise)
         row = torch.arange(len(batch), device=device) % e
-        found = model.read(
+        logits = model.logits_under(
             batch.x,
             batch.lengths,
             Condition(condition.preference[row], condition.z[row]),
-            drops=model.drops(len(batch), source) if training and model.keep < 1 else None,
+            model.drops(len(batch), source) if training and model.keep < 1 else None,
         )
-        loss = losses(found.logits, batch.targets, batch.kind).mean()
+        loss = losses(logits, batch.targets, batch.kind).mean()
         if not training:
             return loss
         gate_weight, kl_weight, l2 = self.weights
