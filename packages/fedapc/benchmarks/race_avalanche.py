@@ -5,12 +5,12 @@
 Needs ``pip install avalanche-lib==0.6.0``, best in an environment of its own: it brings dozens of packages.
 
 Both get the same tasks in the same order, task identities, a head a task, the same network with the same first weights
-of its body, batches of the same size, Adam at the same rate, and as many epochs. Their lambdas do not compare: `fedapc` takes
-the mean of squares of gradients of single examples for the Fisher information and multiplies by half of lambda;
-Avalanche squares the mean gradient of a batch, which is smaller by up to the size of the batch, and multiplies by
-lambda. Of 10, 100, ..., 10,000 and some in between, the defaults are a pair at which both are at their best accuracy,
-to half a point, and forget as much. Evaluation is not timed, nor is a first run of each that loads what is loaded
-once; the two take turns.
+of its body, batches of the same size, Adam at the same rate, and as many epochs. Their lambdas do not compare:
+`fedapc` takes the mean of squares of gradients of single examples for the Fisher information and multiplies by half of
+lambda; Avalanche squares the mean gradient of a batch, which is smaller by up to the size of the batch, and multiplies
+by lambda. Of 10, 100, ..., 10,000 and some in between, the defaults are a pair at which both are at their best
+accuracy, to half a point, and forget as much. Evaluation is not timed, nor is a first run of each that loads what is
+loaded once; the two take turns.
 """
 
 from __future__ import annotations
