@@ -259,6 +259,11 @@ def test_wrong_sizes(unchecked, options):
 def test_wrong_contexts(unchecked):
     with pytest.raises(InputError, match="context is of 2 steps and 5 features, the model of 4 and 5"):
         nap().update(Context(2, R))
+    one = make_series(batch().numpy(), [0, 1] * 3, features=list("abcde"))
+    other = Context(T, R, schema=make_series(batch().numpy(), [0, 1] * 3, features=list("abced")).schema)
+    with pytest.raises(InputError, match="another set of features"):
+        FeatureNAP.of(one).update(other)
+    FeatureNAP.of(one).update(Context(T, R, schema=one.schema))
     with pytest.raises(InputError, match="expected"):
         nap().condition_on(torch.zeros(1, 2, 2, 2, dtype=torch.int8))
     with pytest.raises(InputError, match="samples"):

@@ -241,6 +241,7 @@ class FeatureNAP(nn.Module):
     kappa : prior count of :func:`ial_nap.context.preference`
     hard : outside training, close the gate entirely where the preference is -0.5 or less
     limit : most masks that the latent path reads; of more, a seeded choice
+    schema : of the series it reads, see :attr:`ial_nap.Series.schema`; a context of another one is refused
     seed : of the initial weights, and of that choice
 
     Examples
@@ -272,6 +273,7 @@ class FeatureNAP(nn.Module):
         kappa: float = 1.0,
         hard: bool = True,
         limit: int = 512,
+        schema: str = "",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -285,7 +287,7 @@ class FeatureNAP(nn.Module):
         self.steps, self.features, self.outputs = steps, features, outputs
         self.kind: Kind = kind
         self.hidden, self.latent, self.keep, self.kappa = hidden, latent, keep, kappa
-        self.hard, self.limit, self.seed = hard, limit, seed
+        self.hard, self.limit, self.schema, self.seed = hard, limit, schema, seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.rnn_alpha = lstm_or_gru(rnn, features, hidden)
@@ -334,6 +336,7 @@ class FeatureNAP(nn.Module):
             keep=keep,
             rnn=rnn,
             kappa=kappa,
+            schema=series.schema,
             seed=seed,
         )
 
@@ -352,6 +355,7 @@ class FeatureNAP(nn.Module):
             "kappa": self.kappa,
             "hard": self.hard,
             "limit": self.limit,
+            "schema": self.schema,
             "seed": self.seed,
         }
 
@@ -368,12 +372,17 @@ class FeatureNAP(nn.Module):
         Raises
         ------
         InputError
-            For a context of other sizes.
+            For a context of other sizes, or made for series of other names.
         """
         if (context.steps, context.features) != (self.steps, self.features):
             raise InputError(
                 f"the context is of {context.steps} steps and {context.features} features, the model of {self.steps}"
                 f" and {self.features}"
+            )
+        if context.schema and self.schema and context.schema != self.schema:
+            raise InputError(
+                f"the context was made for another set of features (schema {context.schema}, the model's is"
+                f" {self.schema}): annotate with the features the model was trained on, in their order"
             )
         self.preference.copy_(preference(context.one, context.zero, self.kappa))
         self._masks = context.masks
