@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int8, Int64
+from jaxtyping import Bool, Float, Int, Int8, Int64
 from torch import Tensor
 
 from shared_core.errors import InputError
@@ -86,6 +86,16 @@ def preference(one: Float[Tensor, "*c"], zero: Float[Tensor, "*c"], kappa: float
     if not kappa > 0:
         raise InputError(f"kappa must be above 0, got {kappa}")
     return (one - zero) / (one + zero + kappa)
+
+
+_NOWHERE, _NOTHING = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int8)
+
+
+def _nothing_left(key: tuple[str, str]) -> InputError:
+    return InputError(
+        f"instance '{key[0]}': every cell is marked 0, nothing would be left to attend to; leave one, or give"
+        " allow_empty=True"
+    )
 
 
 @dataclass(frozen=True)
@@ -238,10 +248,13 @@ class Context:
         people = [""] * len(found) if annotators is None else list(annotators)
         if len(names) != len(found) or len(people) != len(found):
             raise InputError(f"{len(found)} masks, {len(names)} ids and {len(people)} annotators: give one each")
+        keys = list(zip(names, people, strict=True))
+        if len(set(keys)) == len(keys) and self._masks.keys().isdisjoint(keys):
+            return self._append(keys, found, allow_empty)
         parts = []
-        for key, mask in zip(zip(names, people, strict=True), found, strict=True):
+        for key, mask in zip(keys, found, strict=True):
             at = (mask >= 0).nonzero()
-            parts.append((key, torch.cat([at, mask[at[:, 0], at[:, 1]].to(torch.int64).unsqueeze(1)], 1)))
+            parts.append((key, at, mask[at[:, 0], at[:, 1]]))
         return self._change(parts, allow_empty)
 
     def mark(
@@ -275,7 +288,12 @@ class Context:
                 )
             if verdict not in {-1, 0, 1}:
                 raise InputError(f"instance '{instance}': verdict {verdict} must be 1 (attend), 0 (not attend) or -1")
-        return self._change([((instance, annotator), found)], allow_empty)
+        # The last verdict on a cell counts, so that one cell is written once and undone once.
+        last = {(t, d): verdict for t, d, verdict in found.tolist()}
+        at = torch.tensor(list(last), dtype=torch.int64).reshape(-1, 2)
+        return self._change(
+            [((instance, annotator), at, torch.tensor(list(last.values()), dtype=torch.int8))], allow_empty
+        )
 
     def undo(self) -> Shift:
         """Take the last change back; counts are what they were, to the bit.
@@ -287,49 +305,71 @@ class Context:
         """
         if not self._past:
             raise InputError("there is nothing to undo")
-        keys, touched, verdicts = [], set[tuple[int, int]](), 0
+        keys, moved, verdicts = [], torch.zeros(self.steps, self.features, dtype=torch.bool), 0
         for key, is_new, at, before in reversed(self._past.pop()):
-            moved = self._put(key, at, before)
-            touched |= moved
-            verdicts += len(moved)
             if is_new:
-                del self._masks[key]
+                mask = self._masks.pop(key)
+                self.one -= (mask == 1).float()
+                self.zero -= (mask == 0).float()
+                seen = mask >= 0
+                moved |= seen
+                verdicts += int(seen.sum())
+            else:
+                verdicts += self._put(key, at, before, moved)
             keys.append(key)
-        return Shift(tuple(keys[::-1]), tuple(sorted(touched)), verdicts)
+        return self._shift(keys[::-1], moved, verdicts)
 
     def forget_past(self) -> None:
         """Let go of what undoing needs."""
         self._past.clear()
 
-    def _change(self, parts: Sequence[tuple[tuple[str, str], Tensor]], allow_empty: bool) -> Shift:
+    def _append(self, keys: Sequence[tuple[str, str]], masks: Int8[Tensor, "k t r"], allow_empty: bool) -> Shift:
+        empty = (masks == 0).flatten(1).all(1)
+        if not allow_empty and bool(empty.any()):
+            raise _nothing_left(keys[int(empty.nonzero()[0])])
+        with torch.inference_mode(False):
+            own = masks.clone()
+        self._masks.update(zip(keys, own, strict=True))
+        one, zero = counts(own)
+        self.one += one
+        self.zero += zero
+        seen = own >= 0
+        self._past.append([(key, True, _NOWHERE, _NOTHING) for key in keys])
+        return self._shift(keys, seen.any(0), int(seen.sum()))
+
+    def _change(self, parts: Sequence[tuple[tuple[str, str], Tensor, Tensor]], allow_empty: bool) -> Shift:
         past: list[tuple[tuple[str, str], bool, Tensor, Tensor]] = []
-        touched, verdicts = set[tuple[int, int]](), 0
+        moved, verdicts = torch.zeros(self.steps, self.features, dtype=torch.bool), 0
         self._past.append(past)
-        for key, cells in parts:
+        for key, at, verdict in parts:
             is_new = key not in self._masks
             if is_new:
                 with torch.inference_mode(False):
                     self._masks[key] = torch.full((self.steps, self.features), -1, dtype=torch.int8)
-            # The last verdict on a cell counts, so that one cell is written once and undone once.
-            last = {(t, d): verdict for t, d, verdict in cells.tolist()}
-            at = torch.tensor(list(last), dtype=torch.int64).reshape(-1, 2)
-            past.append((key, is_new, at, self._masks[key][at[:, 0], at[:, 1]].clone()))
-            moved = self._put(key, at, torch.tensor(list(last.values()), dtype=torch.int8))
-            touched |= moved
-            verdicts += len(moved)
-            if not allow_empty and bool((self._masks[key] == 0).all()):
+            mask = self._masks[key]
+            past.append((key, is_new, at, mask[at[:, 0], at[:, 1]]))
+            verdicts += self._put(key, at, verdict, moved)
+            if not allow_empty and not mask.any():
                 self.undo()
-                raise InputError(
-                    f"instance '{key[0]}': every cell is marked 0, nothing would be left to attend to; leave one, or"
-                    " give allow_empty=True"
-                )
-        return Shift(tuple(key for key, _ in parts), tuple(sorted(touched)), verdicts)
+                raise _nothing_left(key)
+        return self._shift([key for key, _, _ in parts], moved, verdicts)
 
-    def _put(self, key: tuple[str, str], at: Int64[Tensor, "m 2"], verdict: Int8[Tensor, " m"]) -> set[tuple[int, int]]:
-        mask = self._masks[key]
-        t, d = at[:, 0], at[:, 1]
+    def _put(
+        self,
+        key: tuple[str, str],
+        at: Int64[Tensor, "m 2"],
+        verdict: Int8[Tensor, " m"],
+        moved: Bool[Tensor, "t r"],
+    ) -> int:
+        mask, t, d = self._masks[key], at[:, 0], at[:, 1]
         before = mask[t, d]
-        self.one[t, d] += (verdict == 1).to(torch.float32) - (before == 1).to(torch.float32)
-        self.zero[t, d] += (verdict == 0).to(torch.float32) - (before == 0).to(torch.float32)
+        self.one[t, d] += (verdict == 1).float() - (before == 1).float()
+        self.zero[t, d] += (verdict == 0).float() - (before == 0).float()
         mask[t, d] = verdict
-        return {(int(a), int(b)) for a, b in at[before != verdict].tolist()}
+        changed = before != verdict
+        moved[t, d] |= changed
+        return int(changed.sum())
+
+    @staticmethod
+    def _shift(keys: Sequence[tuple[str, str]], moved: Tensor, verdicts: int) -> Shift:
+        return Shift(tuple(keys), tuple((int(t), int(d)) for t, d in moved.nonzero().tolist()), verdicts)
