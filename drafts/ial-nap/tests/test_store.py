@@ -70,7 +70,7 @@ def test_any_story_ends_where_its_log_says_and_where_the_next_start_finds_it(tmp
                 past[who] = []
                 while store.undo(who):
                     pass
-        assert store.standing() == latest(store.log())
+        assert store.standing() == store.of_instance("p") == latest(store.log())
         log, standing, rounds = store.log(), store.standing(), [store.round(who) for who in "ab"]
         version, efforts = store.version, store.efforts()
     with AnnotationStore(path, FEATURES, 2) as again:

@@ -149,6 +149,7 @@ class AnnotationStore:
         self._lock = threading.RLock()
         self._writer: sqlite3.Connection | None = None
         self._piles: dict[tuple[str, int, str, str], list[tuple[int, str, Annotation]]] = {}
+        self._instances: dict[str, set[tuple[str, int, str, str]]] = {}
         self._actions: dict[str, list[tuple[str, list[tuple[str, int, str, str]]]]] = {}
         self._known: set[tuple[str, str]] = set()
         self._efforts: dict[str, float] = {}
@@ -268,6 +269,7 @@ class AnnotationStore:
         self._version = number
         self._efforts[one.annotator] = self._efforts.get(one.annotator, 0.0) + one.seconds
         pile = self._piles.setdefault(one.key, [])
+        self._instances.setdefault(one.instance, set()).add(one.key)
         given = self._actions.setdefault(one.annotator, [])
         if one.undo:
             if pile:
@@ -433,6 +435,17 @@ class AnnotationStore:
         """Return the verdicts that stand, in the order in which they were given; see `ial_nap.annotations.latest`."""
         with self._lock:
             tops = [pile[-1] for pile in self._piles.values() if pile]
+        return [one for _, _, one in sorted(tops, key=lambda top: top[0])]
+
+    def of_instance(self, instance: str) -> list[Annotation]:
+        """Return what stands about one instance, in the order in which it was said.
+
+        Parameters
+        ----------
+        instance : id; nothing stands about one that is not known
+        """
+        with self._lock:
+            tops = [self._piles[key][-1] for key in self._instances.get(instance, ()) if self._piles[key]]
         return [one for _, _, one in sorted(tops, key=lambda top: top[0])]
 
     def of_cell(self, instance: str, step: int, feature: str, annotator: str) -> Annotation | None:

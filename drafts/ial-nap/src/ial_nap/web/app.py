@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ial_nap.annotations import Annotation, kappa_of_all
+from ial_nap.annotations import Annotation, Disagreement, disagreements, kappa_of_all
 from ial_nap.store import AnnotationStore, Round
 from ial_nap.web.guard import App, Guard, local_hosts
 from ial_nap.web.workbench import View, Workbench
@@ -118,13 +118,15 @@ class Desk:
         self._places = {name: place for place, name in enumerate(workbench.features)}
         workbench.update([])
         self._untouched = workbench.score()
-        self._score, self._applied = self._untouched, 0
+        self._score, self._applied, self._model = self._untouched, 0, store.context_hash()
+        self._agreement: tuple[int, list[Disagreement], float] = (-1, [], math.nan)
         self._sync()
 
     def _sync(self) -> None:
         if self._applied != self.store.version:
             self.workbench.update(self.store.standing())
             self._score, self._applied = self.workbench.score(), self.store.version
+            self._model = self.store.context_hash()
 
     def _start(self, annotator: str) -> float:
         """Return the score at the start of the annotator's open round."""
@@ -136,7 +138,7 @@ class Desk:
         change = score.value - start if score.better == "higher" else start - score.value
         return {
             "version": self._applied,
-            "model": self.store.context_hash(),
+            "model": self._model,
             "round": self.store.round(annotator),
             "score": {
                 **{name: _number(value) for name, value in asdict(score).items() if not isinstance(value, str)},
@@ -153,13 +155,12 @@ class Desk:
         self._seen[annotator, instance] = view.prediction, view.low, view.high
         mine: list[dict[str, Any]] = []
         others: list[dict[str, Any]] = []
-        for one in self.store.standing():
-            if one.instance == instance:
-                said = {"step": one.step, "feature": one.feature, "verdict": one.verdict}
-                if one.annotator == annotator:
-                    mine.append({**said, "note": one.note})
-                else:
-                    others.append({**said, "annotator": one.annotator})
+        for one in self.store.of_instance(instance):
+            said = {"step": one.step, "feature": one.feature, "verdict": one.verdict}
+            if one.annotator == annotator:
+                mine.append({**said, "note": one.note})
+            else:
+                others.append({**said, "annotator": one.annotator})
         return {
             "instance": instance,
             "values": _rows(view.values),
@@ -229,7 +230,7 @@ class Desk:
             self._sync()
             view = self.workbench.view(asked.instance)
             before = self._seen.get((annotator, asked.instance), (view.prediction, view.low, view.high))
-            model = self.store.context_hash()
+            model = self._model
             share = asked.seconds / len(asked.cells)
             new = self.store.add(
                 [
@@ -304,10 +305,13 @@ class Desk:
                     Round(
                         annotator,
                         number,
-                        self.store.context_hash(),
+                        self._model,
                         score.metric,
                         score.better,
-                        *map(float, (self._start(annotator), score.value, score.low, score.high)),
+                        float(self._start(annotator)),
+                        float(score.value),
+                        float(score.low),
+                        float(score.high),
                     )
                 )
             else:
@@ -323,18 +327,21 @@ class Desk:
         """
         with self._lock:
             self._sync()
-            standing = self.store.standing()
-            split = self.store.disagreements()
+            if self._agreement[0] != self._applied:
+                standing = self.store.standing()
+                self._agreement = self._applied, disagreements(standing), kappa_of_all(standing)
+            _, split, kappa = self._agreement
+            efforts = self.store.efforts()
             return {
                 "rounds": [
                     {name: _number(value) if isinstance(value, float) else value for name, value in asdict(one).items()}
                     for one in self.store.rounds()
                 ],
-                "efforts": [asdict(one) for one in self.store.efforts()],
+                "efforts": [asdict(one) for one in efforts],
                 "disagreements": [asdict(one) for one in split[:200]],
                 "disagreeing": len(split),
-                "kappa": _number(kappa_of_all(standing)),
-                "verdicts": len(standing),
+                "kappa": _number(kappa),
+                "verdicts": sum(one.verdicts for one in efforts),
                 **self._status(annotator),
             }
 
@@ -506,7 +513,9 @@ def serve(
     InputError
         For a port that is taken, and see `create_app`.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small answers without delay only where the socket says that it speaks TCP.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
