@@ -144,6 +144,15 @@ def test_draws_are_the_same_for_every_context_and_however_instances_are_grouped(
     assert not torch.equal(model.predict(batch(), LENGTHS, samples=4, seed=9).samples, whole)
 
 
+def test_dropout_is_on_when_asked_for_and_off_otherwise():
+    model = nap(latent=0)
+    quiet = model.predict(batch(), LENGTHS, samples=40, dropout=False)
+    loud = model.predict(batch(), LENGTHS, samples=40)
+    assert quiet.spread.max() == 0
+    assert loud.spread.min() > 1e-3
+    torch.testing.assert_close(quiet.mean, model(batch(), LENGTHS).logits.sigmoid())
+
+
 def test_draws_agree_with_one_reading_after_the_other():
     model = nap(keep=1.0)
     model.update(Context.of(masks()))
@@ -160,10 +169,11 @@ def test_draws_agree_with_one_reading_after_the_other():
 
 def test_error_of_the_mean_falls_with_the_square_root_of_draws():
     model = nap()
-    best = model.predict(batch(), LENGTHS, samples=20000, seed=99).mean
+    x, lengths = batch(n=2), LENGTHS[:2]
+    best = model.predict(x, lengths, samples=20000, seed=99).mean
     errors = []
     for samples in (10, 160):
-        found = [model.predict(batch(), LENGTHS, samples=samples, seed=s).mean for s in range(2, 42)]
+        found = [model.predict(x, lengths, samples=samples, seed=s).mean for s in range(2, 62)]
         errors.append(float((torch.stack(found) - best).square().mean().sqrt()))
     assert 3.2 < errors[0] / errors[1] < 4.9
 

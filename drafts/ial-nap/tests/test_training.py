@@ -50,12 +50,12 @@ def test_a_training_that_stopped_goes_on_to_the_same_bits(bound):
 
     def training(seed=0):
         made = model()
-        return Training(made, Episodic(made, bound=bound), series, small(seed=1), batch=16, epochs=6, seed=seed)
+        return Training(made, Episodic(made, bound=bound), series, small(seed=1), batch=20, epochs=4, seed=seed)
 
     whole = training()
     whole.run()
     part = training()
-    part.run(3)
+    part.run(2)
     state, history = part.state_dict(), list(part.history)
     part.run(1)
     rest = training(seed=9)

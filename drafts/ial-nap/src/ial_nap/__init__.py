@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from shared_core.lazy import attach
 
 if TYPE_CHECKING:
+    from ial_nap.annotations import Annotation as Annotation
+    from ial_nap.annotations import read_jsonl as read_jsonl
     from ial_nap.attention import Contributions as Contributions
     from ial_nap.attention import Retain as Retain
     from ial_nap.attention import Uncertain as Uncertain
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from ial_nap.simulation import Round as Round
     from ial_nap.simulation import Setting as Setting
     from ial_nap.simulation import simulate as simulate
+    from ial_nap.store import AnnotationStore as AnnotationStore
     from ial_nap.toys import shift_mask as shift_mask
     from ial_nap.toys import shift_task as shift_task
     from ial_nap.training import Episodic as Episodic
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "annotations": ["Annotation", "read_jsonl"],
         "attention": ["Contributions", "Retain", "Uncertain"],
         "context": ["Context", "Shift"],
         "episodes": ["Episodes"],
@@ -58,6 +62,7 @@ __getattr__, __dir__, __all__ = attach(
         "release": ["ReleaseNAP"],
         "series": ["Scaling", "Series", "make_series"],
         "simulation": ["Method", "Oracle", "Round", "Setting", "simulate"],
+        "store": ["AnnotationStore"],
         "toys": ["shift_mask", "shift_task"],
         "training": ["Episodic", "Plain", "Training", "finetune"],
     },

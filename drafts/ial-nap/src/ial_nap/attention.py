@@ -132,6 +132,11 @@ def dropped(values: Float[Tensor, "... m"], keep: float, generator: torch.Genera
     return values * (mask.to(values) / keep)
 
 
+def _normal_like(values: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
+    return drawn.to(values.device)
+
+
 def lstm_or_gru(kind: Literal["gru", "lstm"], inputs: int, hidden: int) -> nn.GRU | nn.LSTM:
     """Make a recurrent layer that takes ``(b, t, inputs)``.
 
@@ -312,11 +317,6 @@ class Uncertain(Retain):
         """
         alpha, beta = self.to_alpha(on_steps).squeeze(2), self.to_beta(on_entries)
         if generator is not None:
-            device = generator.device
-            alpha = alpha + positive(self.alpha_spread(on_steps).squeeze(2)) * torch.randn(
-                alpha.shape, generator=generator, device=device, dtype=alpha.dtype
-            )
-            beta = beta + positive(self.beta_spread(on_entries)) * torch.randn(
-                beta.shape, generator=generator, device=device, dtype=beta.dtype
-            )
+            alpha = alpha + positive(self.alpha_spread(on_steps).squeeze(2)) * _normal_like(alpha, generator)
+            beta = beta + positive(self.beta_spread(on_entries)) * _normal_like(beta, generator)
         return alpha, beta.tanh()

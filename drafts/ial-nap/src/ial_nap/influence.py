@@ -441,7 +441,8 @@ def influence_on(
         @torch.no_grad()
         def seen(series: Series) -> tuple[Tensor, Tensor, Tensor]:
             phi = model.additive(series.x, series.lengths)
-            return phi, model.output(phi), series.targets
+            # The solve is small and in double precision: it is the CPU's.
+            return phi.cpu(), model.output(phi).cpu(), series.targets.cpu()
 
         head = HeadInfluence.of(seen(train), seen(hard_ones), model.kind, l2=l2, damping=damping)
         return Influence(lambda series: head.scores(*seen(series)), damping)
@@ -450,8 +451,14 @@ def influence_on(
     chosen = [p for name, p in twin.named_parameters() if name.startswith(names)]
     dtype = torch.float64 if sum(p.numel() for p in chosen) < _DOUBLE_UP_TO else torch.float32
     twin.to(dtype)
+
+    def logits(series: Series) -> Tensor:
+        # The recurrent kernels of cuDNN have no second derivative.
+        with torch.backends.cudnn.flags(enabled=False):
+            return twin(series.x, series.lengths).logits
+
     whole = ModelInfluence(
-        lambda series: twin(series.x, series.lengths).logits,
+        logits,
         chosen,
         train.to(dtype),
         hard_ones.to(dtype),

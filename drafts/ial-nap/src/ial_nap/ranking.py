@@ -217,7 +217,7 @@ def feature_influence(
         altered = copies.x.clone()
         altered[:, :, d] = (values[:, :, d].unsqueeze(2) * inside.squeeze(2)).flatten(0, 1)
         found[:, d] = (influence.of(replace(copies, x=altered)).view(draws, n) - before).abs().mean(0)
-    return (found.unsqueeze(1) * inside).to(series.x)
+    return found.to(series.x).unsqueeze(1) * inside
 
 
 # ---- both
@@ -338,11 +338,11 @@ class CER:
             if validation is None:
                 raise InputError("influence is on a validation loss: give validation series, or rank by uncertainty")
             influence = influence_on(model, train, validation, scope=self.scope, worst=self.worst)
-        scores = self.instance_scores(model, train.part(pool), influence, seed)
+        scores = self.instance_scores(model, train.part(pool), influence, seed).cpu()
         top = scores.argsort(descending=True, stable=True)[: self.k]
         chosen = pool[top]
         by_cell = self.feature_scores(model, train.part(chosen), influence, seed)
-        by_feature = by_cell.amax(1)
+        by_feature = by_cell.amax(1).cpu()
         names = train.features
         found: list[Ranked] = []
         for place, score, row in zip(chosen.tolist(), scores[top].tolist(), by_feature, strict=True):
