@@ -318,9 +318,10 @@ def _federation(facts: Mapping[str, Any], files: Any, settings: FedAPCConfig, de
 @line.command(FitConfig)
 def fit(config: FitConfig, session: Session) -> Outcome:
     """Let clients learn their tasks, and keep what they know."""
+    from fedapc.baselines.methods import find_method
     from fedapc.data import read_tasks
     from fedapc.errors import SparsityWarning
-    from fedapc.experiments import find_method, measure, results_of
+    from fedapc.experiments import measure, results_of
 
     find_method(config.method)
     settings = _settings(config)
@@ -342,7 +343,6 @@ def fit(config: FitConfig, session: Session) -> Outcome:
         settings.learning()
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         session.say(f"note: {text}")
-    warnings.simplefilter("ignore", SparsityWarning)
     total = settings.rounds * max(map(len, files.tasks.values()))
     with session.progress("rounds", total) as advance:
         done = 0
@@ -358,13 +358,15 @@ def fit(config: FitConfig, session: Session) -> Outcome:
             advance(progress.round - done, note=f"task {progress.task + 1}, {progress.megabytes:.1f} MB")
             done = progress.round
 
-        report = federation.fit(
-            files.tasks,
-            workers=config.workers,
-            processes=config.processes,
-            checkpoint=session.run,
-            on_round=after,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SparsityWarning)
+            report = federation.fit(
+                files.tasks,
+                workers=config.workers,
+                processes=config.processes,
+                checkpoint=session.run,
+                on_round=after,
+            )
     federation.save(session.run.artifact(_SAVED))
     write_json(session.run.artifact(_FACTS), facts)
     _keep(session, report)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from fedapc.baselines import METHODS, Training
+from fedapc.baselines import Training
+from fedapc.baselines.methods import find_method
 from fedapc.config import FedAPCConfig
 from fedapc.data import Benchmark, benchmark
 from fedapc.errors import SparsityWarning, TrainingDivergedError
@@ -22,7 +23,7 @@ from fedapc.networks import network
 from fedapc.report import Report, plain_numbers
 from fedapc.seeds import derive, generator
 from fedapc.tasks import Task
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError
 from shared_core.runs import Claim, Result, Run, summarize
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "Protocol",
     "claims_of",
     "compare",
-    "find_method",
     "mean_known",
     "measure",
     "results_of",
@@ -107,19 +107,6 @@ class Protocol:
         return FedAPCConfig.preset("probed", **{**common, **(self.config or {})})
 
 
-def find_method(name: str) -> str:
-    """Return the name, if there is such a method.
-
-    Raises
-    ------
-    UnknownKeyError
-        That lists all.
-    """
-    if name not in METHODS:
-        raise UnknownKeyError(f"method '{name}' is unknown; choose of {', '.join(METHODS)}")
-    return name
-
-
 def run(
     method: str,
     data: Benchmark,
@@ -143,7 +130,7 @@ def run(
     device : where clients compute
     options : of `Federation.fit`
     """
-    info = METHODS[find_method(method)]
+    info = find_method(method)
     config = protocol.federation_config(lr or protocol.lr)
     first = next(iter(data.tasks.values()))[0]
     body = network(protocol.network or data.network, first.x[:1], first.classes)
@@ -209,7 +196,7 @@ def tune(
     ``lr``, ``strength`` if there is one, and ``accuracy`` on validation examples.
     """
     judged = replace(data, tasks={name: [_judged_early(task) for task in own] for name, own in data.tasks.items()})
-    info = METHODS[method]
+    info = find_method(method)
 
     def trial(lr: float, strength: float | None) -> float:
         def compute() -> float:

@@ -22,7 +22,7 @@ from fedapc.server import Server
 from fedapc.tasks import Task
 from shared_core.errors import UnknownKeyError
 
-__all__ = ["METHODS", "MethodInfo", "build"]
+__all__ = ["METHODS", "MethodInfo", "build", "find_method"]
 
 # Stable-SGD wants small batches: 10 to 32 (spec 3).
 _SMALL_BATCH = 32
@@ -239,6 +239,23 @@ METHODS: dict[str, MethodInfo] = {
 """Methods by name: those that the paper compares to, FedAPC, and FedAPC without one of its parts each."""
 
 
+def find_method(name: str) -> MethodInfo:
+    """Return what there is to know of a method.
+
+    Parameters
+    ----------
+    name : of `METHODS`
+
+    Raises
+    ------
+    UnknownKeyError
+        That lists all.
+    """
+    if name not in METHODS:
+        raise UnknownKeyError(f"method '{name}' is unknown; choose of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
 def build(
     method: str,
     module: nn.Module,
@@ -284,9 +301,7 @@ def build(
     >>> simulate(clients, server).total("values", direction="up") == 2 * 2 * (8 * 4 + 4)
     True
     """
-    if method not in METHODS:
-        raise UnknownKeyError(f"method '{method}' is unknown; choose of {', '.join(METHODS)}")
-    recipe, training = METHODS[method].recipe, training or Training()
+    recipe, training = find_method(method).recipe, training or Training()
     layout = layout or Layout.of(module)
     counts = {name: len(own) for name, own in tasks.items()} if counts is None else counts
     draw = initial_body if recipe.decomposed is None else initial_base
