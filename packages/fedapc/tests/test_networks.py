@@ -196,6 +196,9 @@ def test_users_functions_get_what_they_ask_for(file, function, body, classes):
 
 
 def test_users_modules_are_imported(file, monkeypatch):
+    # Whatever is imported here is forgotten again: other tests have modules of that name.
+    monkeypatch.setitem(sys.modules, "mine", None)
+    monkeypatch.delitem(sys.modules, "mine")
     monkeypatch.syspath_prepend(str(file.parent))
     assert isinstance(network("mine:plain", torch.rand(4, 3, 4), classes=5), nn.Sequential)
 
