@@ -20,9 +20,10 @@ from pathlib import Path
 root = Path(__file__).parent.parent
 sys.path[:0] = [str(root / "src"), str(root / "tests")]
 
+from nap_served import Served  # noqa: E402
+
 from ial_nap.store import AnnotationStore  # noqa: E402
 from ial_nap.web.linear import planted  # noqa: E402
-from nap_served import Served  # noqa: E402
 
 
 class Annotator(threading.Thread):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+
 from ial_nap.nap import FeatureNAP
 
 T, R = 4, 5

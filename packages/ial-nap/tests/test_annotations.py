@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import cohen_kappa_score
+
 from ial_nap.annotations import (
     Annotation,
     cohen_kappa,
@@ -27,8 +29,6 @@ from ial_nap.annotations import (
     to_jsonl,
     to_label_studio,
 )
-from sklearn.metrics import cohen_kappa_score
-
 from shared_core.errors import InputError, UnknownKeyError
 
 annotations = st.builds(

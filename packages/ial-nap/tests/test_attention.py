@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from ial_nap.attention import Retain, Uncertain, dropped, lstm_or_gru, masked_softmax, positive, reverse_by_length
 
+from ial_nap.attention import Retain, Uncertain, dropped, lstm_or_gru, masked_softmax, positive, reverse_by_length
 from shared_core.errors import InputError
 
 LENGTHS = torch.tensor([5, 3, 1, 4])

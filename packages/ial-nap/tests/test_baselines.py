@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nap_cases import LENGTHS, R, T, batch, masks, nap
+
 from ial_nap.attention import Retain
 from ial_nap.baselines import Annotated, attention_supervision, heed, majority_off, masked_logits, right_reasons
 from ial_nap.context import Context
 from ial_nap.series import make_series
-from nap_cases import LENGTHS, R, T, batch, masks, nap
-
 from shared_core.errors import InputError
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from ial_nap.context import Context
 from ial_nap.influence import influence_on
 from ial_nap.nap import FeatureNAP

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ial_nap.context import Context, check_masks, counts, preference
 
+from ial_nap.context import Context, check_masks, counts, preference
 from shared_core.errors import InputError
 
 T, R = 3, 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ial_nap.episodes import Episodes
 
+from ial_nap.episodes import Episodes
 from shared_core.errors import InputError
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nap_cases import LENGTHS, R, T, batch, hash_of, masks
+from torch import nn
+
 from ial_nap.context import Context
 from ial_nap.gated import GatedModel
 from ial_nap.toys import shift_mask, shift_task
 from ial_nap.training import Episodic, Training, losses
-from nap_cases import LENGTHS, R, T, batch, hash_of, masks
-from torch import nn
-
 from shared_core.errors import InputError
 
 

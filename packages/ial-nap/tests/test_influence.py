@@ -7,6 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from nap_cases import LENGTHS, R, T, masks, nap
+from scipy.stats import pearsonr, spearmanr
+
 from ial_nap.context import Context
 from ial_nap.influence import (
     HeadInfluence,
@@ -22,9 +25,6 @@ from ial_nap.influence import (
 )
 from ial_nap.series import make_series
 from ial_nap.training import losses
-from nap_cases import LENGTHS, R, T, masks, nap
-from scipy.stats import pearsonr, spearmanr
-
 from shared_core.errors import InputError
 
 KINDS = [("binary", 1), ("multilabel", 2), ("multiclass", 3), ("regression", 1)]

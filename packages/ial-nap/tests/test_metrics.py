@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ial_nap.metrics import compare, expected_calibration_error, measure
-from ial_nap.series import make_series
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
+from ial_nap.metrics import compare, expected_calibration_error, measure
+from ial_nap.series import make_series
 from shared_core.errors import InputError
 
 

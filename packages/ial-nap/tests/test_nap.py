@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from nap_cases import LENGTHS, R, T, batch, hash_of, masks, nap
+
 from ial_nap.context import Context
 from ial_nap.nap import Condition, FeatureNAP, Latent, probabilities
 from ial_nap.series import make_series
-from nap_cases import LENGTHS, R, T, batch, hash_of, masks, nap
-
 from shared_core.errors import InputError
 
 

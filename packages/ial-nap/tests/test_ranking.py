@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nap_cases import LENGTHS, R, T, batch, hash_of, masks, nap
+
 from ial_nap.context import Context
 from ial_nap.influence import influence_on
 from ial_nap.nap import Predicted
@@ -20,8 +22,6 @@ from ial_nap.ranking import (
     uncertainty,
 )
 from ial_nap.series import make_series
-from nap_cases import LENGTHS, R, T, batch, hash_of, masks, nap
-
 from shared_core.errors import InputError
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nap_cases import LENGTHS, R, T, batch, masks, shaken
+
 from ial_nap.context import Context
 from ial_nap.release import ReleaseNAP
 from ial_nap.toys import shift_mask, shift_task
 from ial_nap.training import Plain, Training
-from nap_cases import LENGTHS, R, T, batch, masks, shaken
-
 from shared_core.errors import InputError
 
 

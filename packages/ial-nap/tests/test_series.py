@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ial_nap.series import find_name, make_series, schema_hash
 
+from ial_nap.series import find_name, make_series, schema_hash
 from shared_core.errors import InputError
 
 

@@ -7,11 +7,11 @@ from typing import get_args
 
 import pytest
 import torch
+
 from ial_nap.ranking import Ranked
 from ial_nap.series import make_series
 from ial_nap.simulation import Method, Oracle, Setting, score, simulate
 from ial_nap.toys import shift_mask, shift_task
-
 from shared_core.errors import InputError
 
 SETTING = Setting(rounds=2, k=4, f=3, epochs=2, batch=60, hidden=5, latent=2, steps=3, samples=3)

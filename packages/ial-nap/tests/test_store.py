@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ial_nap.annotations import Annotation, context_hash, latest, parse_lines, to_jsonl
 from ial_nap.store import AnnotationStore, Round
-
 from shared_core.errors import InputError, UnknownKeyError
 
 FEATURES = ["LDL", "HDL"]

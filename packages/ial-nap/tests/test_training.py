@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
+from nap_cases import LENGTHS, R, T, batch, hash_of, masks, nap
+
 from ial_nap.attention import Retain
 from ial_nap.context import Context
 from ial_nap.nap import FeatureNAP
 from ial_nap.series import make_series
 from ial_nap.toys import CAUSAL, SHORTCUT, shift_mask, shift_task
 from ial_nap.training import Episodic, Plain, Training, finetune, losses, weight_penalty
-from nap_cases import LENGTHS, R, T, batch, hash_of, masks, nap
-
 from shared_core.errors import InputError
 
 

@@ -8,15 +8,16 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+
 from ial_nap.annotations import Annotation
 from ial_nap.store import AnnotationStore
-
 from shared_core.errors import InputError
 
 pytest.importorskip("fastapi", reason="needs ial-nap[web]")
 pytest.importorskip("httpx", reason="needs httpx, to talk to the server without a network")
 
 from fastapi.testclient import TestClient
+
 from ial_nap.web.app import create_app, serve
 from ial_nap.web.linear import LinearWorkbench, planted
 

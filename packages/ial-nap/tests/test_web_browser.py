@@ -9,9 +9,10 @@ import threading
 from urllib.parse import urlsplit
 
 import pytest
+from nap_served import Served, browser
+
 from ial_nap.store import AnnotationStore
 from ial_nap.web.linear import planted
-from nap_served import Served, browser
 
 pytest.importorskip("fastapi", reason="needs ial-nap[web]")
 pytest.importorskip("selenium", reason="needs selenium, to drive a browser")
