@@ -51,8 +51,12 @@ $(VENV)/.ready: $(MANIFESTS) constraints.txt
 	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt $(EDITABLE) --group dev
 	@touch $@
 
-demo: $(VENV)/.ready  ## run each method on real data: a table and a picture in under a minute each
-	@for p in $(CHOSEN); do echo "== $$p"; $(BIN)/$$p demo --overwrite --out $(RUNS)/$$p/demo; done
+demo: $(VENV)/.ready  ## run each method on real data, two at a time, and make one page of it: runs/report/index.html
+ifdef PACKAGE
+	@$(BIN)/$(PACKAGE) demo --overwrite --out $(RUNS)/$(PACKAGE)/demo
+else
+	@$(BIN)/python scripts/demos.py $(BIN) $(RUNS)
+endif
 
 test: $(VENV)/.ready  ## the fast tests
 	@$(BIN)/pytest -m "not claims" $(TESTS)
