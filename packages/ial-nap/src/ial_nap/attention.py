@@ -254,6 +254,17 @@ class Retain(nn.Module):
         seen = torch.einsum("bt,btm,btm->bm", alpha, beta, embedded)
         return Attended(self.output(seen), alpha, beta)
 
+    def additive(self, x: Float[Tensor, "b t r"], lengths: Int64[Tensor, " b"]) -> Float[Tensor, "b m"]:
+        """Return what the logits are linear in, ``sum_t alpha_t beta_t v_t``, without dropout.
+
+        Parameters
+        ----------
+        x, lengths : as of the forward pass
+        """
+        embedded = self.embedding(x)
+        alpha, beta = self.attention(embedded, lengths, None)
+        return torch.einsum("bt,btm,btm->bm", alpha, beta, embedded)
+
     def contributions(
         self,
         x: Float[Tensor, "b t r"],

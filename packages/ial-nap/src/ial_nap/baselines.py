@@ -21,7 +21,15 @@ from ial_nap.series import Series
 from ial_nap.training import losses, weight_penalty
 from shared_core.errors import InputError
 
-__all__ = ["Annotated", "attention_supervision", "heed", "majority_off", "masked_logits", "right_reasons"]
+__all__ = [
+    "Annotated",
+    "MaskedPlain",
+    "attention_supervision",
+    "heed",
+    "majority_off",
+    "masked_logits",
+    "right_reasons",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +123,34 @@ def masked_logits(model: Retain, series: Series, masks: Int8[Tensor, "n t r"], g
         )
     alpha, beta = model.attention(embedded, series.lengths, generator)
     return model.output(torch.einsum("bt,btm,btm->bm", alpha, beta * (masks != 0).to(beta), embedded))
+
+
+class MaskedPlain:
+    """Loss of RETAIN trained once on annotated series: weights of cells marked 0 are multiplied by 0 (spec 3).
+
+    Parameters
+    ----------
+    model : whose embedding is as wide as there are features
+    seen : what was annotated; of an instance with several masks, a cell is left out where any marks it 0
+    l2 : of :func:`ial_nap.training.weight_penalty`
+    """
+
+    def __init__(self, model: Retain, seen: Annotated, *, l2: float = 0.004) -> None:
+        self.model, self.l2 = model, l2
+        self.off: dict[str, Tensor] = {}
+        for name, mask in zip(seen.series.ids, seen.masks, strict=True):
+            self.off[name] = (mask == 0) | self.off.get(name, torch.zeros(()).bool())
+
+    def __call__(self, batch: Series, generator: torch.Generator | None, done: float) -> Tensor:  # noqa: ARG002
+        """Return the loss of a batch; at evaluation, that of the model as it is used, without masks and penalty."""
+        if generator is None:
+            return losses(self.model(batch.x, batch.lengths).logits, batch.targets, batch.kind).mean()
+        masks = torch.ones(batch.x.shape, dtype=torch.int8, device=batch.x.device)
+        for row, name in enumerate(batch.ids):
+            if name in self.off:
+                masks[row, self.off[name]] = 0
+        logits = masked_logits(self.model, batch, masks, generator)
+        return losses(logits, batch.targets, batch.kind).mean() + self.l2 * weight_penalty(self.model)
 
 
 def majority_off(context: Context) -> Bool[Tensor, " r"]:
