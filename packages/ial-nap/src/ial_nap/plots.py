@@ -284,7 +284,7 @@ def plot_contributions(
     hatched = None if uncertain is None else _cells("uncertain", uncertain, shape)
     marks = None if verdicts is None else _cells("verdicts", verdicts, shape)
     weight = np.sum([np.nan_to_num(np.abs(cells)).sum(0) for cells in maps.values()], axis=0)
-    rows = np.argsort(-weight, kind="stable")[:_MOST_ROWS]
+    rows: list[int] = np.argsort(-weight, kind="stable")[:_MOST_ROWS].tolist()
     limit = max(float(np.nanmax(np.abs(cells), initial=0.0)) for cells in maps.values()) or 1.0
     names = _labels([f"{features[d]} [{units[d]}]" if units and units[d] else features[d] for d in rows])
     with mpl.rc_context(_STYLE):
@@ -366,7 +366,7 @@ def plot_attention(
     weight, cells = _vector("alpha", alpha, shape[0]), _cells("beta", beta, shape)
     spread = None if alpha_deviation is None else _vector("alpha_deviation", alpha_deviation, shape[0])
     gates = None if gate is None else _cells("gate", gate, shape)
-    rows = np.argsort(-np.nan_to_num(np.abs(cells)).sum(0), kind="stable")[:_MOST_ROWS]
+    rows: list[int] = np.argsort(-np.nan_to_num(np.abs(cells)).sum(0), kind="stable")[:_MOST_ROWS].tolist()
     limit = float(np.nanmax(np.abs(cells), initial=0.0)) or 1.0
     names = _labels([features[d] for d in rows])
     maps: list[tuple[str, Array, Any, tuple[float, float]]] = [
@@ -432,7 +432,7 @@ def plot_gates(
     shape = len(steps), len(features)
     old, new = _cells("before", before, shape), _cells("after", after, shape)
     moved = new - old
-    rows = np.argsort(-np.abs(moved).sum(0), kind="stable")[:_MOST_ROWS]
+    rows: list[int] = np.argsort(-np.abs(moved).sum(0), kind="stable")[:_MOST_ROWS].tolist()
     names = _labels([features[d] for d in rows])
     with mpl.rc_context(_STYLE):
         width = max(0.34 * min(shape[0], 30), 2.4)
