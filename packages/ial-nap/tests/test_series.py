@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ial_nap.series import find_name, make_series, schema_hash
+from ial_nap.annotations import feature_set_hash
+from ial_nap.series import find_name, make_series
 from shared_core.errors import InputError
 
 
@@ -78,7 +79,7 @@ def test_parts_and_fewer_features():
     less = series.without(["b"])
     assert less.features == ("a", "c")
     assert torch.equal(less.x, series.x[:, :, [0, 2]])
-    assert less.schema != series.schema == schema_hash(["a", "b", "c"], ["0", "1", "2", "3"])
+    assert less.schema != series.schema == feature_set_hash(["a", "b", "c"], 4)
 
 
 def nan_at(x):

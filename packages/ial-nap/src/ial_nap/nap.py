@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor, nn
@@ -240,7 +241,8 @@ class FeatureNAP(nn.Module):
     rnn : "gru" or "lstm", of the two that read series
     kappa : prior count of :func:`ial_nap.context.preference`
     hard : outside training, close the gate entirely where the preference is -0.5 or less
-    limit : most masks that the latent path reads; of more, a seeded choice
+    limit : most different masks that the latent path reads; of more, a seeded choice
+    gated : False leaves the gate out, so that verdicts reach attention through the latent alone, as in the release
     schema : of the series it reads, see :attr:`ial_nap.Series.schema`; a context of another one is refused
     seed : of the initial weights, and of that choice
 
@@ -273,6 +275,7 @@ class FeatureNAP(nn.Module):
         kappa: float = 1.0,
         hard: bool = True,
         limit: int = 512,
+        gated: bool = True,
         schema: str = "",
         seed: int = 0,
     ) -> None:
@@ -288,6 +291,7 @@ class FeatureNAP(nn.Module):
         self.kind: Kind = kind
         self.hidden, self.latent, self.keep, self.kappa = hidden, latent, keep, kappa
         self.hard, self.limit, self.schema, self.seed = hard, limit, schema, seed
+        self.gated = gated
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.rnn_alpha = lstm_or_gru(rnn, features, hidden)
@@ -355,6 +359,7 @@ class FeatureNAP(nn.Module):
             "kappa": self.kappa,
             "hard": self.hard,
             "limit": self.limit,
+            "gated": self.gated,
             "schema": self.schema,
             "seed": self.seed,
         }
@@ -393,11 +398,15 @@ class FeatureNAP(nn.Module):
         """Read the masks again, after parameters of the encoder have changed."""
         if self.encoder is None:
             return
-        masks = self._masks
-        if len(masks) > self.limit:
-            chosen = torch.randperm(len(masks), generator=torch.Generator().manual_seed(self.seed))[: self.limit]
-            masks = masks[chosen]
-        self.summary.copy_(self.encoder.states(masks.to(self.summary.device)).mean(0))
+        # In an order of their own, each once: the same masks give the same bits, however they came together.
+        shown = self._masks.flatten(1).numpy() + np.int8(2)
+        _, first, times = np.unique(shown.view(f"S{shown.shape[1]}"), return_index=True, return_counts=True)
+        if len(first) > self.limit:
+            chosen = torch.randperm(len(first), generator=torch.Generator().manual_seed(self.seed))[: self.limit]
+            first, times = first[chosen.numpy()], times[chosen.numpy()]
+        states = self.encoder.states(self._masks[torch.from_numpy(first)].to(self.summary.device))
+        weights = torch.from_numpy(times / times.sum()).to(states)
+        self.summary.copy_(torch.einsum("k,kth->th", weights, states))
 
     def gaussian(self) -> Latent | None:
         """Return the Gaussian of the latent under the present context, ``e = 1``; None without a latent path."""
@@ -457,6 +466,8 @@ class FeatureNAP(nn.Module):
         condition : preference u and latent z
         hard : close entirely where u is -0.5 or less
         """
+        if not self.gated:
+            return torch.ones_like(condition.preference)
         shift = None if self.to_gate is None else self.to_gate(condition.z)
         return open_gate(condition.preference, self.gate_bias, self.gate_slope, shift, hard=hard)
 
@@ -645,6 +656,41 @@ class FeatureNAP(nn.Module):
             means.append(cells.mean(0))
             variances.append(cells.var(0, correction=0))
         return torch.cat(means), torch.cat(variances)
+
+    @torch.no_grad()
+    def attend(
+        self,
+        x: Float[Tensor, "n t r"],
+        lengths: Int64[Tensor, " n"],
+        *,
+        samples: int = 30,
+        seed: int = 0,
+        dropout: bool = True,
+    ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t"], Float[Tensor, "n t r"], Float[Tensor, "n t r"]]:
+        """Return mean and standard deviation, over draws, of the weights of steps and of cells.
+
+        Parameters
+        ----------
+        x, lengths, samples, seed, dropout : as of :meth:`predict`
+
+        Returns
+        -------
+        Mean and deviation of alpha, mean and deviation of beta times the gate: how far a cell is attended to.
+
+        Raises
+        ------
+        InputError
+            For fewer than 1 sample.
+        """
+        self._check_samples(samples)
+        found: list[tuple[Tensor, ...]] = []
+        for _, read in self._sampled(x, lengths, samples, seed, dropout):
+            count = len(read.alpha) // samples
+            parts = (read.alpha, read.beta * read.gate)
+            spread = [part.unflatten(0, (samples, count)) for part in parts]
+            found.append(tuple(value for part in spread for value in (part.mean(0), part.std(0, correction=0))))
+        alpha, alpha_std, beta, beta_std = (torch.cat(column) for column in zip(*found, strict=True))
+        return alpha, alpha_std, beta, beta_std
 
     @staticmethod
     def _check_samples(samples: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -14,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+from ial_nap.annotations import feature_set_hash
 from shared_core.errors import InputError, UnknownKeyError
 
-__all__ = ["Kind", "Scaling", "Series", "find_name", "make_series", "schema_hash"]
+__all__ = ["Kind", "Scaling", "Series", "find_name", "make_series"]
 
 Kind: TypeAlias = Literal["binary", "multiclass", "multilabel", "regression"]
 """What is predicted for an instance: one of two, one of several, several of several, or a number."""
@@ -89,6 +88,7 @@ class Series:
     outputs : logits of a model of it: classes, labels or 1
     features, steps, ids : names
     scaling : what was standardised with
+    units : of features, "" where there is none; () when not known
     """
 
     x: Float[Tensor, "n t r"]
@@ -101,6 +101,7 @@ class Series:
     steps: tuple[str, ...]
     ids: tuple[str, ...]
     scaling: Scaling
+    units: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of instances."""
@@ -108,8 +109,8 @@ class Series:
 
     @property
     def schema(self) -> str:
-        """Hash of the names of features and steps: annotations belong to one schema."""
-        return schema_hash(self.features, self.steps)
+        """Hash of what verdicts are about, see :func:`ial_nap.annotations.feature_set_hash`."""
+        return feature_set_hash(self.features, len(self.steps), self.units)
 
     @property
     def targets(self) -> Shaped[Tensor, "n ..."]:
@@ -163,6 +164,7 @@ class Series:
             x=self.x[:, :, kept],
             observed=self.observed[:, :, kept],
             features=tuple(self.features[k] for k in kept),
+            units=tuple(self.units[k] for k in kept) if self.units else (),
             scaling=replace(self.scaling, mean=self.scaling.mean[kept], deviation=self.scaling.deviation[kept]),
         )
 
@@ -189,21 +191,6 @@ class Series:
                 self.scaling, mean=self.scaling.mean.to(target), deviation=self.scaling.deviation.to(target)
             ),
         )
-
-
-def schema_hash(features: Sequence[str], steps: Sequence[str]) -> str:
-    """Hash names of features and steps, in their order.
-
-    Parameters
-    ----------
-    features, steps : names
-
-    Examples
-    --------
-    >>> schema_hash(["LDL", "HDL"], ["0", "1"]) == schema_hash(["HDL", "LDL"], ["0", "1"])
-    False
-    """
-    return hashlib.sha256(json.dumps([list(features), list(steps)]).encode()).hexdigest()[:16]
 
 
 def find_name(name: str, known: Sequence[str], what: str) -> int:
@@ -243,6 +230,7 @@ def make_series(
     features: Sequence[str] | None = None,
     steps: Sequence[str] | None = None,
     ids: Sequence[str] | None = None,
+    units: Sequence[str] | None = None,
     like: Series | None = None,
     standardise: bool = True,
 ) -> Series:
@@ -257,7 +245,8 @@ def make_series(
     lengths : real steps of each instance, ``(n,)``; None when all are full
     missing : NaN within an instance's length is an error, or a cell that is not observed and reads as the mean
     features, steps, ids : names; None numbers them
-    like : training series whose names, kind and scaling hold for these too
+    units : of features; None when not known
+    like : training series whose names, units, kind and scaling hold for these too
     standardise : False leaves values as they are, and 0 to mean whatever it means
 
     Raises
@@ -284,6 +273,9 @@ def make_series(
         raise InputError(f"features {list(names)} are not those of the training, {list(like.features)}")
     step_names = _names(steps or (like.steps if like else None), t, "step", "")
     id_names = _names(ids, n, "instance id", "")
+    in_units = like.units if like else tuple(str(unit) for unit in units or ())
+    if in_units and len(in_units) != r:
+        raise InputError(f"{len(in_units)} units for {r} features: give one each, '' where there is none")
     real = _lengths(lengths, n, t)
     inside = (torch.arange(t) < real.unsqueeze(1)).unsqueeze(2).expand(n, t, r)
     observed = inside & values.isfinite()
@@ -301,7 +293,17 @@ def make_series(
             )
         found: Kind = like.kind if like else kind or "binary"
         return Series(
-            values, real, observed, None, found, like.outputs if like else 1, names, step_names, id_names, scaling
+            values,
+            real,
+            observed,
+            None,
+            found,
+            like.outputs if like else 1,
+            names,
+            step_names,
+            id_names,
+            scaling,
+            in_units,
         )
     target, found, outputs = _labels(y, n, like.kind if like else kind, like)
     if found == "regression":
@@ -309,7 +311,7 @@ def make_series(
             deviation = float(target.double().std(correction=0))
             scaling = replace(scaling, target_mean=float(target.double().mean()), target_deviation=deviation or 1.0)
         target = (target - scaling.target_mean) / scaling.target_deviation
-    return Series(values, real, observed, target, found, outputs, names, step_names, id_names, scaling)
+    return Series(values, real, observed, target, found, outputs, names, step_names, id_names, scaling, in_units)
 
 
 def _values(x: ArrayLike) -> Tensor:
