@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 jaxtyping.install_import_hook(
     [
         *("shared_core.episodes", "shared_core.device", "shared_core.data", "shared_core.tables"),
-        *("shared_core.classes", "shared_core._pictures", "shared_core._hershey"),
+        *("shared_core.classes", "shared_core._pictures", "shared_core._hershey", "shared_core.plots"),
     ],
     typechecker="beartype.beartype",
 )
