@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ial_nap.attention import Attended, Contributions, lstm_or_gru, masked_softmax, positive, reverse_by_length
 from ial_nap.context import Context, check_masks, counts, preference
+from ial_nap.instances import Around, Likeness, Reads, Shown
 from ial_nap.series import Kind, Series
 from shared_core.errors import InputError
 
@@ -199,24 +200,30 @@ class ContextEncoder(nn.Module):
     hidden : units of the recurrent layer
     latent : entries z of the latent of a step
     rnn : "gru" or "lstm"
+    beside : entries of a step that it reads beside the mask, see :class:`ial_nap.instances.Shown`
     """
 
-    def __init__(self, features: int, hidden: int, latent: int, rnn: Literal["gru", "lstm"] = "lstm") -> None:
+    def __init__(
+        self, features: int, hidden: int, latent: int, rnn: Literal["gru", "lstm"] = "lstm", beside: int = 0
+    ) -> None:
         super().__init__()
         self.hidden = hidden
-        self.rnn = lstm_or_gru(rnn, 3 * features, hidden)
+        self.rnn = lstm_or_gru(rnn, 3 * features + beside, hidden)
         self.to_mean = nn.Linear(hidden, latent)
         self.to_deviation = nn.Linear(hidden, latent)
 
-    def states(self, masks: Int8[Tensor, "k t r"]) -> Float[Tensor, "k t h"]:
+    def states(
+        self, masks: Int8[Tensor, "k t r"], beside: Float[Tensor, "k t m"] | None = None
+    ) -> Float[Tensor, "k t h"]:
         """Read masks, each by itself.
 
         Parameters
         ----------
         masks : verdicts 1, 0, -1
+        beside : what is read beside them
         """
-        shown = torch.cat([masks == verdict for verdict in (1, 0, -1)], 2)
-        return self.rnn(shown.to(self.to_mean.weight.dtype))[0]
+        shown = torch.cat([masks == verdict for verdict in (1, 0, -1)], 2).to(self.to_mean.weight.dtype)
+        return self.rnn(shown if beside is None else torch.cat([shown, beside], 2))[0]
 
     def gaussian(self, summary: Float[Tensor, "e t h"]) -> Latent:
         """Map the mean state of a context to the Gaussian of the latent.
@@ -243,6 +250,9 @@ class FeatureNAP(nn.Module):
     hard : outside training, close the gate entirely where the preference is -0.5 or less
     limit : most different masks that the latent path reads; of more, a seeded choice
     gated : False leaves the gate out, so that verdicts reach attention through the latent alone, as in the release
+    context : "masks": a context is its masks; "full": the series and labels annotated too; "attentive": besides, each
+        instance weighs the masks by who they are of, see :mod:`ial_nap.instances`. Both others need a latent, and
+        :meth:`update` needs the series
     schema : of the series it reads, see :attr:`ial_nap.Series.schema`; a context of another one is refused
     seed : of the initial weights, and of that choice
 
@@ -276,6 +286,7 @@ class FeatureNAP(nn.Module):
         hard: bool = True,
         limit: int = 512,
         gated: bool = True,
+        context: Reads = "masks",
         schema: str = "",
         seed: int = 0,
     ) -> None:
@@ -287,11 +298,16 @@ class FeatureNAP(nn.Module):
             )
         if not 0 < keep <= 1:
             raise InputError(f"keep must be above 0 and at most 1, got {keep}")
+        if context not in get_args(Reads) or (context != "masks" and not latent):
+            raise InputError(
+                f"context must be {', '.join(get_args(Reads))}, and all but masks need a latent: got '{context}' with"
+                f" latent {latent}"
+            )
         self.steps, self.features, self.outputs = steps, features, outputs
         self.kind: Kind = kind
         self.hidden, self.latent, self.keep, self.kappa = hidden, latent, keep, kappa
         self.hard, self.limit, self.schema, self.seed = hard, limit, schema, seed
-        self.gated = gated
+        self.gated, self.context = gated, context
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.rnn_alpha = lstm_or_gru(rnn, features, hidden)
@@ -299,8 +315,10 @@ class FeatureNAP(nn.Module):
             self.to_alpha = nn.Linear(hidden + latent, 1)
             self.to_beta = nn.Linear(hidden + latent, features)
             self.output = nn.Linear(features, outputs)
-            self.encoder = ContextEncoder(features, hidden, latent) if latent else None
+            beside = 0 if context == "masks" else features + outputs
+            self.encoder = ContextEncoder(features, hidden, latent, beside=beside) if latent else None
             self.to_gate = nn.Linear(latent, features, bias=False) if latent else None
+            self.likeness = Likeness(features, hidden) if context == "attentive" else None
         self.gate_bias = nn.Parameter(torch.tensor(2.0))
         # softplus of it is the slope, 3 at the beginning.
         self.gate_slope = nn.Parameter(torch.tensor(3.0).expm1().log())
@@ -309,6 +327,7 @@ class FeatureNAP(nn.Module):
         self.register_buffer("preference", torch.zeros(steps, features))
         self.register_buffer("summary", torch.zeros(steps, hidden))
         self._masks = Context(steps, features).masks
+        self._shown = Shown.nobody(1, steps, features, outputs)
         self.refresh()
 
     @classmethod
@@ -321,6 +340,7 @@ class FeatureNAP(nn.Module):
         keep: float = 0.8,
         rnn: Literal["gru", "lstm"] = "gru",
         kappa: float = 1.0,
+        context: Reads = "masks",
         seed: int = 0,
     ) -> FeatureNAP:
         """Make a model of the sizes that some series have.
@@ -328,7 +348,7 @@ class FeatureNAP(nn.Module):
         Parameters
         ----------
         series : to be trained on
-        hidden, latent, keep, rnn, kappa, seed : as of the class
+        hidden, latent, keep, rnn, kappa, context, seed : as of the class
         """
         return cls(
             len(series.steps),
@@ -340,6 +360,7 @@ class FeatureNAP(nn.Module):
             keep=keep,
             rnn=rnn,
             kappa=kappa,
+            context=context,
             schema=series.schema,
             seed=seed,
         )
@@ -360,6 +381,7 @@ class FeatureNAP(nn.Module):
             "hard": self.hard,
             "limit": self.limit,
             "gated": self.gated,
+            "context": self.context,
             "schema": self.schema,
             "seed": self.seed,
         }
@@ -367,17 +389,18 @@ class FeatureNAP(nn.Module):
     # ---- the context
 
     @torch.no_grad()
-    def update(self, context: Context) -> None:
+    def update(self, context: Context, series: Series | None = None) -> None:
         """Obey a context from now on. No parameter changes, and no gradient is needed.
 
         Parameters
         ----------
         context : verdicts; an empty one takes all back
+        series : among which the annotated instances are, by id; for models that read more of a context than masks
 
         Raises
         ------
         InputError
-            For a context of other sizes, or made for series of other names.
+            For a context of other sizes, or made for series of other names, or series that are needed and not there.
         """
         if (context.steps, context.features) != (self.steps, self.features):
             raise InputError(
@@ -389,14 +412,24 @@ class FeatureNAP(nn.Module):
                 f"the context was made for another set of features (schema {context.schema}, the model's is"
                 f" {self.schema}): annotate with the features the model was trained on, in their order"
             )
+        if self.context != "masks" and len(context) and series is None:
+            raise InputError(
+                f"a model with context='{self.context}' reads whom masks are of: update(context, series) with the series"
+            )
         self.preference.copy_(preference(context.one, context.zero, self.kappa))
         self._masks = context.masks
+        self._shown = Shown.nobody(len(self._masks), self.steps, self.features, self.outputs)
+        if self.context != "masks" and len(context) and series is not None:
+            self._shown = Shown.of(series, [instance for instance, _ in context.keys]).where_seen(self._masks)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the masks again, after parameters of the encoder have changed."""
         if self.encoder is None:
+            return
+        if self.context != "masks":
+            self._refresh_with_instances(self.encoder)
             return
         # In an order of their own, each once: the same masks give the same bits, however they came together.
         shown = self._masks.flatten(1).numpy() + np.int8(2)
@@ -408,29 +441,96 @@ class FeatureNAP(nn.Module):
         weights = torch.from_numpy(times / times.sum()).to(states)
         self.summary.copy_(torch.einsum("k,kth->th", weights, states))
 
+    def _refresh_with_instances(self, encoder: ContextEncoder) -> None:
+        masks, shown = self._masks, self._shown.to(self.summary)
+        beside = shown.beside()
+        # In an order of their own, as above.
+        rows = torch.cat([masks.flatten(1), beside.flatten(1).cpu()], 1).numpy()
+        order = torch.from_numpy(np.lexsort(rows.T[::-1]))
+        if len(order) > self.limit:
+            order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed))[: self.limit]]
+        at = order.to(beside.device)
+        states = encoder.states(masks[order].to(beside.device), beside[at])
+        self.summary.copy_(states.mean(0))
+        if self.likeness is not None:
+            keys = self.likeness.keys(states, Shown(shown.x[at], shown.y[at], shown.lengths[at]))
+            self._kept = keys, states, masks[order].to(beside.device)
+
+    def _as_seen_by(
+        self,
+        around: Around,
+        likeness: Likeness,
+        pooled: Float[Tensor, "e t r"],
+        kept: tuple[Tensor, Tensor, Tensor],
+        count: int,
+        *,
+        hard: bool,
+    ) -> tuple[Float[Tensor, "b t r"], Float[Tensor, "b t h"]]:
+        """Return preference and mean state as each instance weighs the masks; what all exclude stays excluded."""
+        keys, states, masks = (part if len(part) == 1 else part[around.context] for part in kept)
+        shared = pooled if len(pooled) == 1 else pooled[around.context]
+        gated = around.x
+        if self.gated:
+            gated = open_gate(shared, self.gate_bias, self.gate_slope, hard=hard) * gated
+        on_cells = self.rnn_beta(reverse_by_length(gated, around.lengths))[0]
+        weights = likeness.weights(reverse_by_length(on_cells, around.lengths), gated, around.lengths, keys)
+        share = count * weights.mean(1)
+        one, zero = (
+            torch.einsum("bk,bktr->btr", share, (masks == said).to(share).expand(len(share), -1, -1, -1))
+            for said in (1, 0)
+        )
+        own = preference(one, zero, self.kappa)
+        return torch.where(shared <= -0.5, torch.minimum(own, shared), own), likeness.pooled(weights, states)
+
     def gaussian(self) -> Latent | None:
         """Return the Gaussian of the latent under the present context, ``e = 1``; None without a latent path."""
         return None if self.encoder is None else self.encoder.gaussian(self.summary.unsqueeze(0))
 
-    def condition(self, samples: int = 0, seed: int = 0) -> Condition:
+    def condition(
+        self,
+        samples: int = 0,
+        seed: int = 0,
+        x: Float[Tensor, "b t r"] | None = None,
+        lengths: Int64[Tensor, " b"] | None = None,
+    ) -> Condition:
         """Return what attention is conditioned on under the present context.
 
         Parameters
         ----------
         samples : draws of the latent; 0 is its mean
         seed : of the draws, the same for every context, so that before and after can be compared
+        x, lengths : instances, which an attentive context is weighed by: there is a condition for each draw and each of
+            them, all of a draw together; None is what holds for anybody
+
+        Returns
+        -------
+        One condition, or as many as draws, or draws times instances.
         """
         latent = self.gaussian()
         shown = self.preference.unsqueeze(0)
         if latent is None:
             return Condition(shown, shown.new_zeros(max(1, samples), self.steps, 0))
+        if self.likeness is not None and self.encoder is not None and x is not None and lengths is not None:
+            around = Around(x, lengths, torch.zeros_like(lengths))
+            keys, states, masks = self._kept
+            kept = keys.unsqueeze(0).to(shown), states.unsqueeze(0).to(shown), masks.unsqueeze(0).to(shown.device)
+            shown, summary = self._as_seen_by(around, self.likeness, shown, kept, len(self._masks), hard=self.hard)
+            latent = self.encoder.gaussian(summary)
         if not samples:
             return Condition(shown, latent.mean)
         noise = torch.randn(samples, self.steps, self.latent, generator=torch.Generator().manual_seed(seed))
-        return Condition(shown, latent.drawn(noise.to(latent.mean)))
+        noise = noise.to(latent.mean)
+        if len(latent.mean) == 1:
+            return Condition(shown, latent.drawn(noise))
+        drawn = latent.mean + latent.deviation * noise.unsqueeze(1)
+        return Condition(shown.repeat(samples, 1, 1), drawn.flatten(0, 1))
 
     def condition_on(
-        self, masks: Int8[Tensor, "e k t r"], noise: Float[Tensor, "e t z"] | None = None
+        self,
+        masks: Int8[Tensor, "e k t r"],
+        noise: Float[Tensor, "e t z"] | None = None,
+        shown: Shown | None = None,
+        around: Around | None = None,
     ) -> tuple[Condition, Latent | None]:
         """Condition on contexts other than the present one, through which gradients flow.
 
@@ -438,10 +538,12 @@ class FeatureNAP(nn.Module):
         ----------
         masks : of each of e contexts
         noise : standard normal; None is the mean of the latent
+        shown : whom the masks are of, for models that read it; None is of nobody
+        around : instances that weigh an attentive context; None is what holds for anybody
 
         Returns
         -------
-        The conditions, and the Gaussian of their latents.
+        The conditions, and the Gaussian of their latents: one for each context, or for each instance of `around`.
 
         Raises
         ------
@@ -450,11 +552,24 @@ class FeatureNAP(nn.Module):
         """
         e, k = masks.shape[:2]
         flat = check_masks(masks.flatten(0, 1), self.steps, self.features)
-        shown = preference(*counts(masks), self.kappa).to(self.preference)
+        said = preference(*counts(masks), self.kappa).to(self.preference)
         if self.encoder is None:
-            return Condition(shown, shown.new_zeros(e, self.steps, 0)), None
-        latent = self.encoder.gaussian(self.encoder.states(flat).unflatten(0, (e, k)).mean(1))
-        return Condition(shown, latent.mean if noise is None else latent.drawn(noise)), latent
+            return Condition(said, said.new_zeros(e, self.steps, 0)), None
+        if self.context == "masks":
+            summary = self.encoder.states(flat).unflatten(0, (e, k)).mean(1)
+        else:
+            if shown is None:
+                nobody = Shown.nobody(e * k, self.steps, self.features, self.outputs)
+                shown = Shown(*(part.unflatten(0, (e, k)) for part in (nobody.x, nobody.y, nobody.lengths)))
+            shown = shown.to(said).where_seen(masks.to(said.device))
+            states = self.encoder.states(flat, shown.beside().flatten(0, 1)).unflatten(0, (e, k))
+            summary = states.mean(1)
+            if self.likeness is not None and around is not None:
+                kept = self.likeness.keys(states, shown), states, masks
+                said, summary = self._as_seen_by(around, self.likeness, said, kept, k, hard=False)
+                noise = None if noise is None else noise[around.context]
+        latent = self.encoder.gaussian(summary)
+        return Condition(said, latent.mean if noise is None else latent.drawn(noise)), latent
 
     # ---- reading
 
@@ -541,7 +656,7 @@ class FeatureNAP(nn.Module):
         ----------
         x, lengths : as of :meth:`read`
         """
-        found = self.read(x, lengths, self.condition(), hard=self.hard)
+        found = self.read(x, lengths, self.condition(x=x, lengths=lengths), hard=self.hard)
         return Attended(found.logits, found.alpha, found.beta)
 
     def additive(self, x: Float[Tensor, "b t r"], lengths: Int64[Tensor, " b"]) -> Float[Tensor, "b r"]:
@@ -551,7 +666,7 @@ class FeatureNAP(nn.Module):
         ----------
         x, lengths : as of :meth:`read`
         """
-        return self.read(x, lengths, self.condition(), hard=self.hard).additive
+        return self.read(x, lengths, self.condition(x=x, lengths=lengths), hard=self.hard).additive
 
     def contributions(self, x: Float[Tensor, "b t r"], lengths: Int64[Tensor, " b"]) -> Contributions:
         """Divide the logits among cells, ``alpha_t beta_td w_d x~_td``, under the present context.
@@ -560,7 +675,7 @@ class FeatureNAP(nn.Module):
         ----------
         x, lengths : as of :meth:`read`
         """
-        return self._parts(self.read(x, lengths, self.condition(), hard=self.hard))
+        return self._parts(self.read(x, lengths, self.condition(x=x, lengths=lengths), hard=self.hard))
 
     def _parts(self, found: Read) -> Contributions:
         cells = torch.einsum("bt,btr,btr,cr->btrc", found.alpha, found.beta, found.gated, self.output.weight)
@@ -572,13 +687,14 @@ class FeatureNAP(nn.Module):
         self, x: Tensor, lengths: Tensor, samples: int, seed: int, dropout: bool
     ) -> Iterator[tuple[slice, Read]]:
         """Read instances, some at a time, each under every sample: rows are samples times instances."""
-        condition = self.condition(samples, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         drops = self.drops(samples, generator) if dropout and self.keep < 1 else None
         size = max(1, _MOST_ROWS // samples)
         for first in range(0, len(x), size):
             at = slice(first, min(first + size, len(x)))
             count = at.stop - at.start
+            condition = self.condition(samples, seed, x[at], lengths[at])
+            is_own = len(condition.z) != samples
 
             def spread(values: Tensor, count: int = count) -> Tensor:
                 return values.repeat_interleave(count, 0)
@@ -588,10 +704,7 @@ class FeatureNAP(nn.Module):
                 self.read(
                     x[at].repeat(samples, 1, 1),
                     lengths[at].repeat(samples),
-                    Condition(
-                        spread(condition.preference) if len(condition.preference) > 1 else condition.preference,
-                        spread(condition.z),
-                    ),
+                    condition if is_own else Condition(condition.preference, spread(condition.z)),
                     hard=self.hard,
                     drops=None if drops is None else tuple(spread(part) for part in drops),
                 ),

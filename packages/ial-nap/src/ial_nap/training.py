@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int8, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ial_nap.attention import Retain
 from ial_nap.context import Context
-from ial_nap.episodes import Episodes
+from ial_nap.episodes import Episodes, Imagined
+from ial_nap.instances import Around, Shown, over_steps
 from ial_nap.nap import Condition, FeatureNAP, Latent
 from ial_nap.series import Kind, Series
 from shared_core.errors import InputError
@@ -136,11 +137,14 @@ class Episodic:
     bound : "prior": divergence from N(0, 1); "np": of the latent under the masks and a second draw of masks from the
         latent under the first, as in a neural process
     seed : of the episodes that evaluation uses, always the same
+    rules : for models that read whom a mask is of: share of episodes whose off-set holds for those instances alone
+        whose mean of one feature is above, or below, that of another instance
+    by : features that rules are by; () is all
 
     Raises
     ------
     InputError
-        For an unknown bound, or fewer than one episode a batch.
+        For an unknown bound, fewer than one episode a batch, or rules that are no probability or by no feature.
     """
 
     def __init__(
@@ -154,9 +158,18 @@ class Episodic:
         l2: float = 0.004,
         bound: Literal["prior", "np"] = "prior",
         seed: int = 0,
+        rules: float = 0.5,
+        by: Sequence[int] = (),
     ) -> None:
         if bound not in {"prior", "np"} or per_batch < 1:
             raise InputError(f"bound must be prior or np, got '{bound}'; per_batch 1 or more, got {per_batch}")
+        if bound == "np" and isinstance(model, FeatureNAP) and model.context != "masks":
+            raise InputError(f"bound='np' is for context='masks', the model's is '{model.context}': use bound='prior'")
+        if not 0 <= rules <= 1 or any(not 0 <= d < model.features for d in by):
+            raise InputError(
+                f"rules must be within 0 and 1 and by features 0..{model.features - 1}, got {rules} and {list(by)}"
+            )
+        self.rules, self.by = rules, tuple(by)
         self.model, self.per_batch, self.weights, self.bound = model, per_batch, (gate, kl, l2), bound
         self.episodes = episodes or Episodes(model.steps, model.features)
         self.seed = seed
@@ -168,13 +181,11 @@ class Episodic:
         e = min(self.per_batch, len(batch))
         drawn = self.episodes.draw(e, source)
         noise = torch.randn(e, model.steps, model.latent, generator=source).to(model.preference) if training else None
-        device = model.preference.device
-        condition, latent = model.condition_on(drawn.masks.to(device), noise)
-        row = torch.arange(len(batch), device=device) % e
+        own, condition, off, latent = self._conditions(batch, drawn, noise, source)
         logits = model.logits_under(
             batch.x,
             batch.lengths,
-            Condition(condition.preference[row], condition.z[row]),
+            own,
             model.drops(len(batch), source) if training and model.keep < 1 else None,
         )
         loss = losses(logits, batch.targets, batch.kind).mean()
@@ -183,10 +194,10 @@ class Episodic:
         gate_weight, kl_weight, l2 = self.weights
         if gate_weight:
             gate = model.gate(condition, hard=False).clamp(1e-6, 1 - 1e-6)
-            loss = loss + gate_weight * functional.binary_cross_entropy(gate, (~drawn.off).to(gate))
+            loss = loss + gate_weight * functional.binary_cross_entropy(gate, (~off).to(gate))
         if kl_weight and latent is not None:
             if self.bound == "np":
-                both = torch.cat([drawn.masks, self.episodes.again(drawn, source)], 1).to(device)
+                both = torch.cat([drawn.masks, self.episodes.again(drawn, source)], 1).to(model.preference.device)
                 _, wider = model.condition_on(both)
                 assert wider is not None
                 divergence = wider.kl(latent)
@@ -194,6 +205,46 @@ class Episodic:
                 divergence = latent.kl()
             loss = loss + kl_weight * min(1.0, done / 0.2) * divergence.mean()
         return loss + l2 * weight_penalty(model)
+
+    def _conditions(
+        self, batch: Series, drawn: Imagined, noise: Tensor | None, source: torch.Generator
+    ) -> tuple[Condition, Condition, Tensor, Latent | None]:
+        """Return the condition of each instance; conditions with their off-sets, for the gate; the latent."""
+        model, e = self.model, len(drawn.off)
+        device = model.preference.device
+        row = torch.arange(len(batch), device=device) % e
+        if not isinstance(model, FeatureNAP) or model.context == "masks":
+            condition, latent = model.condition_on(drawn.masks.to(device), noise)
+            own = Condition(condition.preference[row], condition.z[row])
+            return own, condition, drawn.off.to(device), latent
+        off, masks, at = self._of_instances(batch, drawn, row.cpu(), source)
+        around = Around(batch.x, batch.lengths, row)
+        condition, latent = model.condition_on(masks.to(device), noise, Shown.of(batch, at.to(device)), around)
+        own = condition
+        if model.context == "full":
+            own = Condition(condition.preference[row], condition.z[row])
+        return own, own, off.to(device), latent
+
+    def _of_instances(
+        self, batch: Series, drawn: Imagined, row: Int64[Tensor, " b"], source: torch.Generator
+    ) -> tuple[Bool[Tensor, "b t r"], Int8[Tensor, "e k t r"], Int64[Tensor, "e k"]]:
+        """Give each mask an instance of another episode, and let some off-sets hold for some instances alone."""
+        e, k = drawn.masks.shape[:2]
+        n = len(batch)
+        own = row == torch.arange(e).unsqueeze(1)
+        # An instance that is asked about is none of those annotated: its label would be there to read.
+        order = torch.rand(e, n, generator=source).masked_fill(own & (e > 1), 2.0).argsort(1)
+        others = max(1, n - int(own.sum(1).max())) if e > 1 else n
+        at = order[:, torch.arange(k) % others]
+        by = torch.tensor(self.by or range(self.episodes.features))
+        means = over_steps(batch.x, batch.lengths).cpu()[:, by[torch.randint(len(by), (e,), generator=source)]].T
+        level = means[torch.arange(e), torch.randint(n, (e,), generator=source)].unsqueeze(1)
+        is_above = torch.rand(e, 1, generator=source) < 0.5
+        holds = torch.where(is_above, means > level, means < level)
+        holds = holds | (torch.rand(e, 1, generator=source) >= self.rules)
+        spared = drawn.off.unsqueeze(1) & ~holds.gather(1, at)[..., None, None] & (drawn.masks >= 0)
+        off = drawn.off[row] & holds[row, torch.arange(n)].view(-1, 1, 1)
+        return off, torch.where(spared, 1 - drawn.masks, drawn.masks), at
 
 
 @dataclass(frozen=True)
@@ -395,10 +446,15 @@ def finetune(
     optimizer = torch.optim.Adam(leaves, lr=lr)
     generator = torch.Generator().manual_seed(seed)
     masks = context.masks.unsqueeze(0).to(model.preference.device)
+    shown = around = None
+    if model.context != "masks" and len(context):
+        them = Shown.of(series, [instance for instance, _ in context.keys])
+        shown = Shown(them.x.unsqueeze(0), them.y.unsqueeze(0), them.lengths.unsqueeze(0))
+        around = Around(series.x, series.lengths, torch.zeros_like(series.lengths))
     found: list[float] = []
     for _ in range(steps):
         noise = torch.randn(1, model.steps, model.latent, generator=generator).to(model.preference)
-        condition, _ = model.condition_on(masks, noise)
+        condition, _ = model.condition_on(masks, noise, shown, around)
         drops = model.drops(len(series), generator) if model.keep < 1 else None
         logits = model.read(series.x, series.lengths, condition, hard=model.hard, drops=drops).logits
         loss = losses(logits, series.targets, series.kind).mean() + l2 * weight_penalty(model)
@@ -407,5 +463,5 @@ def finetune(
         optimizer.step()
         found.append(loss.item())
     model.zero_grad()
-    model.update(context)
+    model.update(context, series)
     return found
