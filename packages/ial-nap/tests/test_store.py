@@ -127,6 +127,19 @@ def test_rounds_are_counted_kept_and_reverted(store, path):
         assert (kept.value, math.isnan(kept.high), again.round("a"), again.rounds("b")) == (0.7, True, 2, [])
 
 
+def test_a_round_that_is_closed_twice_under_one_name_is_closed_once(store, path):
+    store.add([one(1)])
+    first = store.close_round(Round("a", 1, "m", "AUROC", "higher", 0.5, 0.6, 0.5, 0.7), action="k")
+    store.add([one(0)])
+    # The page never saw the answer; by now there is a verdict of the next round.
+    again = store.close_round(Round("a", 2, "m", "AUROC", "higher", 0.6, 0.9, 0.8, 1.0), action="k")
+    assert (again, store.round("a"), store.has("a", "k"), store.has("b", "k")) == (first, 2, True, False)
+    store.close()
+    with AnnotationStore(path, FEATURES, 3) as later:
+        assert later.close_round(Round("a", 2, "m", "AUROC", "higher", 0.6, 0.9, 0.8, 1.0), action="k") == first
+        assert (later.round("a"), len(later.rounds())) == (2, 1)
+
+
 def test_a_later_verdict_keeps_what_is_under_it(store):
     store.add([one(1)])
     store.close_round(Round("a", 1, "", "loss", "lower", 0.5, 0.6, 0.5, 0.7))

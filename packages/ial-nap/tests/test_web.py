@@ -311,7 +311,7 @@ def test_a_verdict_that_the_model_cannot_obey_does_not_stay(world, monkeypatch):
 def test_numbers_that_are_none_go_out_as_none(world, monkeypatch):
     view = world.bench.view("pid-3")
     view.values[0, 0] = np.nan
-    monkeypatch.setattr(world.bench, "view", lambda _: view)
+    monkeypatch.setattr(world.bench, "view", lambda *_: view)
     assert world.get("/api/instance/pid-3").json()["values"][0][0] is None
 
 

@@ -14,8 +14,8 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -363,19 +363,24 @@ class AnnotationStore:
                 (line, now, action, *(value for name, value in vars(one).items() if name != "undo"), int(one.undo))
                 for line, one in enumerate(rows, number + 1)
             ]
-            self._file.execute("BEGIN IMMEDIATE")
-            try:
+            with self._transaction():
                 self._file.execute("INSERT INTO actions VALUES (?, ?)", (annotator, action))
                 self._file.executemany("INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", lines)
-                self._file.execute("COMMIT")
-            except BaseException:
-                if self._file.in_transaction:
-                    self._file.execute("ROLLBACK")
-                raise
             self._known.add((annotator, action))
             for place, one in enumerate(rows, 1):
                 self._take(number + place, action, one)
             return True
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._file.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._file.execute("COMMIT")
+        except BaseException:
+            if self._file.in_transaction:
+                self._file.execute("ROLLBACK")
+            raise
 
     def undo(self, annotator: str, *, action: str = "") -> list[Annotation]:
         """Take an annotator's last action that stands back.
@@ -493,12 +498,24 @@ class AnnotationStore:
         """
         return self._open.get(annotator, 0) + 1
 
-    def close_round(self, closed: Round) -> Round:
+    def has(self, annotator: str, action: str) -> bool:
+        """Return whether an action of this name is on disk already.
+
+        Parameters
+        ----------
+        annotator : whose
+        action : its name, as for `add`
+        """
+        with self._lock:
+            return (annotator, action) in self._known
+
+    def close_round(self, closed: Round, *, action: str = "") -> Round:
         """Write down what a round did to the score, and open the next one.
 
         Parameters
         ----------
         closed : the annotator's open round; its verdicts and seconds are counted here
+        action : as for `add`: a second call with the same name returns the round that the first one closed
 
         Returns
         -------
@@ -509,7 +526,11 @@ class AnnotationStore:
         InputError
             For a round that is not the open one.
         """
+        if self.read_only:
+            raise InputError(f"{self.path}: is open to read only")
         with self._lock:
+            if (closed.annotator, action) in self._known:
+                return self.rounds(closed.annotator)[-1]
             if closed.number != self.round(closed.annotator):
                 raise InputError(
                     f"round {closed.number}: '{closed.annotator}' is in round {self.round(closed.annotator)}"
@@ -517,13 +538,16 @@ class AnnotationStore:
             mine = [one for one in self.standing() if one.annotator == closed.annotator and one.round == closed.number]
             done = replace(closed, verdicts=len(mine), seconds=sum((one.seconds for one in mine), 0.0))
             scores = [None if math.isnan(value) else value for value in (done.before, done.value, done.low, done.high)]
-            self._file.execute(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(time.time(), done.annotator, done.number, done.model, done.metric, done.better),
-                    *(*scores, done.verdicts, done.seconds),
-                ),
-            )
+            row = (time.time(), done.annotator, done.number, done.model, done.metric, done.better, *scores)
+            with self._transaction():
+                if action:
+                    self._file.execute("INSERT INTO actions VALUES (?, ?)", (done.annotator, action))
+                self._file.execute(
+                    "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (*row, done.verdicts, done.seconds),
+                )
+            if action:
+                self._known.add((done.annotator, action))
             self._open[done.annotator] = done.number
             return done
 

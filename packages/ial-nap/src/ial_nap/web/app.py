@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -21,15 +22,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from ial_nap.annotations import Annotation, Disagreement, disagreements, kappa_of_all
 from ial_nap.store import AnnotationStore, Round
 from ial_nap.web.guard import App, Guard, local_hosts
-from ial_nap.web.workbench import View, Workbench
+from ial_nap.web.workbench import Score, View, Workbench
 from shared_core.errors import InputError, UnknownKeyError
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, Query, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
     from starlette.exceptions import HTTPException
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise InputError(f"the annotation page needs '{error.name}': pip install 'ial-nap[web]'") from None
 
@@ -38,6 +40,7 @@ __all__ = ["Desk", "create_app", "serve"]
 _LIMIT = 1 << 20
 _Key = Annotated[str, Field(max_length=64, pattern=r"^[\w-]*$")]
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
+_Output = Annotated[int | None, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -58,9 +61,13 @@ class Verdict(Cell):
 
 
 class Annotate(_Strict):
-    """One action on one instance; `key` lets the page send it again without counting it twice."""
+    """One action on one instance; `key` lets the page send it again without counting it twice.
+
+    The answer is about `output`, a class or label.
+    """
 
     instance: _Name
+    output: _Output = None
     cells: Annotated[list[Verdict], Field(min_length=1, max_length=10_000)]
     seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0
     note: Annotated[str, Field(max_length=2_000)] = ""
@@ -71,12 +78,14 @@ class WhatIf(_Strict):
     """Cells to ignore."""
 
     instance: _Name
+    output: _Output = None
     cells: Annotated[list[Cell], Field(max_length=10_000)]
 
 
 class Undo(_Strict):
-    """Nothing but a key."""
+    """Nothing but a key; the answer is about `output`, where it is about the same instance."""
 
+    output: _Output = None
     key: _Key = ""
 
 
@@ -91,8 +100,16 @@ def _number(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _rows(array: np.ndarray[Any, Any]) -> list[list[float | None]]:
-    return [[_number(value) for value in row] for row in array.tolist()]
+def _rows(array: np.ndarray[Any, Any], digits: int = 5) -> list[list[float | None]]:
+    """Return numbers of a few significant digits: a grid of thousands is sent with every answer."""
+    there = np.isfinite(array)
+    values = np.where(there, array, 0.0).astype(np.float64)
+    places = digits - 1 - np.floor(np.log10(np.abs(values, where=values != 0, out=np.ones_like(values))))
+    power = 10.0 ** np.clip(places, -300, 300)
+    rows: list[list[float | None]] = (np.round(values * power) / power).tolist()
+    for row, column in np.argwhere(~there).tolist():
+        rows[row][column] = None
+    return rows
 
 
 class Desk:
@@ -112,13 +129,15 @@ class Desk:
 
     def __init__(self, workbench: Workbench, store: AnnotationStore, *, count: int = 10) -> None:
         self.workbench, self.store, self.count = workbench, store, count
-        self._lock = threading.Lock()
-        self._seen: dict[tuple[str, str], tuple[float, float, float]] = {}
+        self._lock, self._ranking = threading.Lock(), threading.Lock()
+        self._seen: dict[tuple[str, str, int], tuple[float, float, float]] = {}
         self._scale = 0.0
         self._places = {name: place for place, name in enumerate(workbench.features)}
         workbench.update([])
         self._untouched = workbench.score()
         self._score, self._applied, self._model = self._untouched, 0, store.context_hash()
+        # Resampled scores at the ends of rounds: what a later score is compared with, in pairs.
+        self._draws: dict[str, tuple[float, ...]] = {}
         self._agreement: tuple[int, list[Disagreement], float] = (-1, [], math.nan)
         self._sync()
 
@@ -128,31 +147,37 @@ class Desk:
             self._score, self._applied = self.workbench.score(), self.store.version
             self._model = self.store.context_hash()
 
-    def _start(self, annotator: str) -> float:
+    def _start(self, annotator: str) -> Score:
         """Return the score at the start of the annotator's open round."""
-        closed = self.store.rounds(annotator)
-        return closed[-1].value if closed else self._untouched.value
+        closed, now = self.store.rounds(annotator), self._untouched
+        if not closed or closed[-1].metric != now.metric:
+            return now
+        last = closed[-1]
+        return Score(
+            now.metric, now.better, last.value, last.low, last.high, last.before, self._draws.get(last.model, ())
+        )
 
     def _status(self, annotator: str) -> dict[str, Any]:
         score, start = self._score, self._start(annotator)
-        change = score.value - start if score.better == "higher" else start - score.value
+        change, low, high = score.change(start)
         return {
             "version": self._applied,
             "model": self._model,
             "round": self.store.round(annotator),
             "score": {
-                **{name: _number(value) for name, value in asdict(score).items() if not isinstance(value, str)},
+                **{name: _number(getattr(score, name)) for name in ("value", "low", "high", "before")},
                 "metric": score.metric,
                 "better": score.better,
-                "start": _number(start),
+                "start": _number(start.value),
+                "gain": {"value": _number(change), "low": _number(low), "high": _number(high)},
                 "worse": change < 0,
-                "beyond": not score.low <= start <= score.high,
+                "beyond": high < 0 or low > 0,
             },
         }
 
     def _shown(self, annotator: str, instance: str, view: View) -> dict[str, Any]:
         self._scale = max(self._scale, float(np.abs(view.contributions).max(initial=0.0)))
-        self._seen[annotator, instance] = view.prediction, view.low, view.high
+        self._seen[annotator, instance, view.output] = view.prediction, view.low, view.high
         mine: list[dict[str, Any]] = []
         others: list[dict[str, Any]] = []
         for one in self.store.of_instance(instance):
@@ -163,20 +188,52 @@ class Desk:
                 others.append({**said, "annotator": one.annotator})
         return {
             "instance": instance,
-            "values": _rows(view.values),
+            "values": _rows(view.values, 7),
             "observed": view.observed.tolist(),
+            "length": len(self.workbench.steps) if view.length is None else view.length,
             "contributions": _rows(view.contributions),
             "attention": _rows(view.attention),
             "uncertainty": _rows(view.uncertainty),
+            "output": view.output,
+            "chances": [_number(chance) for chance in view.chances],
             "prediction": _number(view.prediction),
             "low": _number(view.low),
             "high": _number(view.high),
-            "label": _number(view.label),
+            "label": None if view.label is None else _number(view.label),
             "scale": self._scale,
             "mine": mine,
             "others": others,
             "note": next((one["note"] for one in reversed(mine) if one["note"]), ""),
         }
+
+    def _check(self, output: int | None) -> None:
+        if output is not None and output >= len(self.workbench.outputs):
+            raise InputError(f"output {output}: there are {len(self.workbench.outputs)}, counted from 0")
+
+    def warm(self, annotators: Iterable[str]) -> None:
+        """Rank once before anybody asks, unless everybody's queue is on disk already.
+
+        Parameters
+        ----------
+        annotators : who will ask
+        """
+        if any(self.store.queue(name, self.store.round(name)) is None for name in annotators):
+            self.workbench.queue(self.count)
+
+    def _queued(self, annotator: str) -> tuple[int, list[dict[str, Any]]]:
+        """Return the open round and its queue, ranked now if it is new; others go on working meanwhile."""
+        with self._lock:
+            self._sync()
+            number = self.store.round(annotator)
+            kept = self.store.queue(annotator, number)
+            judged = {one.instance for one in self.store.standing() if one.annotator == annotator}
+        if kept is None:
+            with self._ranking:
+                found = [asdict(item) for item in self.workbench.queue(self.count, judged)]
+            self.store.keep_queue(annotator, number, found)
+            # Another tab of the same annotator may have been faster.
+            kept = self.store.queue(annotator, number) or found
+        return number, kept
 
     def queue(self, annotator: str) -> dict[str, Any]:
         """Return everything the page starts from: names, the round's queue, progress and score.
@@ -185,13 +242,8 @@ class Desk:
         ----------
         annotator : whose
         """
+        number, kept = self._queued(annotator)
         with self._lock:
-            self._sync()
-            number = self.store.round(annotator)
-            kept = self.store.queue(annotator, number)
-            if kept is None:
-                kept = [asdict(item) for item in self.workbench.queue(self.count)]
-                self.store.keep_queue(annotator, number, kept)
             given: dict[str, int] = {}
             for one in self.store.standing():
                 if one.annotator == annotator and one.round == number:
@@ -199,6 +251,8 @@ class Desk:
             names = zip(self.workbench.features, self.workbench.units, strict=True)
             return {
                 "annotator": annotator,
+                "kind": self.workbench.kind,
+                "outputs": list(self.workbench.outputs),
                 "features": [{"name": name, "unit": unit} for name, unit in names],
                 "steps": list(self.workbench.steps),
                 "items": [{**item, "given": given.get(item["instance"], 0)} for item in kept],
@@ -206,17 +260,20 @@ class Desk:
                 **self._status(annotator),
             }
 
-    def instance(self, annotator: str, instance: str) -> dict[str, Any]:
+    def instance(self, annotator: str, instance: str, output: int | None = None) -> dict[str, Any]:
         """Return what the model makes of an instance now, and what people said about it.
 
         Parameters
         ----------
         annotator : who looks
         instance : id
+        output : class or label that it is about; None is the likeliest
         """
+        self._check(output)
         with self._lock:
             self._sync()
-            return {**self._shown(annotator, instance, self.workbench.view(instance)), **self._status(annotator)}
+            view = self.workbench.view(instance, output)
+            return {**self._shown(annotator, instance, view), **self._status(annotator)}
 
     def annotate(self, annotator: str, asked: Annotate) -> dict[str, Any]:
         """Write verdicts down, make the model obey, and return what it makes of the instance now.
@@ -226,10 +283,15 @@ class Desk:
         annotator : who says so
         asked : the verdicts
         """
+        self._check(asked.output)
         with self._lock:
             self._sync()
-            view = self.workbench.view(asked.instance)
-            before = self._seen.get((annotator, asked.instance), (view.prediction, view.low, view.high))
+            output = asked.output
+            before = None if output is None else self._seen.get((annotator, asked.instance, output))
+            if before is None:
+                view = self.workbench.view(asked.instance, output)
+                output = view.output
+                before = self._seen.get((annotator, asked.instance, output), (view.prediction, view.low, view.high))
             model = self._model
             share = asked.seconds / len(asked.cells)
             new = self.store.add(
@@ -248,7 +310,7 @@ class Desk:
                 self.store.undo(annotator)
                 self._sync()
                 raise
-            shown = self._shown(annotator, asked.instance, self.workbench.view(asked.instance))
+            shown = self._shown(annotator, asked.instance, self.workbench.view(asked.instance, output))
             before_named = dict(zip(("prediction", "low", "high"), map(_number, before), strict=True))
             return {**shown, "saved": len(asked.cells), "new": new, "before": before_named, **self._status(annotator)}
 
@@ -259,6 +321,7 @@ class Desk:
         ----------
         asked : the cells
         """
+        self._check(asked.output)
         cells: list[tuple[int, int]] = []
         for cell in asked.cells:
             if cell.feature not in self._places:
@@ -268,7 +331,7 @@ class Desk:
             cells.append((cell.step, self._places[cell.feature]))
         with self._lock:
             self._sync()
-            found = self.workbench.what_if(asked.instance, cells)
+            found = self.workbench.what_if(asked.instance, cells, asked.output)
         return dict(zip(("prediction", "low", "high"), map(_number, found), strict=True))
 
     def undo(self, annotator: str, asked: Undo) -> dict[str, Any]:
@@ -279,10 +342,14 @@ class Desk:
         annotator : whose
         asked : with a key
         """
+        self._check(asked.output)
         with self._lock:
             gone = self.store.undo(annotator, action=asked.key)
             self._sync()
-            shown = self._shown(annotator, gone[0].instance, self.workbench.view(gone[0].instance)) if gone else {}
+            shown: dict[str, Any] = {}
+            if gone:
+                view = self.workbench.view(gone[0].instance, asked.output)
+                shown = self._shown(annotator, gone[0].instance, view)
             return {**shown, "undone": len(gone), **self._status(annotator)}
 
     def round(self, annotator: str, asked: CloseOrRevert) -> dict[str, Any]:
@@ -296,7 +363,10 @@ class Desk:
         with self._lock:
             self._sync()
             number, gone = self.store.round(annotator), 0
-            if asked.action == "revert":
+            if asked.key and self.store.has(annotator, asked.key):
+                # The page never saw the answer to its first call.
+                pass
+            elif asked.action == "revert":
                 gone = len(self.store.revert_round(annotator, number, action=asked.key))
                 self._sync()
             elif any(one.annotator == annotator and one.round == number for one in self.store.standing()):
@@ -308,12 +378,14 @@ class Desk:
                         self._model,
                         score.metric,
                         score.better,
-                        float(self._start(annotator)),
+                        float(self._start(annotator).value),
                         float(score.value),
                         float(score.low),
                         float(score.high),
-                    )
+                    ),
+                    action=asked.key,
                 )
+                self._draws[self._model] = score.draws
             else:
                 raise InputError("this round has no verdict yet; give at least one before closing it")
             return {"undone": gone, **self._status(annotator)}
@@ -397,27 +469,27 @@ class _Site:
         self._annotator(request)
         return HTMLResponse(self._page)
 
-    def queue(self, request: Request) -> dict[str, Any]:
-        return self._desk.queue(self._annotator(request))
+    def queue(self, request: Request) -> Response:
+        return JSONResponse(self._desk.queue(self._annotator(request)))
 
-    def instance(self, request: Request, instance: str) -> dict[str, Any]:
-        return self._desk.instance(self._annotator(request), instance)
+    def instance(self, request: Request, instance: str, output: Annotated[int | None, Query(ge=0)] = None) -> Response:
+        return JSONResponse(self._desk.instance(self._annotator(request), instance, output))
 
-    def annotate(self, request: Request, asked: Annotate) -> dict[str, Any]:
-        return self._desk.annotate(self._annotator(request), asked)
+    def annotate(self, request: Request, asked: Annotate) -> Response:
+        return JSONResponse(self._desk.annotate(self._annotator(request), asked))
 
-    def what_if(self, request: Request, asked: WhatIf) -> dict[str, Any]:
+    def what_if(self, request: Request, asked: WhatIf) -> Response:
         self._annotator(request)
-        return self._desk.what_if(asked)
+        return JSONResponse(self._desk.what_if(asked))
 
-    def undo(self, request: Request, asked: Undo) -> dict[str, Any]:
-        return self._desk.undo(self._annotator(request), asked)
+    def undo(self, request: Request, asked: Undo) -> Response:
+        return JSONResponse(self._desk.undo(self._annotator(request), asked))
 
-    def round(self, request: Request, asked: CloseOrRevert) -> dict[str, Any]:
-        return self._desk.round(self._annotator(request), asked)
+    def round(self, request: Request, asked: CloseOrRevert) -> Response:
+        return JSONResponse(self._desk.round(self._annotator(request), asked))
 
-    def metrics(self, request: Request) -> dict[str, Any]:
-        return self._desk.metrics(self._annotator(request))
+    def metrics(self, request: Request) -> Response:
+        return JSONResponse(self._desk.metrics(self._annotator(request)))
 
 
 def _say(status: int, text: str) -> JSONResponse:
@@ -437,6 +509,37 @@ async def _refused(_: Request, error: Exception) -> Response:
     )
 
 
+class _Patient(H11Protocol):
+    """Close a connection whose request line and headers do not arrive in time; `Guard` sees to bodies."""
+
+    patience: float
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._calm()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._calm()
+        elif self._late is None:
+            # What drips in does not buy more time.
+            self._late = self.loop.call_later(self.patience, self.transport.close)
+
+    def _calm(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
 def create_app(
     workbench: Workbench,
     store: AnnotationStore,
@@ -445,6 +548,7 @@ def create_app(
     port: int,
     hosts: Iterable[str] = (),
     count: int = 10,
+    patience: float = 20.0,
 ) -> App:
     """Return the annotation page and its JSON API as an ASGI application.
 
@@ -456,6 +560,7 @@ def create_app(
     port : that it will be reached under
     hosts : names with port other than this machine's own that it may be reached under
     count : instances in the queue of a round
+    patience : seconds that a request may take to arrive
 
     Raises
     ------
@@ -465,16 +570,18 @@ def create_app(
     if not annotators or len(set(annotators)) < len(annotators) or not all(annotators):
         raise InputError("annotators: name at least one, and each only once")
     page = files("ial_nap.web").joinpath("page.html").read_text("utf-8")
-    site = _Site(Desk(workbench, store, count=count), annotators, f"ial_nap_{port}", page)
+    desk = Desk(workbench, store, count=count)
+    desk.warm(annotators)
+    site = _Site(desk, annotators, f"ial_nap_{port}", page)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/", site.index, methods=["GET"], response_model=None)
-    app.add_api_route("/api/queue", site.queue, methods=["GET"])
-    app.add_api_route("/api/instance/{instance:path}", site.instance, methods=["GET"])
-    app.add_api_route("/api/annotate", site.annotate, methods=["POST"])
-    app.add_api_route("/api/whatif", site.what_if, methods=["POST"])
-    app.add_api_route("/api/undo", site.undo, methods=["POST"])
-    app.add_api_route("/api/round", site.round, methods=["POST"])
-    app.add_api_route("/api/metrics", site.metrics, methods=["GET"])
+    app.add_api_route("/api/queue", site.queue, methods=["GET"], response_model=None)
+    app.add_api_route("/api/instance/{instance:path}", site.instance, methods=["GET"], response_model=None)
+    app.add_api_route("/api/annotate", site.annotate, methods=["POST"], response_model=None)
+    app.add_api_route("/api/whatif", site.what_if, methods=["POST"], response_model=None)
+    app.add_api_route("/api/undo", site.undo, methods=["POST"], response_model=None)
+    app.add_api_route("/api/round", site.round, methods=["POST"], response_model=None)
+    app.add_api_route("/api/metrics", site.metrics, methods=["GET"], response_model=None)
     for kind in (RequestValidationError, HTTPException, InputError, Exception):
         app.add_exception_handler(kind, _refused)
     headers = {
@@ -485,7 +592,7 @@ def create_app(
         "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store",
     }
-    return Guard(app, (*local_hosts(port), *hosts), limit=_LIMIT, headers=headers.items())
+    return Guard(app, (*local_hosts(port), *hosts), limit=_LIMIT, headers=headers.items(), patience=patience)
 
 
 def serve(
@@ -497,13 +604,14 @@ def serve(
     port: int = 8765,
     hosts: Iterable[str] = (),
     count: int = 10,
+    patience: float = 20.0,
     announce: Callable[[dict[str, str]], None] = lambda _: None,
 ) -> None:
     """Serve the annotation page until interrupted.
 
     Parameters
     ----------
-    workbench, store, annotators, hosts, count : see `create_app`
+    workbench, store, annotators, hosts, count, patience : see `create_app`
     host : address to listen on; other machines get in only with another address here and its name in `hosts`
     port : to listen on; 0 for any that is free
     announce : called with each annotator's own link once the server listens
@@ -522,11 +630,12 @@ def serve(
         except OSError as error:
             raise InputError(f"{host}:{port}: cannot be listened on ({error.strerror}); give another port") from None
         port = int(listener.getsockname()[1])
-        app = create_app(workbench, store, annotators, port=port, hosts=hosts, count=count)
+        app = create_app(workbench, store, annotators, port=port, hosts=hosts, count=count, patience=patience)
         listener.listen(128)
         announce({name: f"http://127.0.0.1:{port}/?token={store.token(name)}" for name in annotators})
         config = uvicorn.Config(
             app,
+            http=type("Patient", (_Patient,), {"patience": patience}),
             log_level="warning",
             access_log=False,
             server_header=False,

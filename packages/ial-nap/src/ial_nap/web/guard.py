@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -31,7 +32,7 @@ def local_hosts(port: int) -> tuple[str, ...]:
 
 
 class Guard:
-    """Refuse requests under a foreign name (DNS rebinding), from a foreign page, and larger than allowed.
+    """Refuse requests under a foreign name (DNS rebinding), from a foreign page, larger or slower than allowed.
 
     Parameters
     ----------
@@ -39,10 +40,20 @@ class Guard:
     hosts : names with port that requests may come under
     limit : bytes of a body
     headers : added to every answer
+    patience : seconds that a body may take to arrive
     """
 
-    def __init__(self, app: App, hosts: Iterable[str], *, limit: int, headers: Iterable[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        app: App,
+        hosts: Iterable[str],
+        *,
+        limit: int,
+        headers: Iterable[tuple[str, str]],
+        patience: float = 20.0,
+    ) -> None:
         self._app, self._hosts, self._limit = app, frozenset(host.lower() for host in hosts), limit
+        self._patience = patience
         self._too_large = 413, f"the request is larger than {limit} bytes; send fewer cells at once"
         self._headers = [(name.lower().encode(), value.encode()) for name, value in headers]
 
@@ -68,6 +79,17 @@ class Guard:
                 return 415, "Content-Type: send application/json"
         return None
 
+    async def _body(self, receive: Receive) -> bytes | None:
+        """Return the body, or as much of it as shows that it is too large; None when the other side is gone."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._limit or not message.get("more_body", False):
+                return bytes(body)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
@@ -82,18 +104,25 @@ class Guard:
 
         refusal, body = self._refusal(scope), b""
         if not refusal:
-            more = True
-            while more and not refusal:
-                message = await receive()
-                if message["type"] == "http.disconnect":
+            try:
+                async with asyncio.timeout(self._patience):
+                    found = await self._body(receive)
+            except TimeoutError:
+                refusal = 408, f"the request did not arrive within {self._patience:g} s; send it again"
+            else:
+                if found is None:
                     return
-                body, more = body + message.get("body", b""), message.get("more_body", False)
-                if len(body) > self._limit:
-                    refusal = self._too_large
+                body = found
+                refusal = self._too_large if len(body) > self._limit else None
         if refusal:
             status, text = refusal
             answer = json.dumps({"error": text}).encode()
-            kind = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
+            # What is still on its way is not waited for.
+            kind = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(answer)).encode()),
+                (b"connection", b"close"),
+            ]
             await decorated({"type": "http.response.start", "status": status, "headers": kind})
             await send({"type": "http.response.body", "body": answer})
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -10,6 +11,9 @@ from jaxtyping import Float, Int
 from ial_nap.annotations import Annotation, masks
 from ial_nap.web.workbench import QueueItem, Score, View
 from shared_core.errors import UnknownKeyError
+
+if TYPE_CHECKING:
+    from ial_nap.series import Kind
 
 __all__ = ["LinearWorkbench", "planted"]
 
@@ -65,6 +69,16 @@ class LinearWorkbench:
         self._before = self._area()[0]
 
     @property
+    def kind(self) -> Kind:
+        """One of two."""
+        return "binary"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What is predicted."""
+        return ("Prediction",)
+
+    @property
     def features(self) -> tuple[str, ...]:
         """Names, r of them."""
         return self._features
@@ -84,19 +98,21 @@ class LinearWorkbench:
             raise UnknownKeyError(f"instance '{instance}' is not known; the first is '{self._ids[0]}'")
         return self._positions[instance]
 
-    def queue(self, count: int) -> list[QueueItem]:
+    def queue(self, count: int, skip: Collection[str] = ()) -> list[QueueItem]:
         """Return the instances whose prediction is least certain first.
 
         Parameters
         ----------
         count : how many at most
+        skip : instances that come last
         """
         gated = self._series * self._gate
         logits = np.einsum("ntr,tr->n", gated, self._weights)
         spread = np.sqrt(np.einsum("ntr,tr->n", gated**2, self._deviations**2))
         chance = 1 / (1 + np.exp(-logits))
         doubt = spread * chance * (1 - chance)
-        best = np.argsort(-doubt, kind="stable")[:count]
+        late = np.isin(self._ids, list(skip))
+        best = np.lexsort((-doubt, late))[:count]
         effects = np.abs(np.einsum("ntr,tr->nr", gated[best], self._weights))
         return [
             QueueItem(
@@ -114,12 +130,13 @@ class LinearWorkbench:
         low, middle, high = (1 / (1 + np.exp(-np.array([logit - spread, logit, logit + spread])))).tolist()
         return middle, low, high
 
-    def view(self, instance: str) -> View:
+    def view(self, instance: str, output: int | None = None) -> View:  # noqa: ARG002
         """Return what the regression makes of an instance; contributions are in logits.
 
         Parameters
         ----------
         instance : its id
+        output : there is one only
         """
         position = self._position(instance)
         gated = self._series[position] * self._gate
@@ -133,13 +150,19 @@ class LinearWorkbench:
             label=float(self._labels[position]),
         )
 
-    def what_if(self, instance: str, cells: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+    def what_if(
+        self,
+        instance: str,
+        cells: Sequence[tuple[int, int]],
+        output: int | None = None,  # noqa: ARG002
+    ) -> tuple[float, float, float]:
         """Return prediction, low and high without some cells.
 
         Parameters
         ----------
         instance : its id
         cells : step and feature of each
+        output : there is one only
         """
         gated = self._series[self._position(instance)] * self._gate
         for step, feature in cells:

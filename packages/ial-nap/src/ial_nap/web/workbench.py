@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from ial_nap.annotations import Annotation
+
+if TYPE_CHECKING:
+    from ial_nap.series import Kind
 
 __all__ = ["QueueItem", "Score", "View", "Workbench"]
 
@@ -44,7 +47,10 @@ class View:
     attention : (T, r) at least 0
     uncertainty : (T, r) standard deviation of the contributions
     prediction, low, high : with its 95 % interval
-    label : of the instance, if there is one
+    label : of the instance, if there is one: 0 or 1, the place of a class, or a number
+    output : the class or label that all this is about; 0 where there is one output
+    chances : the prediction of every output; empty where there is one
+    length : real steps of the instance, the first ones; None when all are
     """
 
     values: Float[np.ndarray, "T r"]
@@ -56,6 +62,9 @@ class View:
     low: float
     high: float
     label: float | None = None
+    output: int = 0
+    chances: tuple[float, ...] = ()
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ class Score:
     better : ``higher`` or ``lower``
     value, low, high : with its 95 % interval
     before : the value before the last `Workbench.update`
+    draws : the value on resampled instances, always the same resamples, so that differences are in pairs; empty where
+        nothing was resampled
     """
 
     metric: str
@@ -76,13 +87,49 @@ class Score:
     low: float
     high: float
     before: float
+    draws: tuple[float, ...] = ()
+
+    def change(self, start: Score) -> tuple[float, float, float]:
+        """Return how much better this is than a start, with its 95 % interval; above 0 is better, whatever the metric.
+
+        Parameters
+        ----------
+        start : an earlier score of the same metric; without resamples in common, the interval is that of the value
+
+        Examples
+        --------
+        >>> start = Score("MAE", "lower", 2.0, 1.0, 3.0, 2.0, (1.0, 3.0))
+        >>> Score("MAE", "lower", 1.0, 0.5, 2.0, 2.0, (0.5, 2.5)).change(start)
+        (1.0, 0.5, 0.5)
+        """
+        sign = 1.0 if self.better == "higher" else -1.0
+        value = sign * (self.value - start.value)
+        if self.draws and len(self.draws) == len(start.draws):
+            gains = sign * (np.array(self.draws) - np.array(start.draws))
+            gains = gains[np.isfinite(gains)]
+            if len(gains):
+                low, high = np.quantile(gains, [0.025, 0.975]).tolist()
+                return value, low, high
+        low, high = sorted(sign * (edge - start.value) for edge in (self.low, self.high))
+        return value, low, high
 
 
 class Workbench(Protocol):
     """A model that obeys verdicts, as the annotation page sees it.
 
-    The page calls from one thread at a time.
+    The page calls from one thread at a time, except `queue`, which may take long and runs beside the others: it answers
+    for the model as it was when it was called.
     """
+
+    @property
+    def kind(self) -> Kind:
+        """What is predicted."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Names of classes or labels; of a binary task or a regression, one name for what is predicted."""
+        ...
 
     @property
     def features(self) -> Sequence[str]:
@@ -99,15 +146,20 @@ class Workbench(Protocol):
         """Names of the time steps, T of them."""
         ...
 
-    def queue(self, count: int) -> Sequence[QueueItem]:
-        """Return up to `count` instances, the one most worth a look first."""
+    def queue(self, count: int, skip: Collection[str] = ()) -> Sequence[QueueItem]:
+        """Return up to `count` instances, the one most worth a look first; those to skip come last."""
         ...
 
-    def view(self, instance: str) -> View:
-        """Return what the model makes of an instance now; ``UnknownKeyError`` if there is no such one."""
+    def view(self, instance: str, output: int | None = None) -> View:
+        """Return what the model makes of an instance now; ``UnknownKeyError`` if there is no such one.
+
+        Without an output, of several classes it is about the likeliest one.
+        """
         ...
 
-    def what_if(self, instance: str, cells: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+    def what_if(
+        self, instance: str, cells: Sequence[tuple[int, int]], output: int | None = None
+    ) -> tuple[float, float, float]:
         """Return prediction, low and high with these cells (step, feature) ignored."""
         ...
 
