@@ -284,8 +284,8 @@ def _heats(report: Report) -> str:
     return (
         "<section><h2>What counts, cell by cell</h2>"
         '<p class="muted">Colour is what a cell adds to the prediction, on the scale on which cells add up: less'
-        '<span class="ramp"></span>more; no colour is nothing. Hatched: not certain. \u2713 attend, \u2715 do not attend.'
-        f"</p>{''.join(articles)}</section>"
+        '<span class="ramp"></span>more; no colour is nothing. Hatched: not certain. \u2713 attend,'
+        f" \u2715 do not attend.</p>{''.join(articles)}</section>"
     )
 
 

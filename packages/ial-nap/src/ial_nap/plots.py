@@ -6,21 +6,23 @@ Signed numbers go from blue over white, which is exactly 0, to orange: readers w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from shared_core import plots as shared
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path
+from shared_core.plots import COLOURS, QUIET, drawing, legend_outside, looks, save_figure, short_names
+from shared_core.runs import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,26 +43,7 @@ __all__ = [
     "plot_reliability",
 ]
 
-# Okabe and Ito's colours, which stay apart for readers who do not see all colours.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99"]
-_QUIET = "#555555"
-_MARKERS = "osD^vPX<"
-_STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.h_pad": 0.07,
-    "figure.constrained_layout.w_pad": 0.07,
-    "figure.dpi": 100,
-    "font.size": 10,
-    "hatch.linewidth": 0.6,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "ial-nap",
-}
-_UNDATED: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _WORDS = {"auroc": "AUROC", "auprc": "AUPRC", "ece": "ECE", "mae": "MAE", "rmse": "RMSE", "mpe": "MPE"}
-_LONGEST = 32
 _MOST_ROWS = 40
 _MOST_COLUMNS = 24
 
@@ -135,65 +118,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
     InputError
         When there is nothing to draw.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for row in results:
-        groups.setdefault((row.dataset, row.metric), []).append(row)
-    if not groups:
-        raise InputError("the run has no results to draw")
-    datasets, names = ([*dict.fromkeys(key[place] for key in groups)] for place in (0, 1))
-    keys: list[tuple[str, str] | None] = [
-        (data, metric) if (data, metric) in groups else None for data in datasets for metric in names
-    ]
-    columns = len(names)
-    if len(datasets) == 1 or columns > 4:
-        keys = list(groups)
-        columns = min(len(keys), 3) if len(keys) != 4 else 2
-    lines = -(-len(keys) // columns)
-    tallest = max(len(rows) for rows in groups.values())
-    longest = max(len(_short(row.method)) for row in results)
-    with mpl.rc_context(_STYLE):
-        size = ((2.9 + 0.075 * longest) * columns, (1.15 + 0.26 * tallest) * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False).ravel())
-        for axis, key in zip(axes, [*keys, *[None] * (len(axes) - len(keys))], strict=True):
-            if key is None:
-                axis.set_axis_off()
-                continue
-            _compare(axis, groups[key], title=key[0] if len(datasets) > 1 else "")
-        if len(datasets) == 1:
-            figure.suptitle(datasets[0], fontsize="medium")
-        _save(figure, path)
-
-
-def _compare(axis: Axes, rows: Sequence[Result], *, title: str) -> None:
-    better = rows[0].better
-    ordered = sorted(rows, key=lambda row: row.mean, reverse=better == "lower")
-    for place, row in enumerate(ordered):
-        ours = row.method.startswith("ial-nap")
-        colour = _COLOURS[1] if ours else _COLOURS[0]
-        if row.low is not None and row.high is not None:
-            axis.plot(
-                [row.low, row.high], [place, place], color=colour, linewidth=2.4, alpha=0.55, solid_capstyle="butt"
-            )
-        axis.plot(row.mean, place, "D" if ours else "o", color=colour, markersize=5.5)
-    axis.set_yticks(range(len(ordered)), _labels([row.method for row in ordered]))
-    for label, row in zip(axis.get_yticklabels(), ordered, strict=True):
-        if row.method.startswith("ial-nap"):
-            label.set_fontweight("bold")
-    ends = [row.mean for row in ordered]
-    ends += [end for row in ordered for end in (row.low, row.high) if end is not None]
-    means = np.array([row.mean for row in ordered])
-    # One method far off must not press all others into one spot.
-    if min(ends) > 0 and means.max() > 20 * float(np.median(means)):
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.set_title(title)
-    name = _metric(rows[0].metric, rows[0].unit)
-    axis.set_xlabel(f"{name}{chr(10) if len(name) > 12 else ' '}({better} is better)")
-    axis.set_ylim(-0.6, len(ordered) - 0.4)
-    axis.grid(axis="x", alpha=0.3)
+    shared.plot_comparison(path, results, ours=lambda method: method.startswith("ial-nap"), words=_WORDS)
 
 
 def plot_history(path: str | Path, histories: Mapping[str, Sequence[EpochLike]]) -> None:
@@ -212,24 +137,26 @@ def plot_history(path: str | Path, histories: Mapping[str, Sequence[EpochLike]])
     kept = {name: list(epochs) for name, epochs in histories.items() if len(epochs)}
     if not kept:
         raise InputError("no epoch was taken, so there is no history to draw")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axis = figure.subplots()
-        for place, (name, epochs) in enumerate(kept.items()):
-            prefix = f"{_short(name)}, " if len(kept) > 1 else ""
+        look = _looks(kept)
+        for name, epochs in kept.items():
+            colour, label = look[name].colour, look[name].label
+            prefix = f"{label}, " if len(kept) > 1 else ""
             at = [epoch.epoch for epoch in epochs]
-            axis.plot(at, [e.loss for e in epochs], "-", color=_colour(place), linewidth=1.4, label=f"{prefix}training")
+            axis.plot(at, [e.loss for e in epochs], "-", color=colour, linewidth=1.4, label=f"{prefix}training")
             checked = [e for e in epochs if np.isfinite(e.validation)]
             if checked:
                 x, y = [e.epoch for e in checked], [e.validation for e in checked]
-                axis.plot(x, y, "--", color=_colour(place), linewidth=1.4, label=f"{prefix}validation")
+                axis.plot(x, y, "--", color=colour, linewidth=1.4, label=f"{prefix}validation")
                 best = min(range(len(y)), key=y.__getitem__)
-                axis.plot(x[best], y[best], "o", color=_colour(place), markersize=8, fillstyle="none")
+                axis.plot(x[best], y[best], "o", color=colour, markersize=8, fillstyle="none")
         axis.set(xlabel="epoch", ylabel="objective")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.grid(alpha=0.25)
-        _legend_above(figure, axis, 4)
-        _save(figure, path)
+        legend_outside(figure, [axis], 4)
+        save_figure(figure, path)
 
 
 # ---- what counts in an instance
@@ -286,8 +213,8 @@ def plot_contributions(
     weight = np.sum([np.nan_to_num(np.abs(cells)).sum(0) for cells in maps.values()], axis=0)
     rows: list[int] = np.argsort(-weight, kind="stable")[:_MOST_ROWS].tolist()
     limit = max(float(np.nanmax(np.abs(cells), initial=0.0)) for cells in maps.values()) or 1.0
-    names = _labels([f"{features[d]} [{units[d]}]" if units and units[d] else features[d] for d in rows])
-    with mpl.rc_context(_STYLE):
+    names = short_names([f"{features[d]} [{units[d]}]" if units and units[d] else features[d] for d in rows])
+    with drawing(hatch_linewidth=0.6):
         text = shape[0] <= _MOST_COLUMNS
         width = max(0.52 if text and shown is not None else 0.34, 2.2 / shape[0]) * min(shape[0], 30)
         size = (1.9 + 0.062 * max(map(len, names)) + (width + 0.35) * len(maps), 1.5 + 0.27 * len(rows))
@@ -297,7 +224,7 @@ def plot_contributions(
             last = place == len(maps) - 1
             axis.imshow(cells[:, rows].T, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto")
             _grid(axis, names if place == 0 else None, steps)
-            axis.set_title(_short(name))
+            axis.set_title(short_names([name])[0])
             if not last:
                 continue
             for (k, t), cell in np.ndenumerate(cells[:, rows].T):
@@ -331,7 +258,7 @@ def plot_contributions(
             notes.append(f"{len(rows)} of {shape[1]} features, those with the largest share")
         if notes:
             figure.suptitle("\n".join(notes), fontsize="medium")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_attention(
@@ -368,22 +295,22 @@ def plot_attention(
     gates = None if gate is None else _cells("gate", gate, shape)
     rows: list[int] = np.argsort(-np.nan_to_num(np.abs(cells)).sum(0), kind="stable")[:_MOST_ROWS].tolist()
     limit = float(np.nanmax(np.abs(cells), initial=0.0)) or 1.0
-    names = _labels([features[d] for d in rows])
+    names = short_names([features[d] for d in rows])
     maps: list[tuple[str, Array, Any, tuple[float, float]]] = [
         ("weight of features (beta)", cells, DIVERGING, (-limit, limit))
     ]
     if gates is not None:
         maps.append(("gate (0: excluded)", gates, _RISING, (0.0, 1.0)))
-    with mpl.rc_context(_STYLE):
+    with drawing():
         width = max(0.34 * min(shape[0], 30), 2.6)
         size = (1.2 + 0.062 * max(map(len, names)) + (width + 0.9) * len(maps), 2.6 + 0.25 * len(rows))
         figure = Figure(figsize=size, layout="constrained")
         heights = [1.1, max(1.2, 0.25 * len(rows))]
         axes: Any = figure.subplots(2, len(maps), squeeze=False, sharex="col", height_ratios=heights)
         top: Axes = axes[0, 0]
-        top.bar(range(shape[0]), weight, color=_COLOURS[0], width=0.7)
+        top.bar(range(shape[0]), weight, color=COLOURS[0], width=0.7)
         if spread is not None:
-            top.errorbar(range(shape[0]), weight, spread, fmt="none", ecolor=_QUIET, capsize=2, linewidth=1)
+            top.errorbar(range(shape[0]), weight, spread, fmt="none", ecolor=QUIET, capsize=2, linewidth=1)
         top.set_ylabel("weight of\nsteps (alpha)")
         top.set_ylim(0, None)
         top.yaxis.set_major_locator(MaxNLocator(3))
@@ -405,7 +332,7 @@ def plot_attention(
             bar.update_ticks()
         if title:
             figure.suptitle(title, fontsize="medium")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_gates(
@@ -433,8 +360,8 @@ def plot_gates(
     old, new = _cells("before", before, shape), _cells("after", after, shape)
     moved = new - old
     rows: list[int] = np.argsort(-np.abs(moved).sum(0), kind="stable")[:_MOST_ROWS].tolist()
-    names = _labels([features[d] for d in rows])
-    with mpl.rc_context(_STYLE):
+    names = short_names([features[d] for d in rows])
+    with drawing():
         width = max(0.34 * min(shape[0], 30), 2.4)
         figure = Figure(
             figsize=(2.0 + 0.062 * max(map(len, names)) + width, 1.5 + 0.25 * len(rows)), layout="constrained"
@@ -446,14 +373,14 @@ def plot_gates(
         _grid(axis, names, steps)
         bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), DIVERGING), ax=axis, pad=0.02)
         bar.set_label("change of the gate")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _grid(axis: Axes, names: Sequence[str] | None, steps: Sequence[str]) -> None:
     """Name the rows and as many steps as have room, and draw thin lines between cells."""
     every = -(-len(steps) // 10)
     shown = list(range(0, len(steps), every))
-    labels = _labels([steps[t] for t in shown])
+    labels = short_names([steps[t] for t in shown])
     longest = max(map(len, labels))
     crowded = longest * len(shown) > 4.2 * min(len(steps), 30) + 8
     axis.set_xticks(shown, labels, rotation=90 if crowded else 0, fontsize=8)
@@ -508,27 +435,29 @@ def plot_curve(
         if len({len(run) for run in runs}) > 1:
             raise InputError(f"rounds of '{name}': as many for every seed, got {[len(run) for run in runs]}")
     # Few verdicts are given in a round and a training may take a thousand times as long: seconds need a log axis.
-    with mpl.rc_context(_STYLE):
+    with drawing():
         columns = min(4, len(kept))
         figure = Figure(figsize=(9.4, 3.7 + 0.22 * -(-len(kept) // columns)), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, 2, sharey=True))
         positive: list[float] = []
-        for place, (name, runs) in enumerate(kept.items()):
+        every = _looks(kept)
+        for name, runs in kept.items():
+            look = every[name]
             scores = np.array([[one.score for one in run] for run in runs], np.float64)
             cells = np.array([[one.cells for one in run] for run in runs], np.float64).mean(0)
             spent = np.array([np.cumsum([one.seconds for one in run[1:]]) for run in runs], np.float64).mean(0)
             mean = scores.mean(0)
             error = 2 * scores.std(0, ddof=1) / np.sqrt(len(runs)) if len(runs) > 1 else np.zeros_like(mean)
             ours = name.startswith("ial-nap")
-            look: Any = {
-                "color": _colour(place), "linewidth": 2.0 if ours else 1.3, "linestyle": _dash(place),
-                "marker": _MARKERS[place % len(_MARKERS)], "markersize": 5, "label": _short(name),
+            style: Any = {
+                "color": look.colour, "linewidth": 2.0 if ours else 1.3, "linestyle": look.dash,
+                "marker": look.marker, "markersize": 5, "label": look.label,
             }  # fmt: skip
-            axes[0].plot(cells, mean, **look)
-            axes[0].fill_between(cells, mean - error, mean + error, color=_colour(place), alpha=0.13, linewidth=0)
+            axes[0].plot(cells, mean, **style)
+            axes[0].fill_between(cells, mean - error, mean + error, color=look.colour, alpha=0.13, linewidth=0)
             at = spent > 0
             if at.any():
-                axes[1].plot(spent[at], mean[1:][at], **look)
+                axes[1].plot(spent[at], mean[1:][at], **style)
                 positive += spent[at].tolist()
         if positive and max(positive) > 20 * min(positive):
             axes[1].set_xscale("log")
@@ -539,9 +468,8 @@ def plot_curve(
             axis.grid(alpha=0.25)
         if title:
             figure.suptitle(title, fontsize="medium")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
-        _save(figure, path)
+        legend_outside(figure, axes[:1], columns, below=True)
+        save_figure(figure, path)
 
 
 # ---- how far predictions and explanations can be trusted
@@ -563,12 +491,12 @@ def plot_reliability(path: str | Path, answers: Mapping[str, tuple[ArrayLike, Ar
     """
     if not answers:
         raise InputError("there are no predictions to draw")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(5.0, 5.2), layout="constrained")
         top, below = cast("Sequence[Axes]", figure.subplots(2, 1, height_ratios=[3, 1], sharex=True))
-        top.plot([0, 1], [0, 1], color=_QUIET, linewidth=1, linestyle=":")
+        top.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=":")
         edges = np.linspace(0, 1, bins + 1)
-        for place, (name, (given, seen)) in enumerate(answers.items()):
+        for (name, (given, seen)), look in zip(answers.items(), _looks(answers).values(), strict=True):
             p, y = np.asarray(given, np.float64).ravel(), np.asarray(seen, np.float64).ravel()
             if len(p) != len(y) or not len(p):
                 raise InputError(f"'{name}': give an outcome for each probability, got {len(y)} for {len(p)}")
@@ -581,17 +509,17 @@ def plot_reliability(path: str | Path, answers: Mapping[str, tuple[ArrayLike, Ar
             x, share, n = total / count[kept], came / count[kept], count[kept]
             half = 1.96 * np.sqrt(np.maximum(share * (1 - share), 0.25 / n) / n)
             top.errorbar(
-                x, share, half, color=_colour(place), marker=_MARKERS[place % 8], markersize=5, linewidth=1.4,
-                elinewidth=0.8, label=f"{_short(name)} (n = {len(p):,})",
+                x, share, half, color=look.colour, marker=look.marker, markersize=5, linewidth=1.4,
+                elinewidth=0.8, label=f"{look.label} (n = {len(p):,})",
             )  # fmt: skip
-            below.stairs(count / len(p), edges, color=_colour(place), linewidth=1.4)
+            below.stairs(count / len(p), edges, color=look.colour, linewidth=1.4)
         top.set(ylabel="share that came true", xlim=(0, 1), ylim=(-0.02, 1.02))
         below.set(xlabel="predicted probability", ylabel="share of\npredictions")
         below.yaxis.set_major_locator(MaxNLocator(3))
         for axis in (top, below):
             axis.grid(alpha=0.25)
-        _legend_above(figure, top, 2)
-        _save(figure, path)
+        legend_outside(figure, [top], 2)
+        save_figure(figure, path)
 
 
 def plot_intervals(path: str | Path, answers: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> None:
@@ -609,32 +537,28 @@ def plot_intervals(path: str | Path, answers: Mapping[str, tuple[ArrayLike, Arra
     """
     if not answers:
         raise InputError("there are no predictions to draw")
-    from scipy.stats import norm
-
-    levels = np.linspace(0.05, 0.95, 19)
-    with mpl.rc_context(_STYLE):
+    normal, levels = NormalDist(), np.linspace(0.05, 0.95, 19).tolist()
+    with drawing():
         figure = Figure(figsize=(8.6, 4.2), layout="constrained")
         left, right = cast("Sequence[Axes]", figure.subplots(1, 2))
         ends: list[float] = []
-        for place, (name, (means, deviations, seen)) in enumerate(answers.items()):
+        for (means, deviations, seen), look in zip(answers.values(), _looks(answers).values(), strict=True):
             mean = _vector("means", means)
             spread = _vector("deviations", deviations, len(mean))
             outcome = _vector("outcomes", seen, len(mean))
-            left.plot(
-                outcome, mean, _MARKERS[place % 8], color=_colour(place), markersize=3, alpha=0.5, label=_short(name)
-            )
+            left.plot(outcome, mean, look.marker, color=look.colour, markersize=3, alpha=0.5, label=look.label)
             off = np.abs(outcome - mean)
-            held = [float((off <= norm.ppf(0.5 + level / 2) * spread).mean()) for level in levels]
-            right.plot(levels, held, color=_colour(place), marker=_MARKERS[place % 8], markersize=4, linewidth=1.3)
+            held = [float((off <= normal.inv_cdf(0.5 + level / 2) * spread).mean()) for level in levels]
+            right.plot(levels, held, color=look.colour, marker=look.marker, markersize=4, linewidth=1.3)
             ends += [outcome.min(), outcome.max()]
-        left.plot([min(ends), max(ends)], [min(ends), max(ends)], color=_QUIET, linewidth=1, linestyle=":")
-        right.plot([0, 1], [0, 1], color=_QUIET, linewidth=1, linestyle=":")
+        left.plot([min(ends), max(ends)], [min(ends), max(ends)], color=QUIET, linewidth=1, linestyle=":")
+        right.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=":")
         left.set(xlabel="what came", ylabel="predicted")
         right.set(xlabel="level of the interval", ylabel="share of intervals that hold it", xlim=(0, 1), ylim=(0, 1))
         for axis in (left, right):
             axis.grid(alpha=0.25)
-        _legend_above(figure, left, 4)
-        _save(figure, path)
+        legend_outside(figure, [left], 4)
+        save_figure(figure, path)
 
 
 def plot_faithfulness(path: str | Path, curves: Mapping[str, Mapping[str, ArrayLike]]) -> None:
@@ -653,23 +577,23 @@ def plot_faithfulness(path: str | Path, curves: Mapping[str, Mapping[str, ArrayL
     """
     if not curves or not all(curves.values()):
         raise InputError("there are no curves to draw")
-    orders = [*dict.fromkeys(order for panel in curves.values() for order in panel)]
-    with mpl.rc_context(_STYLE):
+    every = _looks([order for panel in curves.values() for order in panel])
+    with drawing():
         figure = Figure(figsize=(0.8 + 3.8 * len(curves), 3.7), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, len(curves), sharey=True, squeeze=False)[0])
         for axis, (kind, panel) in zip(axes, curves.items(), strict=True):
             for order, given in panel.items():
-                place = orders.index(order)
+                look = every[order]
                 values = _vector(f"{kind}, {order}", given)
                 at = np.linspace(0, 1, len(values))
-                axis.plot(at, values, _dash(place), color=_colour(place), linewidth=1.7, label=_short(order))
+                axis.plot(at, values, look.dash, color=look.colour, linewidth=1.7, label=look.label)
             axis.set(xlabel="share of cells", title=kind, xlim=(0, 1))
             axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("mean prediction")
-        _legend_above(figure, axes[0], 4)
-        _save(figure, path)
+        legend_outside(figure, [axes[0]], 4)
+        save_figure(figure, path)
 
 
 def plot_agreement(path: str | Path, people: Sequence[str], kappas: ArrayLike, counts: ArrayLike) -> None:
@@ -691,8 +615,8 @@ def plot_agreement(path: str | Path, people: Sequence[str], kappas: ArrayLike, c
         raise InputError(f"agreement is between two people at least, got {len(people)}")
     shape = len(people), len(people)
     kappa, both = _cells("kappas", kappas, shape), _cells("counts", counts, shape)
-    names = _labels(people)
-    with mpl.rc_context(_STYLE):
+    names = short_names(people)
+    with drawing():
         longest = max(map(len, names))
         side, room = max(1.7, 0.8 * len(people)), 0.085 * longest
         upright = longest > 9
@@ -714,41 +638,31 @@ def plot_agreement(path: str | Path, people: Sequence[str], kappas: ArrayLike, c
         axis.tick_params(length=0)
         bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), DIVERGING), ax=axis, pad=0.03)
         bar.set_label("Cohen's kappa")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 # ---- helpers
 
 
-def _legend_above(figure: Figure, axis: Axes, columns: int) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), fontsize=9)
+class _Look(NamedTuple):
+    colour: str
+    marker: str
+    dash: str
+    label: str
+
+
+def _looks(names: Iterable[str]) -> dict[str, _Look]:
+    """Say how each name is drawn, and what it is called where there is little room."""
+    found = looks(list(names))
+    return {
+        name: _Look(*look, label)
+        for (name, look), label in zip(found.items(), short_names(list(found), 34), strict=True)
+    }
 
 
 def _metric(name: str, unit: str) -> str:
     words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
     return words if unit in {"1", ""} else f"{words} [{unit}]"
-
-
-def _colour(place: int) -> str:
-    return _COLOURS[place % len(_COLOURS)]
-
-
-def _dash(place: int) -> str:
-    return "-" if place < len(_COLOURS) else "--"
-
-
-def _short(name: str) -> str:
-    """Cut the middle out of a name that would push the picture aside."""
-    half = (_LONGEST - 1) // 2
-    return name if len(name) <= _LONGEST else f"{name[:half].rstrip()}\u2026{name[-half:].lstrip()}"
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    """Cut long names, and number those that look alike then."""
-    short = [_short(name) for name in names]
-    alike = {label for label in short if short.count(label) > 1}
-    return [f"{place + 1}: {label}" if label in alike else label for place, label in enumerate(short)]
 
 
 def _cells(name: str, values: ArrayLike, shape: tuple[int, int]) -> Array:
@@ -765,12 +679,3 @@ def _vector(name: str, values: ArrayLike, length: int | None = None) -> Array:
     if length is not None and len(found) != length:
         raise InputError(f"{name}: needs {length} numbers, got {len(found)}")
     return found
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            # No date in the file: the same run gives the same bytes.
-            figure.savefig(temporary, metadata=_UNDATED.get(temporary.suffix, {}))
-        except ValueError as error:
-            raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf") from error
