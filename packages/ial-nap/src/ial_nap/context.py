@@ -280,7 +280,7 @@ class Context:
             masks.
         """
         found = check_masks(masks, self.steps, self.features).cpu().numpy()
-        names = self._new_names(len(found)) if ids is None else list(ids)
+        names = self.new_names(len(found)) if ids is None else list(ids)
         people = [""] * len(found) if annotators is None else list(annotators)
         if len(names) != len(found) or len(people) != len(found):
             raise InputError(f"{len(found)} masks, {len(names)} ids and {len(people)} annotators: give one each")
@@ -288,8 +288,13 @@ class Context:
         which, cells = (flat >= 0).nonzero()
         return self._change(list(zip(names, people, strict=True)), which, cells, flat[which, cells], allow_empty)
 
-    def _new_names(self, count: int) -> list[str]:
-        """Return names that no mask has."""
+    def new_names(self, count: int) -> list[str]:
+        """Return names that no instance has, for masks without one.
+
+        Parameters
+        ----------
+        count : how many
+        """
         taken = {instance for instance, _ in self._rows}
         found: list[str] = []
         number = len(self)

@@ -414,7 +414,7 @@ class FeatureNAP(nn.Module):
             )
         if self.context != "masks" and len(context) and series is None:
             raise InputError(
-                f"a model with context='{self.context}' reads whom masks are of: update(context, series) with the series"
+                f"a model with context='{self.context}' reads whom masks are of: update(context, series) with series"
             )
         self.preference.copy_(preference(context.one, context.zero, self.kappa))
         self._masks = context.masks
@@ -426,7 +426,8 @@ class FeatureNAP(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the masks again, after parameters of the encoder have changed."""
-        if self.encoder is None:
+        # On the device "meta" there are shapes only.
+        if self.encoder is None or self.summary.is_meta:
             return
         if self.context != "masks":
             self._refresh_with_instances(self.encoder)

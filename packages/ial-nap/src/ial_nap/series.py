@@ -168,6 +168,24 @@ class Series:
             scaling=replace(self.scaling, mean=self.scaling.mean[kept], deviation=self.scaling.deviation[kept]),
         )
 
+    @staticmethod
+    def joined(parts: Sequence[Series]) -> Series:
+        """Return the instances of several series as one; without labels unless all have them.
+
+        Parameters
+        ----------
+        parts : at least one; names, kind and scaling are those of the first
+        """
+        labels = [part.y for part in parts if part.y is not None]
+        return replace(
+            parts[0],
+            x=torch.cat([part.x for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
+            observed=torch.cat([part.observed for part in parts]),
+            y=torch.cat(labels) if len(labels) == len(parts) else None,
+            ids=tuple(name for part in parts for name in part.ids),
+        )
+
     def to(self, target: torch.device | torch.dtype | str) -> Series:
         """Move or convert values and floating labels; lengths and masks are moved only.
 
@@ -268,12 +286,12 @@ def make_series(
         )
     if like is not None and t != len(like.steps):
         raise InputError(f"x has {t} steps, the model was trained on {len(like.steps)}; pad x and give lengths")
-    names = _names(features or (like.features if like else None), r, "feature", "f")
+    names = _names(features or (like.features if like is not None else None), r, "feature", "f")
     if like is not None and names != like.features:
         raise InputError(f"features {list(names)} are not those of the training, {list(like.features)}")
-    step_names = _names(steps or (like.steps if like else None), t, "step", "")
+    step_names = _names(steps or (like.steps if like is not None else None), t, "step", "")
     id_names = _names(ids, n, "instance id", "")
-    in_units = like.units if like else tuple(str(unit) for unit in units or ())
+    in_units = like.units if like is not None else tuple(str(unit) for unit in units or ())
     if in_units and len(in_units) != r:
         raise InputError(f"{len(in_units)} units for {r} features: give one each, '' where there is none")
     real = _lengths(lengths, n, t)
@@ -291,21 +309,21 @@ def make_series(
             raise InputError(
                 "without y, say what is predicted: kind='binary', 'multiclass', 'multilabel', 'regression'"
             )
-        found: Kind = like.kind if like else kind or "binary"
+        found: Kind = like.kind if like is not None else kind or "binary"
         return Series(
             values,
             real,
             observed,
             None,
             found,
-            like.outputs if like else 1,
+            like.outputs if like is not None else 1,
             names,
             step_names,
             id_names,
             scaling,
             in_units,
         )
-    target, found, outputs = _labels(y, n, like.kind if like else kind, like)
+    target, found, outputs = _labels(y, n, like.kind if like is not None else kind, like)
     if found == "regression":
         if like is None and standardise:
             deviation = float(target.double().std(correction=0))
