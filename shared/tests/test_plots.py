@@ -95,6 +95,16 @@ def test_one_legend_for_all_panels():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+def test_a_legend_of_long_names_stays_within_the_figure():
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for k in range(4):
+        axis.plot([0, 1], label=f"{k} of the methods, which has a long name")
+    legend_outside(figure, [axis])
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().width < figure.bbox.width
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.5, 0.6), (1.0, 30.0), (0.01, 5000.0)])
 def test_logarithmic_axes_are_written_out(low, high):
     axis = Figure().subplots()

@@ -181,7 +181,7 @@ def legend_outside(figure: Figure, axes: Sequence[Axes], columns: int = 4, *, be
     ----------
     figure : of the panels, with constrained layout
     axes : panels whose labels are collected
-    columns : of the legend at most
+    columns : of the legend at most; fewer where names are too long for them
     below : below instead of above
     """
     entries: dict[str, Any] = {}
@@ -191,9 +191,10 @@ def legend_outside(figure: Figure, axes: Sequence[Axes], columns: int = 4, *, be
             entries.setdefault(label, handle)
     if entries:
         place = "outside lower center" if below else "outside upper center"
-        figure.legend(
-            list(entries.values()), list(entries), loc=place, ncols=min(columns, len(entries)), fontsize="small"
-        )
+        # About eleven small letters an inch, and eight for a line beside its name.
+        fitting = int(figure.get_figwidth() * 11 / (max(map(len, entries)) + 8))
+        columns = max(1, min(columns, len(entries), fitting))
+        figure.legend(list(entries.values()), list(entries), loc=place, ncols=columns, fontsize="small")
 
 
 def running_mean(values: Sequence[float], window: int) -> Float[np.ndarray, " n"]:
