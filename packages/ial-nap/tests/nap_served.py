@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src"
-CODE = """
+PLANTED = """
 import json, sys
 from ial_nap.store import AnnotationStore
 from ial_nap.web.app import serve
@@ -20,15 +21,66 @@ bench = planted(instances=size)
 store = AnnotationStore(path, bench.features, len(bench.steps), units=bench.units)
 serve(bench, store, people, port=port, announce=lambda links: print(json.dumps(links), flush=True))
 """
+TRAINED = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from nap_served import split_of
+from ial_nap.estimator import NAPClassifier
+from ial_nap.web.model import serve
+path, port, people, name, model = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","), sys.argv[4], sys.argv[5]
+split, classes, cer = split_of(name)
+serve(NAPClassifier.load(model, device="cpu"), split.train, validation=split.audit or split.validation,
+      outputs=classes, cer=cer, store=path, annotators=people, port=port, open_browser=False,
+      announce=lambda links: print(json.dumps(links), flush=True))
+"""
+
+
+def split_of(name: str):
+    """Real data with two columns planted that tell the site, which gives the answer away in training only."""
+    from ial_nap.data import load_data, plant
+    from ial_nap.ranking import CER
+
+    data = load_data(name)
+    if name == "physionet2012":
+        # Hours at which nearly nothing is measured yet would make a dull picture; so would a long training.
+        split = data.split(0, validation=0.2)
+        few = replace(split, train=split.train.part(range(600)), validation=split.validation.part(range(400)))
+        return few, ["Probability of death"], CER(samples=8)
+    split = plant(data.split(0, test=0.2, validation=0.5), audit=0.7)
+    classes = list(data.classes) or None
+    return split, classes if data.kind == "multiclass" else [f"Probability of {data.classes[1]}"], CER()
+
+
+def fitted(name: str, path: Path, epochs: int = 40) -> Path:
+    """Train on `split_of`, and save the model in a file."""
+    from ial_nap.estimator import NAPClassifier
+
+    split, _, _ = split_of(name)
+    model = NAPClassifier(hidden=16, latent=8, epochs=epochs, batch=100, lr=1e-2, missing="mask", device="cpu")
+    model.fit(split.train, validation=split.validation).save(path)
+    return path
 
 
 class Served:
-    """The page of `planted` as a process; killed outright at the end."""
+    """The page of `planted`, or of a trained model, as a process; killed outright at the end."""
 
-    def __init__(self, path: Path, people: str = "ann,bob", port: int = 0, instances: int = 200) -> None:
-        search = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
+    def __init__(
+        self,
+        path: Path,
+        people: str = "ann,bob",
+        port: int = 0,
+        instances: int = 200,
+        *,
+        data: str = "",
+        model: Path | None = None,
+    ) -> None:
+        search = os.pathsep.join([str(SOURCE), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        what = [PLANTED, str(path), str(port), people, str(instances)]
+        if model is not None:
+            what = [TRAINED, str(path), str(port), people, data, str(model)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CODE, str(path), str(port), people, str(instances)],
+            [sys.executable, "-c", *what],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": search},

@@ -31,7 +31,7 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
     from starlette.exceptions import HTTPException
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 except ImportError as error:
     raise InputError(f"the annotation page needs '{error.name}': pip install 'ial-nap[web]'") from None
 
@@ -528,7 +528,9 @@ class _Patient(H11Protocol):
         self._calm()
 
     def _watch(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+        # There is none before the first request.
+        cycle: RequestResponseCycle | None = getattr(self, "cycle", None)
+        if cycle is not None and not cycle.response_complete:
             self._calm()
         elif self._late is None:
             # What drips in does not buy more time.

@@ -45,7 +45,12 @@ class _Fitted(Protocol):
 class _Estimator(_Fitted, Protocol):
     """What :func:`serve` asks of an estimator besides."""
 
-    context_: Context
+    @property
+    def context_(self) -> Context: ...
+
+    def know(self, series: Series) -> None: ...
+
+    def replace(self, annotations: Context, *, allow_empty: bool = False) -> object: ...
 
     def series(
         self,
@@ -182,11 +187,11 @@ class ModelWorkbench:
         draws: int = 300,
     ) -> None:
         self.model = estimator if isinstance(estimator, FeatureNAP) else estimator.model_
-        for name, series in (("pool", pool), ("validation", validation), ("train", train)):
-            shape = None if series is None else (len(series.steps), len(series.features))
-            if shape not in {None, (self.model.steps, self.model.features)}:
+        for name, series in (("pool", pool), ("validation", validation), ("train", train or pool)):
+            t, r = len(series.steps), len(series.features)
+            if (t, r) != (self.model.steps, self.model.features):
                 raise InputError(
-                    f"{name}: of {shape[0]} steps and {shape[1]} features, the model of {self.model.steps} and"
+                    f"{name}: of {t} steps and {r} features, the model of {self.model.steps} and"
                     f" {self.model.features}; make it like the training series"
                 )
         if samples < 2:
@@ -194,11 +199,11 @@ class ModelWorkbench:
         self.pool, self.validation, self.train = pool, validation, pool if train is None else train
         self.cer = cer or CER()
         self.samples = samples
-        named = tuple(units or getattr(estimator, "units_", None) or ("",) * self.model.features)
+        named = tuple(units or getattr(estimator, "units_", None) or pool.units or ("",) * self.model.features)
         if len(named) != self.model.features:
             raise InputError(f"units: {len(named)} for {self.model.features} features; give one each, empty for none")
         self._units = named
-        self._outputs = self._named(outputs)
+        self._outputs = self._named(outputs, getattr(estimator, "classes_", None))
         if output is not None and not 0 <= output < len(self._outputs):
             raise InputError(f"output {output}: there are {len(self._outputs)}, counted from 0")
         self._output = output
@@ -218,11 +223,15 @@ class ModelWorkbench:
         self._obey()
         self._before = self.score().value
 
-    def _named(self, outputs: Sequence[str] | None) -> tuple[str, ...]:
+    def _named(self, outputs: Sequence[str] | None, classes: np.ndarray | None) -> tuple[str, ...]:
         count = self.pool.outputs
         if outputs is None:
-            one = ("Prediction",)
-            return one if count == 1 else tuple(f"class {k}" for k in range(count))
+            known = None if classes is None else [str(one) for one in classes.tolist()]
+            if count > 1:
+                return tuple(known or (str(k) for k in range(count)))
+            # A class that has a name of its own; 1 and True have none.
+            named = known is not None and known[-1] not in {"1", "1.0", "True"}
+            return (f"Probability of {known[-1]}",) if known and named else ("Prediction",)
         if len(outputs) != count:
             raise InputError(f"outputs: {len(outputs)} names for {count}; give one each")
         return tuple(outputs)
@@ -334,7 +343,7 @@ class ModelWorkbench:
             context.forget_past()
         self.context = context
         self._digest = context.digest
-        self.model.update(context)
+        self.model.update(context, self.pool)
         self._views.clear()
 
     # ---- what the model makes of it
@@ -555,7 +564,7 @@ def serve(
 
     Parameters
     ----------
-    estimator : fitted; afterwards it obeys what was said
+    estimator : fitted; afterwards it obeys what was said, and its ``undo`` takes all of that back
     x, y, lengths, ids : instances to annotate, as for its ``fit``: arrays ``(n, t, r)``, ``(n,)``, ``(n,)``, and
         names; or a ready ``Series``. The test split has no place here: choosing by it leaks
     validation : arrays ``(x, y)`` or ``(x, y, lengths)``, or ``Series``, to score on; None is what was held out in
@@ -594,7 +603,7 @@ def serve(
             # Some browsers only return when they are closed.
             threading.Thread(target=webbrowser.open, args=(next(iter(links.values())),), daemon=True).start()
 
-    named = tuple(units or getattr(estimator, "units_", None) or ("",) * len(pool.features))
+    named = tuple(units or getattr(estimator, "units_", None) or pool.units or ("",) * len(pool.features))
     with AnnotationStore(store, pool.features, len(pool.steps), units=named) as kept:
         from_here = {(one.instance, one.annotator) for one in kept.log()}
         told = estimator.context_
@@ -602,12 +611,18 @@ def serve(
         base = Context(told.steps, told.features, kappa=told.kappa, schema=told.schema)
         if other:
             keys = [told.keys[k] for k in other]
-            base.add(told.masks[other], ids=[one for one, _ in keys], annotators=[who for _, who in keys])
+            base.add(
+                told.masks[other],
+                ids=[one for one, _ in keys],
+                annotators=[who for _, who in keys],
+                allow_empty=True,
+            )
         bench = ModelWorkbench(estimator, pool, held, cer=cer, samples=samples, outputs=outputs, units=named, base=base)
         try:
             serve_page(bench, kept, annotators, host=host, port=port, hosts=hosts, count=cer.k, announce=opened)
         except KeyboardInterrupt:
             pass
         finally:
-            estimator.context_ = bench.context
+            estimator.know(pool)
+            estimator.replace(bench.context, allow_empty=True)
         return kept.standing()
