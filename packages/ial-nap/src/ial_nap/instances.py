@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ial_nap.series import Series, find_name
 from shared_core.errors import InputError
@@ -37,7 +38,7 @@ def labels_as_numbers(series: Series) -> Float[Tensor, "n c"]:
     if series.y is None:
         return series.x.new_zeros(len(series), series.outputs)
     if series.kind == "multiclass":
-        return torch.nn.functional.one_hot(series.targets, series.outputs).to(series.x)
+        return functional.one_hot(series.targets, series.outputs).to(series.x)
     return series.targets.view(len(series), -1).to(series.x)
 
 
@@ -154,8 +155,8 @@ class Likeness(nn.Module):
     """Weigh the instances of a context by how like they are to the one at hand: attention with 4 heads.
 
     Queries and keys are of the mean hidden state, of the attention's and of the encoder's recurrent layer, and of the
-    mean values; a query sees values only as far as the gate is open for all, so that what everybody excludes moves no
-    weight.
+    mean values; the angle between them counts. A query sees values only as far as the gate is open for all, so that
+    what everybody excludes moves no weight.
 
     Parameters
     ----------
@@ -172,8 +173,14 @@ class Likeness(nn.Module):
         super().__init__()
         if hidden % _HEADS:
             raise InputError(f"hidden must be a multiple of {_HEADS} for an attentive context, got {hidden}")
-        self.to_query = nn.Linear(hidden + features, hidden)
-        self.to_key = nn.Linear(hidden + features, hidden)
+        self.to_query = nn.Linear(hidden + features, hidden, bias=False)
+        self.to_key = nn.Linear(hidden + features, hidden, bias=False)
+        with torch.no_grad():
+            # To begin with, like is what has like values.
+            self.to_query.weight[:, :hidden] = 0
+            self.to_key.weight.copy_(self.to_query.weight)
+        # Of directions, whose length a penalty on weights cannot take away.
+        self.sharpness = nn.Parameter(torch.full((_HEADS,), 2.0))
 
     def keys(self, states: Float[Tensor, "*e k t h"], shown: Shown) -> Float[Tensor, "*e k h"]:
         """Describe annotated instances.
@@ -202,9 +209,11 @@ class Likeness(nn.Module):
         keys : of a context for each instance, or of one for all
         """
         query = self.to_query(torch.cat([over_steps(states, lengths), over_steps(gated, lengths)], -1))
-        query, keys = query.unflatten(-1, (_HEADS, -1)), keys.unflatten(-1, (_HEADS, -1))
+        query, keys = (
+            functional.normalize(part.unflatten(-1, (_HEADS, -1)), dim=-1, eps=1e-6) for part in (query, keys)
+        )
         scores = torch.einsum("bhd,bkhd->bhk", query, keys.expand(len(query), -1, -1, -1))
-        return (scores / query.shape[-1] ** 0.5).softmax(-1)
+        return (self.sharpness.exp().unsqueeze(-1) * scores).softmax(-1)
 
     @staticmethod
     def pooled(weights: Float[Tensor, "b 4 k"], states: Float[Tensor, "b2 k t h"]) -> Float[Tensor, "b t h"]:
