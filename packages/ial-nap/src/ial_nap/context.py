@@ -359,11 +359,8 @@ class Context:
         ((('p', 'ann'),), 1)
         """
         places: dict[Key, int] = {}
-        which = np.empty(len(verdicts), np.int64)
-        said = np.empty((len(verdicts), 3), np.int64)
-        for k, (instance, annotator, t, d, verdict) in enumerate(verdicts):
-            which[k] = places.setdefault((instance, annotator), len(places))
-            said[k] = t, d, verdict
+        which = np.array([places.setdefault(one[:2], len(places)) for one in verdicts], np.int64)
+        said = np.array([one[2:] for one in verdicts], np.int64).reshape(-1, 3)
         self._check_cells(list(places), which, said)
         cells = said[:, 0] * self.features + said[:, 1]
         if exactly and self._rows:

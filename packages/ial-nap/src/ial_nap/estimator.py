@@ -936,25 +936,25 @@ class _NAP(BaseEstimator):
 
     def _cells(self, annotations: Iterable[Annotation]) -> list[tuple[str, str, int, int, int]]:
         """Check names, and return instance, annotator, step, feature and verdict of what stands."""
-        series, known = self.series_, self.instances_
-        columns = {name: d for d, name in enumerate(series.features)}
-        found: list[tuple[str, str, int, int, int]] = []
-        for one in latest(annotations):
-            d = columns.get(one.feature)
-            if d is None:
-                raise InputError(
-                    f"{_unknown('feature', one.feature, series.features)}; the annotations may have been made for"
-                    " another set of features"
-                )
-            if known and one.instance not in known:
-                raise InputError(
-                    f"{_unknown('instance', one.instance, tuple(known))}; know(series) lets others be annotated"
-                )
-            if one.step >= len(series.steps):
-                raise InputError(
-                    f"step {one.step} of '{one.instance}': there are {len(series.steps)} steps, counted from 0"
-                )
-            found.append((one.instance, one.annotator, one.step, d, one.verdict))
+        given = list(annotations)
+        if any(one.undo for one in given):
+            given = latest(given)
+        steps, known = len(self.series_.steps), self.instances_
+        columns = {name: d for d, name in enumerate(self.series_.features)}
+        try:
+            found = [(one.instance, one.annotator, one.step, columns[one.feature], one.verdict) for one in given]
+        except KeyError:
+            name = next(one.feature for one in given if one.feature not in columns)
+            raise InputError(
+                f"{_unknown('feature', name, self.series_.features)}; the annotations may have been made for another"
+                " set of features"
+            ) from None
+        if given and max(one.step for one in given) >= steps:
+            late = next(one for one in given if one.step >= steps)
+            raise InputError(f"step {late.step} of '{late.instance}': there are {steps} steps, counted from 0")
+        if known and not known.keys() >= (named := {one.instance for one in given}):
+            name = min(named - known.keys())
+            raise InputError(f"{_unknown('instance', name, tuple(known))}; know(series) lets others be annotated")
         return found
 
     def undo(self) -> Shift:
