@@ -105,7 +105,7 @@ def test_a_legend_of_long_names_stays_within_the_figure():
     assert figure.legends[0].get_window_extent().width < figure.bbox.width
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.5, 0.6), (1.0, 30.0), (0.01, 5000.0)])
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.6), (0.21, 0.45), (1.0, 30.0), (0.01, 5000.0)])
 def test_logarithmic_axes_are_written_out(low, high):
     axis = Figure().subplots()
     axis.set_xscale("log")

@@ -157,7 +157,7 @@ def short_names(names: Sequence[str], longest: int = _LONGEST) -> list[str]:
 
 
 def plain_log(axis: XAxis | YAxis, low: float, high: float) -> None:
-    """Set limits and ticks 1, 2, 5, 10 ... of a logarithmic axis, written out.
+    """Set limits and ticks 1, 2, 5, 10 ... of a logarithmic axis, written out; a short axis has even steps.
 
     Parameters
     ----------
@@ -169,7 +169,8 @@ def plain_log(axis: XAxis | YAxis, low: float, high: float) -> None:
     margin = (high / low) ** 0.04
     axis.axes.set(**{f"{axis.axis_name}lim": (low / margin, high * margin)})
     steps = (1.0, 2.0, 5.0) if high / low < 3000 else (1.0,)
-    axis.set_major_locator(LogLocator(10, subs=steps, numticks=20))
+    # Between two of these numbers there may be all of a short axis.
+    axis.set_major_locator(MaxNLocator(5) if high / low < 6 else LogLocator(10, subs=steps, numticks=20))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
