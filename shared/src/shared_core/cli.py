@@ -53,6 +53,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from shared_core.errors import InputError
 from shared_core.runs import Claim, Result, Run, Summary
+from shared_core.workers import Workers
 
 if TYPE_CHECKING:
     import torch
@@ -208,9 +209,12 @@ class CommandLine:
         raise typer.Exit
 
     def command(
-        self, config_type: type[_Config], *, name: str | None = None
+        self, config_type: type[_Config], *, name: str | None = None, spread: bool = False
     ) -> Callable[[Callable[[_Config, Session], Outcome]], Callable[[_Config, Session], Outcome]]:
-        """Register a function as a command whose options are the fields of `config_type`."""
+        """Register a function as a command whose options are the fields of `config_type`.
+
+        With ``spread`` it has ``--workers`` and ``--ray`` too, and gives its independent pieces to `Run.spread`.
+        """
 
         def register(function: Callable[[_Config, Session], Outcome]) -> Callable[[_Config, Session], Outcome]:
             command = name or function.__name__.replace("_", "-")
@@ -219,8 +223,9 @@ class CommandLine:
             def run(**values: Any) -> None:
                 self._invoke(command, config_type, function, values)
 
-            run.__signature__ = inspect.Signature(_parameters(config_type))  # pyright: ignore[reportFunctionMemberAccess]
-            run.__annotations__ = {p.name: p.annotation for p in _parameters(config_type)}
+            parameters = _parameters(config_type, spread=spread)
+            run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+            run.__annotations__ = {p.name: p.annotation for p in parameters}
             run.__doc__ = function.__doc__
             self.app.command(command)(run)
             return function
@@ -255,6 +260,7 @@ class CommandLine:
             self._print_version()
         as_json, quiet, print_config = values.pop("json"), values.pop("quiet"), values.pop("print_config")
         resume, overwrite, file = values.pop("resume"), values.pop("overwrite"), values.pop("config")
+        count, ray = values.pop("workers", None), values.pop("ray", None)
         prog = f"{self.package} {command}"
         run: Run | None = None
         try:
@@ -271,8 +277,9 @@ class CommandLine:
                     print(_show_config(config_type, settings, places, as_json))  # noqa: T201
                     return
                 config = _validate(config_type, settings, places)
+                workers = _workers(count, ray)
                 stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-                with stdout, self._session(command, config, out, quiet, resume, overwrite) as session:
+                with stdout, self._session(command, config, out, quiet, resume, overwrite, workers) as session:
                     run = session.run
                     outcome = function(config, session)
                     summary = run.finish(outcome.results, outcome.claims)
@@ -290,10 +297,20 @@ class CommandLine:
 
     @contextlib.contextmanager
     def _session(
-        self, command: str, config: CommandConfig, out: Path | None, quiet: bool, resume: bool, overwrite: bool
+        self,
+        command: str,
+        config: CommandConfig,
+        out: Path | None,
+        quiet: bool,
+        resume: bool,
+        overwrite: bool,
+        workers: Workers,
     ) -> Generator[Session]:
-        if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError("several processes share one run folder: name it with --out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if out is None:
+                raise InputError("several processes share one run folder: name it with --out")
+            if workers.spreads:
+                raise InputError("--workers and --ray are for one process: leave them out under torchrun")
         out = out or self._runs() / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         from shared_core.device import process_group, resolve_device
 
@@ -311,6 +328,7 @@ class CommandLine:
                 resume=resume,
                 overwrite=overwrite,
                 writes=world.is_main,
+                workers=workers,
             )
             # The others must not look into the folder before the first has put it in order.
             world.barrier()
@@ -325,6 +343,14 @@ class CommandLine:
         if not found:
             raise InputError(f"no interrupted run of '{command}' under {self._runs()}; name its folder with --out")
         return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _workers(count: str | None, ray: str | None) -> Workers:
+    # On a cluster, as many as it takes unless told otherwise.
+    number = ("1" if ray is None else "0") if count is None else count
+    if not number.isdecimal():
+        raise InputError(f"--workers must be 0 (all cores) or more, got {number}")
+    return Workers(int(number), ray)
 
 
 def _stop_interrupted(message: str) -> NoReturn:
@@ -351,7 +377,7 @@ def _metavar(info: FieldInfo) -> str:
     return "|".join(names)
 
 
-def _parameters(config_type: type[CommandConfig]) -> list[inspect.Parameter]:
+def _parameters(config_type: type[CommandConfig], *, spread: bool = False) -> list[inspect.Parameter]:
     # Values arrive as text and pydantic alone parses them, so that every wrong value gets the same kind of message.
     def parameter(name: str, annotation: object, info: object, default: object) -> inspect.Parameter:
         return inspect.Parameter(
@@ -374,6 +400,14 @@ def _parameters(config_type: type[CommandConfig]) -> list[inspect.Parameter]:
             described += " [required]" if info.is_required() else ""
             options.append(
                 parameter(name, str | None, typer.Option(flag, help=described, metavar=_metavar(info)), None)
+            )
+    if spread:
+        for flag, metavar, help_text in (
+            ("workers", "INT", "Pieces of work at a time, each in a process; 0 for all cores. [default: 1]"),
+            ("ray", "ADDRESS", "Spread the work over this Ray cluster; 'local' starts one here."),
+        ):
+            options.append(
+                parameter(flag, str | None, typer.Option(f"--{flag}", help=help_text, metavar=metavar), None)
             )
     common: list[tuple[str, object, str]] = [
         ("config", Path | None, "TOML file with settings; options given here win over it."),

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from shared_core.errors import InputError
+from shared_core.workers import Workers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -280,6 +281,7 @@ class Run:
     resume : continue an interrupted run in `folder`; False starts over
     overwrite : allow starting over where an interrupted run left a checkpoint
     writes : False on all but the first process of a distributed run, which then only reads
+    workers : who does what :meth:`spread` is given; None does nothing ahead
 
     Raises
     ------
@@ -300,8 +302,10 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
         writes: bool = True,
+        workers: Workers | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self._workers = workers
         self._head = {"package": package, "version": version, "command": command, "config": dict(config)}
         self._head |= {"seed": seed, "device": device}
         self._writes = writes
@@ -403,6 +407,34 @@ class Run:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         return tree["state"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Give another process all that is known, but nothing to write with."""
+        return self.__dict__ | {"_writes": False, "_scratch": None, "_workers": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Write to a folder that goes away."""
+        self.__dict__ |= state
+        self._scratch = tempfile.TemporaryDirectory(prefix="shared-core-")
+
+    def spread(self, work: Mapping[str, Callable[[], Any]], told: Callable[[str], None] = lambda _: None) -> None:
+        """Do what a loop of :meth:`once` will ask for, spread over the run's workers; without workers, do nothing.
+
+        Each value is stored as it comes, so an interrupted run loses what was under way and nothing else. Functions
+        run in other processes: what they do besides returning a value is lost, and what they look up by :meth:`once`
+        must have been done before.
+
+        Parameters
+        ----------
+        work : functions by key, as :meth:`once` takes them; those whose value is stored are not called
+        told : called with the key of each piece that is done, in the order in which they end
+        """
+        if self._workers is None or not self._workers.spreads:
+            return
+        missing = {key: compute for key, compute in work.items() if key not in self._cells}
+        for key, value in self._workers.each(missing) if missing else ():
+            self._store(key, value)
+            told(key)
+
     def once(self, key: str, compute: Callable[[], _Value]) -> _Value:
         """Return the stored value of this piece of work, or compute and store it.
 
@@ -410,11 +442,13 @@ class Run:
         after a resume is what JSON makes of it (tuples become lists).
         """
         if key not in self._cells:
-            value = json.loads(json.dumps(compute(), allow_nan=False))
-            self._cells[key] = value
-            if self._writes:
-                _append_line(self.folder / _CELLS, {"key": key, "value": value})
+            self._store(key, compute())
         return cast("_Value", self._cells[key])
+
+    def _store(self, key: str, value: object) -> None:
+        self._cells[key] = json.loads(json.dumps(value, allow_nan=False))
+        if self._writes:
+            _append_line(self.folder / _CELLS, {"key": key, "value": self._cells[key]})
 
     def finish(self, results: Sequence[Result] = (), claims: Sequence[Claim] = ()) -> Summary:
         """Write ``summary.json`` and drop the checkpoint, which is no longer needed."""
