@@ -302,10 +302,11 @@ def _compare(axis: Axes, rows: Sequence[Result], ours: Callable[[str], bool], wo
             plain_log(axis.xaxis, low / 1.2, high)
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
+        # Long numbers would run into each other.
+        axis.xaxis.set_major_locator(MaxNLocator(5 if max(abs(means)) < 10_000 else 3))
     metric = " ".join(words.get(word, word) for word in rows[0].metric.replace("_", " ").split())
     unit = rows[0].unit
-    if unit not in {"1", ""} and not metric.startswith(f"{unit} "):
+    if unit not in {"1", "", *metric.split()}:
         metric += f" [{unit}]"
     # Panels are as wide as numbers need, which some metrics' names are not.
     axis.set_xlabel(f"{metric}{chr(10) if len(metric) > 20 else ' '}({better} is better)")
