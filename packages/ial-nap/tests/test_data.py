@@ -84,7 +84,7 @@ def test_the_toy_says_which_instances_are_for_what():
 def test_an_unknown_set_says_which_there_are():
     with pytest.raises(UnknownKeyError, match=r"no set 'cell' and no such file.*cells, digits"):
         load_data("cell")
-    assert set(SETS) == {"cells", "digits", "shift", "physionet2012", "pbc", "txhousing"}
+    assert set(SETS) == {"cells", "digits", "diabetes", "shift", "physionet2012", "pbc", "txhousing"}
 
 
 def test_features_can_be_chosen_and_the_kind_said(cells, unchecked):

