@@ -284,7 +284,7 @@ class Context:
         people = [""] * len(found) if annotators is None else list(annotators)
         if len(names) != len(found) or len(people) != len(found):
             raise InputError(f"{len(found)} masks, {len(names)} ids and {len(people)} annotators: give one each")
-        flat = found.reshape(len(found), -1)
+        flat = found.reshape(len(found), self.steps * self.features)
         which, cells = (flat >= 0).nonzero()
         return self._change(list(zip(names, people, strict=True)), which, cells, flat[which, cells], allow_empty)
 
