@@ -7,17 +7,33 @@ mailed, archived and opened years later. Every text in it that comes from data i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ial_nap.annotations import VERDICTS, Annotation, Disagreement
+from ial_nap.annotations import (
+    VERDICTS,
+    Annotation,
+    Disagreement,
+    disagreements,
+    kappa_between,
+    kappa_of_all,
+    latest,
+)
+from ial_nap.metrics import METRICS
 from shared_core.errors import InputError
 
-__all__ = ["Certified", "Heat", "Report", "Scored", "report_html"]
+if TYPE_CHECKING:
+    from ial_nap.estimator import NAPClassifier, NAPRegressor
+    from ial_nap.series import Series
+
+__all__ = ["Certified", "Heat", "Report", "Scored", "heat_of", "report_html", "report_of"]
 
 _MOST_VERDICTS = 2000
 _SIGNS = {1: "\u2713", 0: "\u2715", -1: "?"}
@@ -454,3 +470,133 @@ def _notes(report: Report) -> str:
     if not report.notes:
         return ""
     return f"<section><h2>Notes</h2>{''.join(f'<p>{escape(note)}</p>' for note in report.notes)}</section>"
+
+
+# ---- of an estimator
+
+
+def heat_of(estimator: NAPClassifier | NAPRegressor, one: Series, *, note: str = "") -> Heat:
+    """Return what counts in an instance, without the verdicts that an estimator holds and with them.
+
+    Of several classes or labels, the one that is likeliest with verdicts. A cell is uncertain where its contribution,
+    over draws, may as well be of the other sign, and is not negligible.
+
+    Parameters
+    ----------
+    estimator : fitted
+    one : one instance, as the estimator reads it
+    note : why it is here
+    """
+    after, new, interval, chosen = _look(estimator, one, None)
+    with _without_verdicts(estimator):
+        before, old, _, _ = _look(estimator, one, chosen)
+    _, variance = estimator.model_.spread_of_contributions(
+        one.x.to(estimator.device_), one.lengths.to(estimator.device_), samples=int(estimator.samples)
+    )
+    scale = one.scaling.target_deviation if estimator.kind_ == "regression" else 1.0
+    spread = scale * variance[0, :, :, chosen].sqrt().cpu().double().numpy()
+    mean = after[:, :, chosen]
+    uncertain = (1.96 * spread > np.abs(mean)) & (spread > 0.05 * max(float(np.abs(mean).max()), 1e-12))
+    values = one.scaling.raw(one.x[0]).double().cpu().numpy()
+    values[~one.observed[0].cpu().numpy()] = np.nan
+    label = None if one.y is None else _label(one, chosen)
+    return Heat(one.ids[0], before[:, :, chosen], mean, values, (old, new), interval, label, uncertain, note)
+
+
+@contextmanager
+def _without_verdicts(estimator: NAPClassifier | NAPRegressor) -> Generator[None]:
+    """Let an estimator forget for a while; what it holds afterwards is the same to the bit."""
+    if not len(estimator.context_):
+        yield
+        return
+    estimator.replace([])
+    try:
+        yield
+    finally:
+        estimator.undo()
+
+
+def _look(
+    estimator: NAPClassifier | NAPRegressor, one: Series, output: int | None
+) -> tuple[np.ndarray, float, tuple[float, float], int]:
+    """Return contributions (t, r, c), prediction, its interval, and which output they are of."""
+    cells = estimator.contributions(one).cells[0].double().numpy()
+    mean, _ = estimator.predict_dist(one)
+    low, high = estimator.interval(one, 0.95)
+    if mean.ndim == 1:
+        return cells, float(mean[0]), (float(low[0]), float(high[0])), 0
+    # A binary task has two probabilities and one output.
+    column = 1 if estimator.kind_ == "binary" else int(mean[0].argmax()) if output is None else output
+    chosen = 0 if estimator.kind_ == "binary" else column
+    return cells, float(mean[0, column]), (float(low[0, column]), float(high[0, column])), chosen
+
+
+def _label(one: Series, output: int) -> float:
+    y = one.targets[0]
+    if one.kind == "regression":
+        y = one.scaling.raw_target(y)
+    if one.kind == "multiclass":
+        return float(int(y) == output)
+    return float(y[output] if y.ndim else y)
+
+
+def report_of(
+    estimator: NAPClassifier | NAPRegressor,
+    pool: Series,
+    held_out: Series | None,
+    annotations: Sequence[Annotation],
+    *,
+    instances: int = 10,
+    facts: Mapping[str, str] | None = None,
+    certificate: Certified | None = None,
+    curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Return a report on what verdicts do to an estimator that obeys them.
+
+    Parameters
+    ----------
+    estimator : fitted, and told the verdicts
+    pool : among which the annotated instances are
+    held_out : to score on, with labels; None leaves scores out
+    annotations : a log, oldest first
+    instances : to show at most, those with most verdicts first
+    facts : lines of the head; the context's hash is added
+    certificate, curves, notes : as of :class:`Report`
+    """
+    standing = latest(annotations)
+    counts = Counter(one.instance for one in standing if one.verdict >= 0)
+    place = {name: k for k, name in enumerate(pool.ids)}
+    shown = [name for name, _ in counts.most_common() if name in place][:instances]
+    heats = [heat_of(estimator, pool.part([place[name]]), note=f"{counts[name]} verdicts") for name in shown]
+    scores: list[Scored] = []
+    if held_out is not None:
+        after = estimator.score_report(held_out)
+        with _without_verdicts(estimator):
+            before = estimator.score_report(held_out)
+        for name in after.metrics:
+            if math.isfinite(after.metrics[name]) and math.isfinite(before.metrics[name]):
+                found = estimator.compare(before, after, metric=name, draws=300)
+                scores.append(Scored(name, METRICS[name].better, found.before, found.after, found.low, found.high))
+    people = sorted({one.annotator for one in standing})
+    agreement: dict[str, float] = {}
+    if len(people) > 1:
+        agreement["all (Fleiss' kappa)"] = kappa_of_all(standing)
+        for k, first in enumerate(people):
+            for second in people[k + 1 :]:
+                agreement[f"{first} and {second} (Cohen's kappa)"] = kappa_between(standing, first, second)
+    return Report(
+        "What verdicts do to the model",
+        pool.features,
+        pool.steps,
+        estimator.units_,
+        facts={**(facts or {}), "context": estimator.context_hash},
+        scores=scores,
+        heats=heats,
+        annotations=standing,
+        agreement=agreement,
+        disagreements=disagreements(standing),
+        certificate=certificate,
+        curves=curves or {},
+        notes=notes,
+    )

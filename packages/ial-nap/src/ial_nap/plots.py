@@ -455,7 +455,8 @@ def plot_curve(
             }  # fmt: skip
             axes[0].plot(cells, mean, **style)
             axes[0].fill_between(cells, mean - error, mean + error, color=look.colour, alpha=0.13, linewidth=0)
-            at = spent > 0
+            # What takes no time does not learn: it stays out, and the axis stays short.
+            at = spent > 1e-4
             if at.any():
                 axes[1].plot(spent[at], mean[1:][at], **style)
                 positive += spent[at].tolist()
