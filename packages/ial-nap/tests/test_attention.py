@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from ial_nap.attention import Retain, Uncertain, dropped, lstm_or_gru, masked_softmax, positive, reverse_by_length
+from ial_nap.series import make_series
+from ial_nap.training import Plain, Training
 from shared_core.errors import InputError
 
 LENGTHS = torch.tensor([5, 3, 1, 4])
@@ -102,6 +104,27 @@ def test_gaussian_attention_without_spread_is_its_mean():
             layer.bias.fill_(-50.0)
     found = tight(batch(), LENGTHS, torch.Generator().manual_seed(5)).logits
     torch.testing.assert_close(found, model(batch(), LENGTHS).logits, atol=1e-3, rtol=0)
+
+
+def test_with_plus_the_logits_are_drawn_about_those_of_the_attention():
+    model = Uncertain(3, 2, hidden=6, keep=1.0, plus=True, seed=1)
+    bare = Uncertain(3, 2, hidden=6, keep=1.0, seed=1)
+    assert torch.equal(model(batch(), LENGTHS).logits, bare(batch(), LENGTHS).logits)
+    found, without = (kind(batch(), LENGTHS, torch.Generator().manual_seed(5)) for kind in (model, bare))
+    assert torch.equal(found.alpha, without.alpha)
+    many, lengths = batch().repeat(500, 1, 1), LENGTHS.repeat(500)
+    with torch.no_grad():
+        found, without = (kind(many, lengths, torch.Generator().manual_seed(6)) for kind in (model, bare))
+        seen = torch.einsum("bt,btm,btm->bm", found.alpha, found.beta, model.embedding(many))
+        drawn = (found.logits - without.logits) / positive(model.output_spread(seen))
+    assert abs(float(drawn.mean())) < 0.06
+    assert float(drawn.std()) == pytest.approx(1, abs=0.05)
+    train = make_series(batch(), [0, 1, 2, 1], lengths=LENGTHS)
+    model = Uncertain(3, 3, hidden=6, plus=True)
+    before = Plain(model)(train, None, 1.0)
+    Training(model, Plain(model), train, epochs=10, lr=5e-2).run()
+    assert Plain(model)(train, None, 1.0) < before
+    assert model.output_spread.weight.grad is not None
 
 
 def test_dropping_keeps_the_mean_and_is_the_same_at_every_step():

@@ -26,8 +26,10 @@ __all__ = [
     "dropped",
     "lstm_or_gru",
     "masked_softmax",
+    "normal_like",
     "positive",
     "reverse_by_length",
+    "weighed",
 ]
 
 _LEAST, _MOST = 1e-4, 10.0
@@ -78,8 +80,10 @@ def reverse_by_length(values: Shaped[Tensor, "b t ..."], lengths: Int64[Tensor, 
     """
     step = torch.arange(values.shape[1], device=values.device)
     back = lengths.unsqueeze(1) - 1 - step
-    index = torch.where(back >= 0, back, step)
-    return values.gather(1, index.view(*index.shape, *[1] * (values.ndim - 2)).expand_as(values))
+    place = torch.where(back >= 0, back, step)
+    place = place + values.shape[1] * torch.arange(len(values), device=values.device).unsqueeze(1)
+    # Whole steps are moved, at half the time of picking entries.
+    return values.flatten(0, 1).index_select(0, place.flatten()).view(values.shape)
 
 
 def masked_softmax(scores: Float[Tensor, "b t"], lengths: Int64[Tensor, " b"]) -> Float[Tensor, "b t"]:
@@ -104,6 +108,24 @@ def masked_softmax(scores: Float[Tensor, "b t"], lengths: Int64[Tensor, " b"]) -
         raise InputError("a series of length 0 has no step to attend to: leave it out")
     beyond = torch.arange(scores.shape[1], device=scores.device) >= lengths.unsqueeze(1)
     return scores.masked_fill(beyond, -math.inf).softmax(1)
+
+
+def weighed(
+    alpha: Float[Tensor, "b t"], beta: Float[Tensor, "b t m"], values: Float[Tensor, "b t m"]
+) -> Float[Tensor, "b m"]:
+    """Return ``sum_t alpha_t beta_t values_t``.
+
+    Parameters
+    ----------
+    alpha, beta : weights of steps and of entries
+    values : of steps
+
+    Examples
+    --------
+    >>> weighed(torch.tensor([[0.5, 0.5]]), torch.ones(1, 2, 1), torch.tensor([[[2.0], [4.0]]])).tolist()
+    [[3.0]]
+    """
+    return (alpha.unsqueeze(2) * beta * values).sum(1)
 
 
 def positive(raw: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -132,7 +154,14 @@ def dropped(values: Float[Tensor, "... m"], keep: float, generator: torch.Genera
     return values * (mask.to(values) / keep)
 
 
-def _normal_like(values: Tensor, generator: torch.Generator) -> Tensor:
+def normal_like(values: Float[Tensor, "*n"], generator: torch.Generator) -> Float[Tensor, "*n"]:
+    """Draw as many standard normal numbers.
+
+    Parameters
+    ----------
+    values : whose shape, precision and device they have
+    generator : of the draw, on its own device
+    """
     drawn = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
     return drawn.to(values.device)
 
@@ -217,20 +246,22 @@ class Retain(nn.Module):
         back = reverse_by_length(embedded, lengths)
         on_steps = dropped(self.rnn_alpha(dropped(back, self.keep, generator))[0], self.keep, generator)
         on_entries = dropped(self.rnn_beta(dropped(back, self.keep, generator))[0], self.keep, generator)
-        alpha, beta = self.from_states(on_steps, on_entries, generator)
+        alpha, beta = self.from_states(on_steps, on_entries, lengths, generator)
         return masked_softmax(reverse_by_length(alpha, lengths), lengths), reverse_by_length(beta, lengths)
 
     def from_states(
         self,
         on_steps: Float[Tensor, "b t h"],
         on_entries: Float[Tensor, "b t h"],
+        lengths: Int64[Tensor, " b"],  # noqa: ARG002  (subclasses bring in what has a time of its own)
         generator: torch.Generator | None,  # noqa: ARG002  (subclasses draw)
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t m"]]:
-        """Turn hidden states into scores of steps and weights of entries.
+        """Turn hidden states into scores of steps and weights of entries, all in reversed time.
 
         Parameters
         ----------
-        on_steps, on_entries : hidden states
+        on_steps, on_entries : hidden states, the last real step first
+        lengths : real steps
         generator : of what is drawn, None for means
         """
         return self.to_alpha(on_steps).squeeze(2), self.to_beta(on_entries).tanh()
@@ -251,7 +282,7 @@ class Retain(nn.Module):
         """
         embedded = self.embedding(x)
         alpha, beta = self.attention(embedded, lengths, generator)
-        seen = torch.einsum("bt,btm,btm->bm", alpha, beta, embedded)
+        seen = weighed(alpha, beta, embedded)
         return Attended(self.output(seen), alpha, beta)
 
     def additive(self, x: Float[Tensor, "b t r"], lengths: Int64[Tensor, " b"]) -> Float[Tensor, "b m"]:
@@ -263,7 +294,7 @@ class Retain(nn.Module):
         """
         embedded = self.embedding(x)
         alpha, beta = self.attention(embedded, lengths, None)
-        return torch.einsum("bt,btm,btm->bm", alpha, beta, embedded)
+        return weighed(alpha, beta, embedded)
 
     def contributions(
         self,
@@ -290,6 +321,14 @@ class Uncertain(Retain):
     Parameters
     ----------
     features, outputs, hidden, embed, keep, rnn, seed : as of :class:`Retain`
+    plus : draw the logits too, from Gaussians whose deviation is read off what the logits are linear in ("UA+")
+
+    Examples
+    --------
+    >>> model = Uncertain(3, 1, hidden=4, keep=1.0, plus=True)
+    >>> x, lengths, random = torch.randn(1, 5, 3), torch.tensor([5]), torch.Generator().manual_seed(0)
+    >>> model(x, lengths, random).logits.equal(model(x, lengths, random).logits)
+    False
     """
 
     def __init__(
@@ -301,6 +340,7 @@ class Uncertain(Retain):
         embed: int | None = None,
         keep: float = 0.8,
         rnn: Literal["gru", "lstm"] = "gru",
+        plus: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(features, outputs, hidden=hidden, embed=embed, keep=keep, rnn=rnn, seed=seed)
@@ -312,22 +352,48 @@ class Uncertain(Retain):
             for layer in (self.to_alpha, self.to_beta, self.alpha_spread, self.beta_spread):
                 layer.weight.copy_(0.01 * torch.randn(layer.weight.shape, generator=drawn))
                 layer.bias.zero_()
+        self.output_spread: nn.Linear | None = None
+        if plus:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.output_spread = nn.Linear(embed or features, outputs)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t r"],
+        lengths: Int64[Tensor, " b"],
+        generator: torch.Generator | None = None,
+    ) -> Attended:
+        """Predict; with `plus` and a generator, the logits are drawn too.
+
+        Parameters
+        ----------
+        x, lengths : as of :meth:`Retain.forward`
+        generator : of dropout and draws; None leaves them out
+        """
+        found = super().forward(x, lengths, generator)
+        if self.output_spread is None or generator is None:
+            return found
+        seen = weighed(found.alpha, found.beta, self.embedding(x))
+        drawn = positive(self.output_spread(seen)) * normal_like(found.logits, generator)
+        return Attended(found.logits + drawn, found.alpha, found.beta)
 
     def from_states(
         self,
         on_steps: Float[Tensor, "b t h"],
         on_entries: Float[Tensor, "b t h"],
+        lengths: Int64[Tensor, " b"],  # noqa: ARG002
         generator: torch.Generator | None,
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t m"]]:
         """Draw scores of steps and weights of entries, or return their means.
 
         Parameters
         ----------
-        on_steps, on_entries : hidden states
+        on_steps, on_entries, lengths : as of :meth:`Retain.from_states`
         generator : of the draw, None for means
         """
         alpha, beta = self.to_alpha(on_steps).squeeze(2), self.to_beta(on_entries)
         if generator is not None:
-            alpha = alpha + positive(self.alpha_spread(on_steps).squeeze(2)) * _normal_like(alpha, generator)
-            beta = beta + positive(self.beta_spread(on_entries)) * _normal_like(beta, generator)
+            alpha = alpha + positive(self.alpha_spread(on_steps).squeeze(2)) * normal_like(alpha, generator)
+            beta = beta + positive(self.beta_spread(on_entries)) * normal_like(beta, generator)
         return alpha, beta.tanh()

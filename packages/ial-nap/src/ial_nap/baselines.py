@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor, nn
 
-from ial_nap.attention import Retain
+from ial_nap.attention import Retain, weighed
 from ial_nap.context import Context
 from ial_nap.nap import FeatureNAP
 from ial_nap.series import Series
@@ -122,7 +122,7 @@ def masked_logits(model: Retain, series: Series, masks: Int8[Tensor, "n t r"], g
             f"the embedding has {embedded.shape[2]} entries for {series.x.shape[2]} features: use embed=None"
         )
     alpha, beta = model.attention(embedded, series.lengths, generator)
-    return model.output(torch.einsum("bt,btm,btm->bm", alpha, beta * (masks != 0).to(beta), embedded))
+    return model.output(weighed(alpha, beta * (masks != 0).to(beta), embedded))
 
 
 class MaskedPlain:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ial_nap.attention import Attended, Contributions, lstm_or_gru, masked_softmax, positive, reverse_by_length
+from ial_nap.attention import Attended, Contributions, lstm_or_gru, masked_softmax, positive, reverse_by_length, weighed
 from ial_nap.context import Context, check_masks, counts, preference
 from ial_nap.instances import Around, Likeness, Reads, Shown
 from ial_nap.series import Kind, Series
@@ -98,7 +98,7 @@ class Read:
     @property
     def additive(self) -> Float[Tensor, "b r"]:
         """What the logits are linear in: ``sum_t alpha_t beta_td x~_td``."""
-        return torch.einsum("bt,btr,btr->br", self.alpha, self.beta, self.gated)
+        return weighed(self.alpha, self.beta, self.gated)
 
 
 @dataclass(frozen=True, eq=False)
@@ -632,7 +632,7 @@ class FeatureNAP(nn.Module):
         on_cells = torch.cat([reverse_by_length(on_cells, lengths), z], 2)
         alpha = masked_softmax(self.to_alpha(on_steps).squeeze(2), lengths)
         beta = self.to_beta(on_cells).tanh()
-        additive = torch.einsum("bt,btr,btr->br", alpha, beta, gated)
+        additive = weighed(alpha, beta, gated)
         return Read(self.output(additive), alpha, beta, gate, gated)
 
     def logits_under(

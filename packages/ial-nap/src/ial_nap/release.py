@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ial_nap.attention import Retain, dropped, lstm_or_gru, masked_softmax, positive, reverse_by_length
+from ial_nap.attention import Retain, lstm_or_gru, normal_like, positive, reverse_by_length
 from ial_nap.context import Context
 from shared_core.errors import InputError
 
@@ -33,10 +33,7 @@ class _Process(nn.Module):
     def forward(self, masks: Float[Tensor, "k t m"], generator: torch.Generator | None) -> Float[Tensor, "t z"]:
         mean_state = self.rnn(self.embedding(masks))[0].mean(0)
         mean, deviation = self.to_mean(mean_state), positive(self.to_deviation(mean_state))
-        if generator is None:
-            return mean
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
-        return mean + deviation * noise.to(mean.device)
+        return mean if generator is None else mean + deviation * normal_like(mean, generator)
 
 
 class ReleaseNAP(Retain):
@@ -109,38 +106,29 @@ class ReleaseNAP(Retain):
             if not name.startswith(("embedding.", "output.")):
                 yield parameter
 
-    def attention(
+    def from_states(
         self,
-        embedded: Float[Tensor, "b t m"],
+        on_steps: Float[Tensor, "b t h"],
+        on_entries: Float[Tensor, "b t h"],
         lengths: Int64[Tensor, " b"],
         generator: torch.Generator | None,
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t m"]]:
-        """Return alpha and beta in forward time, under the present context.
+        """Let the latent of the present context meet the hidden states.
 
         Parameters
         ----------
-        embedded : steps
-        lengths : real steps
-        generator : of dropout, of the masks read and of z; None for none, all, and the mean
+        on_steps, on_entries, lengths : as of :meth:`ial_nap.attention.Retain.from_states`
+        generator : of the masks read and of z; None for all, and the mean
         """
         masks = self._masks
         if generator is not None and len(masks) > self.masks_at_once:
             masks = masks[torch.randperm(len(masks), generator=generator)[: self.masks_at_once]]
-        shown = masks.to(embedded)
-        whether_any = (shown >= 0).flatten(1).any(1).to(embedded) * 2 - 1
+        shown = masks.to(on_steps)
+        whether_any = (shown >= 0).flatten(1).any(1).to(on_steps) * 2 - 1
         z_beta = self.for_beta(shown, generator)
         z_alpha = self.for_alpha(whether_any.view(-1, 1, 1).expand(-1, self.steps, 1), generator)
-        back = reverse_by_length(embedded, lengths)
-        states = [
-            dropped(layer(dropped(back, self.keep, generator))[0], self.keep, generator)
-            for layer in (self.rnn_alpha, self.rnn_beta)
-        ]
+        both = torch.cat([z_alpha, z_beta], 1).expand(len(on_steps), -1, -1)
         if not self.legacy_time:
-            states = [reverse_by_length(state, lengths) for state in states]
-        count = len(embedded)
-        on_steps = torch.cat([states[0], z_alpha.expand(count, -1, -1)], 2)
-        on_entries = torch.cat([states[1], z_beta.expand(count, -1, -1)], 2)
-        alpha, beta = self.to_alpha(on_steps).squeeze(2), self.to_beta(on_entries).tanh()
-        if self.legacy_time:
-            alpha, beta = reverse_by_length(alpha, lengths), reverse_by_length(beta, lengths)
-        return masked_softmax(alpha, lengths), beta
+            both = reverse_by_length(both, lengths)
+        on_steps, on_entries = torch.cat([on_steps, both[:, :, :1]], 2), torch.cat([on_entries, both[:, :, 1:]], 2)
+        return self.to_alpha(on_steps).squeeze(2), self.to_beta(on_entries).tanh()
