@@ -47,19 +47,21 @@ def main() -> None:
             def until(script: str) -> None:
                 WebDriverWait(page, 60, 0.05, [Exception]).until(lambda _: page.execute_script("return " + script))
 
+            def click(selector: str) -> None:
+                page.execute_script(f"{selector}.scrollIntoView({{block: 'center'}}); {selector}.click()")
+
             page.get(next(iter(served.links.values())))
             until("document.querySelectorAll('#map td[data-step]').length")
             if settings.all:
-                page.find_element(By.CSS_SELECTOR, "[data-all='1']").click()
+                click("document.querySelector('[data-all=\"1\"]')")
             if settings.values:
-                page.find_element(By.CSS_SELECTOR, "[data-fit='0']").click()
+                click("document.querySelector('[data-fit=\"0\"]')")
             for name in filter(None, settings.judge.split(",")):
-                for title in page.find_elements(By.CSS_SELECTOR, "#map tbody th button"):
-                    if title.text.startswith(name):
-                        title.click()
-                        page.find_element(By.CSS_SELECTOR, "[data-verdict='0']").click()
-                        until("ialNap.waiting() === 0")
-                        break
+                title = f"document.querySelector('#map th button[title=\"Select {name}\"]')"
+                if page.execute_script(f"return !!{title}"):
+                    click(title)
+                    click("document.querySelector('[data-verdict=\"0\"]')")
+                    until("ialNap.waiting() === 0")
             cell = page.find_elements(By.CSS_SELECTOR, "#map td[data-step]:not(.past)")[1]
             page.execute_script("arguments[0].focus()", cell)
             # The clock would otherwise differ in every picture.

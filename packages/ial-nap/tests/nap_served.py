@@ -25,14 +25,15 @@ TRAINED = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-from nap_served import split_of
-from ial_nap.estimator import NAPClassifier
-from ial_nap.web.model import serve
+from nap_served import network, split_of
+from ial_nap.store import AnnotationStore
+from ial_nap.web.app import serve
+from ial_nap.web.model import ModelWorkbench
 path, port, people, name, model = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","), sys.argv[4], sys.argv[5]
-split, classes, cer = split_of(name)
-serve(NAPClassifier.load(model, device="cpu"), split.train, validation=split.audit or split.validation,
-      outputs=classes, cer=cer, store=path, annotators=people, port=port, open_browser=False,
-      announce=lambda links: print(json.dumps(links), flush=True))
+split, outputs, cer = split_of(name)
+bench = ModelWorkbench(network(model), split.train, split.audit or split.validation, outputs=outputs, cer=cer)
+store = AnnotationStore(path, bench.features, len(bench.steps), units=bench.units)
+serve(bench, store, people, port=port, announce=lambda links: print(json.dumps(links), flush=True))
 """
 
 
@@ -48,18 +49,34 @@ def split_of(name: str):
         few = replace(split, train=split.train.part(range(600)), validation=split.validation.part(range(400)))
         return few, ["Probability of death"], CER(samples=8)
     split = plant(data.split(0, test=0.2, validation=0.5), audit=0.7)
-    classes = list(data.classes) or None
-    return split, classes if data.kind == "multiclass" else [f"Probability of {data.classes[1]}"], CER()
+    return split, None if data.kind == "multiclass" else [f"Probability of {data.classes[1]}"], CER()
 
 
 def fitted(name: str, path: Path, epochs: int = 40) -> Path:
-    """Train on `split_of`, and save the model in a file."""
-    from ial_nap.estimator import NAPClassifier
+    """Train on `split_of`, and keep the network in a file."""
+    from safetensors.torch import save_file
+
+    from ial_nap.nap import FeatureNAP
+    from ial_nap.training import Episodic, Training
 
     split, _, _ = split_of(name)
-    model = NAPClassifier(hidden=16, latent=8, epochs=epochs, batch=100, lr=1e-2, missing="mask", device="cpu")
-    model.fit(split.train, validation=split.validation).save(path)
+    model = FeatureNAP.of(split.train, hidden=16, latent=8)
+    Training(model, Episodic(model), split.train, split.validation, batch=100, lr=1e-2, epochs=epochs).run()
+    save_file(model.state_dict(), path, {"config": json.dumps(model.config)})
     return path
+
+
+def network(path: str | Path):
+    """Return what `fitted` kept."""
+    from safetensors import safe_open
+
+    from ial_nap.nap import FeatureNAP
+
+    with safe_open(path, "pt") as file:
+        model = FeatureNAP(**json.loads(file.metadata()["config"]))
+        model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    model.refresh()
+    return model
 
 
 class Served:

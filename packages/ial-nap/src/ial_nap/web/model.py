@@ -226,12 +226,13 @@ class ModelWorkbench:
     def _named(self, outputs: Sequence[str] | None, classes: np.ndarray | None) -> tuple[str, ...]:
         count = self.pool.outputs
         if outputs is None:
-            known = None if classes is None else [str(one) for one in classes.tolist()]
+            known = [str(one) for one in (range(count) if classes is None else classes.tolist())]
             if count > 1:
-                return tuple(known or (str(k) for k in range(count)))
+                what = "label" if self.kind == "multilabel" else "class"
+                return tuple(one if not one.replace(".", "").isdigit() else f"{what} {one}" for one in known)
             # A class that has a name of its own; 1 and True have none.
-            named = known is not None and known[-1] not in {"1", "1.0", "True"}
-            return (f"Probability of {known[-1]}",) if known and named else ("Prediction",)
+            named = known[-1] not in {"0", "1", "1.0", "True"} and self.kind == "binary"
+            return (f"Probability of {known[-1]}",) if named else ("Prediction",)
         if len(outputs) != count:
             raise InputError(f"outputs: {len(outputs)} names for {count}; give one each")
         return tuple(outputs)
@@ -389,7 +390,10 @@ class ModelWorkbench:
         _, variance = model.spread_of_contributions(one.x, one.lengths, samples=self.samples)
         scale = self.pool.scaling.target_deviation if self.kind == "regression" else 1.0
         observed = one.observed[0].cpu().numpy()
-        values = torch.where(one.observed[0], one.scaling.raw(one.x[0]), torch.nan)
+        raw, scaling = one.scaling.raw(one.x[0]), one.scaling
+        # Standardised and back, a 0 is no longer quite one.
+        noise = raw.abs() < 1e-6 * (scaling.mean.abs() + scaling.deviation)
+        values = torch.where(one.observed[0], raw.masked_fill(noise, 0.0), torch.nan)
         found = View(
             values.cpu().numpy(),
             observed,
