@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeAlias, cast, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from shared_core.errors import InputError
 __all__ = ["Annotations", "Attention", "NAPClassifier", "NAPRegressor", "ScoreReport", "aligned"]
 
 _ROWS = 8192
+
+# Run-time checkers of annotations do not take typing.Self in methods.
+_Self = TypeVar("_Self", bound="_NAP")
 
 Said: TypeAlias = "Iterable[Annotation] | Context | Tensor | np.ndarray"
 """Verdicts: records, a context, or masks ``(k, t, r)``."""
@@ -330,7 +333,7 @@ class _NAP(BaseEstimator):
     # ---- training
 
     def fit(
-        self,
+        self: _Self,
         x: ArrayLike | Series,
         y: ArrayLike | None = None,
         *,
@@ -342,7 +345,7 @@ class _NAP(BaseEstimator):
         ids: Sequence[str] | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
         checkpoint: str | Path | None = None,
-    ) -> Self:
+    ) -> _Self:
         """Train on series and labels, with imagined annotators, so that real ones are obeyed at once later.
 
         Parameters
@@ -1068,13 +1071,13 @@ class _NAP(BaseEstimator):
     # ---- saving
 
     def restore(
-        self,
+        self: _Self,
         model: FeatureNAP,
         series: Series,
         context: Context,
         history: Sequence[Epoch],
         annotated: Series | None = None,
-    ) -> Self:
+    ) -> _Self:
         """Take a trained network over, as if it had been fitted here; training series are not known then.
 
         Parameters
@@ -1127,7 +1130,7 @@ class _NAP(BaseEstimator):
         save(cast("Any", self), path)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto") -> Self:
+    def load(cls: type[_Self], path: str | Path, *, device: str = "auto") -> _Self:
         """Read what :meth:`save` wrote.
 
         Parameters
@@ -1238,7 +1241,7 @@ class NAPClassifier(ClassifierMixin, _NAP):
             return self._encode(found), "multilabel"
         classes = np.unique(found)
         if len(classes) < 2:
-            raise InputError(f"every label is {classes[0]!r}: there is nothing to learn from one class")
+            raise InputError(f"every label is {classes.tolist()[0]!r}: there is nothing to learn from one class")
         if found.dtype.kind == "f" and (classes != np.round(classes)).any():
             raise InputError(f"y holds numbers such as {classes[0]:g} that are no classes: use NAPRegressor")
         self.classes_ = classes
