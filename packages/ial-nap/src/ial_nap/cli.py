@@ -519,7 +519,7 @@ def annotate(config: AnnotateConfig, session: Session) -> Outcome:
     _save_again(session, opened)
     after = estimator.score_report(held)
     people = {one.annotator for one in standing}
-    notes = [f"{len(latest(standing))} verdicts of {len(people)} annotators stand", _change(estimator, before, after)]
+    notes = [f"{len(latest(standing))} verdicts of {len(people)} annotators stand", _change(before, after)]
     return Outcome(_score_rows(after, "validation", "with verdicts", draws=0, seed=config.seed), notes=notes)
 
 
@@ -574,13 +574,24 @@ def _save_again(session: Session, opened: _Opened) -> None:
         write_json(session.run.artifact(_FACTS), opened.facts)
 
 
-def _change(estimator: Estimator, before: ScoreReport, after: ScoreReport) -> str:
-    found = estimator.compare(before, after)
-    text = (
-        f"validation {found.metric} {found.before:.4g} -> {found.after:.4g}, change {found.after - found.before:+.4g}"
-        f" (95 % interval {found.low:+.4g} .. {found.high:+.4g})"
-    )
-    return text if found.is_clear else f"{text}: no clear change"
+def _change(before: ScoreReport, after: ScoreReport) -> str:
+    """Say what the score of held-out series did, with an interval over resamples of instances that both share."""
+    import numpy as np
+
+    from ial_nap.web.model import Resampled
+
+    measure = Resampled(before.series, draws=1000)
+    (old, was), (new, now) = measure(before.predictions), measure(after.predictions)
+    gains = (now - was)[np.isfinite(now - was)]
+    text = f"validation {measure.metric.name} {old:.4g} -> {new:.4g}, change {new - old:+.4g}"
+    if not len(gains):
+        return f"{text}: too few instances for an interval"
+    low, high = np.quantile(gains, [0.025, 0.975]).tolist()
+    text = f"{text} (95 % interval {low:+.4g} .. {high:+.4g})"
+    if low <= 0 <= high:
+        return f"{text}: no clear change"
+    worse = (new < old) == (measure.metric.better == "higher")
+    return f"{text}: WORSE; 'ial-nap update --replace' with fewer verdicts takes it back" if worse else text
 
 
 class UpdateConfig(ModelOptions):
@@ -628,7 +639,7 @@ def update(config: UpdateConfig, session: Session) -> Outcome:
     rows: list[Result] = []
     if before is not None and held is not None:
         after = estimator.score_report(held)
-        notes.append(_change(estimator, before, after))
+        notes.append(_change(before, after))
         rows = _score_rows(before, "validation", "before", draws=0, seed=0)
         rows += _score_rows(after, "validation", "after", draws=0, seed=0)
     _save_again(session, opened)
@@ -703,7 +714,10 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     curves, notes = {"model": report}, [f"{len(series)} instances, {len(opened.estimator.context_)} masks of verdicts"]
     if config.against is not None:
         other = _open(config.against, session.device)
-        second = other.estimator.score_report(_part(config, other, config.part)[1])
+        try:
+            second = other.estimator.score_report(series)
+        except InputError as error:
+            raise InputError(f"--against {config.against}: {error}") from None
         curves["against"] = second
         rows += _score_rows(second, name, "against", draws=config.draws, seed=config.seed)
         found = opened.estimator.compare(
@@ -1134,9 +1148,10 @@ def _mask(path: Path) -> np.ndarray:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise InputError(f"{path}: is a single array; save it with np.savez(file, mask=...)")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise InputError(f"{path}: is a single array; save it with np.savez(file, mask=...)")
+        with file:
             name = next((name for name in ("mask", "masks", "M") if name in file.files), None)
             if name is None:
                 raise InputError(f"{path}: no array 'mask'; there is {', '.join(file.files) or 'nothing'}")

@@ -26,11 +26,11 @@ from ial_nap.annotations import (
     kappa_of_all,
     latest,
 )
-from ial_nap.metrics import METRICS
+from ial_nap.metrics import METRICS, measure
 from shared_core.errors import InputError
 
 if TYPE_CHECKING:
-    from ial_nap.estimator import NAPClassifier, NAPRegressor
+    from ial_nap.estimator import NAPClassifier, NAPRegressor, ScoreReport
     from ial_nap.series import Series
 
 __all__ = ["Certified", "Heat", "Report", "Scored", "heat_of", "report_html", "report_of"]
@@ -547,6 +547,7 @@ def report_of(
     annotations: Sequence[Annotation],
     *,
     instances: int = 10,
+    draws: int = 200,
     facts: Mapping[str, str] | None = None,
     certificate: Certified | None = None,
     curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
@@ -561,6 +562,7 @@ def report_of(
     held_out : to score on, with labels; None leaves scores out
     annotations : a log, oldest first
     instances : to show at most, those with most verdicts first
+    draws : resamples of held-out instances, for intervals
     facts : lines of the head; the context's hash is added
     certificate, curves, notes : as of :class:`Report`
     """
@@ -569,15 +571,12 @@ def report_of(
     place = {name: k for k, name in enumerate(pool.ids)}
     shown = [name for name, _ in counts.most_common() if name in place][:instances]
     heats = [heat_of(estimator, pool.part([place[name]]), note=f"{counts[name]} verdicts") for name in shown]
-    scores: list[Scored] = []
+    scores: Sequence[Scored] = ()
     if held_out is not None:
         after = estimator.score_report(held_out)
         with _without_verdicts(estimator):
             before = estimator.score_report(held_out)
-        for name in after.metrics:
-            if math.isfinite(after.metrics[name]) and math.isfinite(before.metrics[name]):
-                found = estimator.compare(before, after, metric=name, draws=300)
-                scores.append(Scored(name, METRICS[name].better, found.before, found.after, found.low, found.high))
+        scores = _scored(before, after, draws)
     people = sorted({one.annotator for one in standing})
     agreement: dict[str, float] = {}
     if len(people) > 1:
@@ -600,3 +599,22 @@ def report_of(
         curves=curves or {},
         notes=notes,
     )
+
+
+def _scored(before: ScoreReport, after: ScoreReport, draws: int) -> list[Scored]:
+    """Compare all scores at once: a resample serves every one of them, without verdicts and with them."""
+    series, random = after.series, np.random.default_rng(0)
+    gains: dict[str, list[float]] = {name: [] for name in after.metrics}
+    for _ in range(draws):
+        at = random.integers(0, len(series), len(series))
+        part = series.part(at.tolist())
+        old, new = measure(part, before.predictions[at]), measure(part, after.predictions[at])
+        for name in gains:
+            gains[name].append(new[name] - old[name])
+    found: list[Scored] = []
+    for name, values in gains.items():
+        finite = [value for value in values if math.isfinite(value)]
+        low, high = np.quantile(finite, [0.025, 0.975]).tolist() if finite else (math.nan, math.nan)
+        if math.isfinite(after.metrics[name]):
+            found.append(Scored(name, METRICS[name].better, before.metrics[name], after.metrics[name], low, high))
+    return found
