@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 
 from shared_core.errors import InputError
 from shared_core.runs import Run, Summary
+from shared_core.testing import Caller
 from stamp.cli import CompareConfig, MetaFitConfig, line
 from stamp.meta import MetaConfig
 from stamp.plan import PrunePlan
@@ -113,25 +112,13 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def call(home):
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
-        printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-        with contextlib.chdir(home), printed[0], printed[1], pytest.raises(SystemExit) as stop:
-            line.main([str(arg) for arg in args])
-        return subprocess.CompletedProcess(args, stop.value.code, out.getvalue(), err.getvalue())
-
-    return run
+def call(home) -> Caller:
+    return Caller(line, home)
 
 
 @pytest.fixture(scope="module")
 def done(call):
-    def run(*args: object) -> Summary:
-        result = call(*args, "--json")
-        assert result.returncode == 0, result.stderr
-        return Summary.model_validate_json(result.stdout)
-
-    return run
+    return call.done
 
 
 @pytest.fixture(scope="module")
@@ -491,8 +478,4 @@ def test_wrong_input_is_one_line(pruned, home, call, arguments, message):
     }
     for name in {str(argument) for argument in arguments} & made.keys():
         spots(home / name, ways=3, **made[name])
-    result = call(*arguments, "--out", "wrong", "--overwrite")
-    assert result.returncode == 2, (result.stdout, result.stderr)
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert result.stdout == ""
+    assert message in call.wrong(*arguments, "--out", "wrong", "--overwrite")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from shared_core.errors import InputError
 from stamp.models import WeightsError, load_weights, open_model
-from stamp.networks import FactoryError
 from stamp.plan import PlanError, save_weights
 
 
@@ -49,7 +49,7 @@ def test_weights_of_another_network(change, message):
 
 
 def test_what_cannot_be_opened(tmp_path):
-    with pytest.raises(FactoryError, match="did you mean 'smallconv'"):
+    with pytest.raises(InputError, match="did you mean 'smallconv'"):
         open_model("smalconv")
     with pytest.raises(PlanError, match=r"none\.safetensors: cannot be read"):
         open_model("smallconv", tmp_path / "none.safetensors")

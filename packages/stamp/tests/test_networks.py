@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from shared_core.errors import InputError
 from stamp.counting import macs, parameters
 from stamp.groups import trace
 from stamp.networks import (
     NETWORKS,
-    FactoryError,
     build,
     factory,
     mobilenetv2,
@@ -101,7 +101,7 @@ def test_names_make_networks():
     ],
 )  # fmt: skip
 def test_names_that_make_none(text, words):
-    with pytest.raises(FactoryError, match=words) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         factory(text)
     assert "\n" not in str(caught.value)
 
@@ -110,6 +110,7 @@ def test_factories_in_the_current_folder_and_what_they_raise(tmp_path, monkeypat
     (tmp_path / "mynets.py").write_text(
         "from torch import nn\n"
         "def good(num_classes): return nn.Linear(3, num_classes)\n"
+        "made = nn.Linear(3, 2)\n"
         "def wrong(): return 3\n"
         "def bad(): raise RuntimeError('two\\nlines')\n"
     )
@@ -119,12 +120,14 @@ def test_factories_in_the_current_folder_and_what_they_raise(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "mynets", None)
     monkeypatch.delitem(sys.modules, "mynets")
     assert str(build("mynets:good", num_classes=5, in_channels=1)) == "Linear(in_features=3, out_features=5, bias=True)"
+    assert build("mynets.py:good", num_classes=5).out_features == 5
     for name, words in (
+        ("mynets:made", "mynets:made: is a Linear already; name a function that makes a network"),
         ("mynets:wrong", "mynets:wrong returned a int; it must return a torch.nn.Module"),
         ("mynets:bad", "mynets:bad fails: RuntimeError: two lines"),
         ("broken:net", "broken:net: importing 'broken' fails: ZeroDivisionError: division by zero"),
     ):
-        with pytest.raises(FactoryError) as caught:
+        with pytest.raises(InputError) as caught:
             build(name)
         assert str(caught.value) == words
 
@@ -134,5 +137,5 @@ def test_options_out_of_range():
         (lambda: smallconv(width=0.0), "width"),
         (lambda: vit(patch=5), "do not divide"),
     ):
-        with pytest.raises(FactoryError, match=words):
+        with pytest.raises(InputError, match=words):
             make()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from shared_core.errors import InputError
+from shared_core.objects import one_line
 from shared_core.runs import atomic_path
 from stamp.structure import Attribute, Group, Slot
 
@@ -89,7 +90,7 @@ def read_plan(path: Path) -> StoredPlan:
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        raise PlanError(f"{path}: {place}: {one_line(ValueError(first['msg']))}") from error
+        raise PlanError(f"{path}: {place}: {first['msg']}") from error
 
 
 def kept_channels(indices: Sequence[int], width: int, place: str) -> Tensor:
@@ -133,7 +134,3 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise PlanError(f"{path}: cannot be read ({error.strerror or error}); give what save_weights wrote") from error
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise PlanError(f"{path}: is no safetensors file, or it is damaged ({one_line(error)})") from error
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -335,8 +335,8 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     seen = found.seen[config.seed]
     table = seen["recalibrated"]
     plot_adaptivity(
-        table,
         session.run.artifact("adaptivity.png"),
+        table,
         title=f"one network, cut to {100 * config.budget:g} %, no fine-tuning",
     )
     networks: dict[str, nn.Module] = {"dense": smallconv(10, 1, channels=(32, 64, 64))}
@@ -390,7 +390,7 @@ _DRAWN = ("accuracy", "batch of", "overlap with")
 def _draw_comparison(session: Session, results: Sequence[Result], name: str = "comparison.png") -> None:
     from stamp.plots import plot_comparison
 
-    plot_comparison([row for row in results if row.metric.startswith(_DRAWN)], session.run.artifact(name))
+    plot_comparison(session.run.artifact(name), [row for row in results if row.metric.startswith(_DRAWN)])
 
 
 class CompareConfig(ProtocolOptions):
@@ -533,8 +533,8 @@ def _draw_tradeoff(
     points = [*dense[:1], *(point for point in points if point.method != "dense")]
     title = f"after {steps} steps of fine-tuning" if steps else "right after cutting"
     return [
-        plot_tradeoff(points, place("tradeoff.png"), title=title),
-        plot_tradeoff(points, place("tradeoff-ms.png"), "ms", title=title),
+        plot_tradeoff(place("tradeoff.png"), points, title=title),
+        plot_tradeoff(place("tradeoff-ms.png"), points, "ms", title=title),
     ]
 
 
@@ -545,7 +545,7 @@ def _draw_widths(cells: Mapping[str, Mapping[str, Mapping[Any, Cell]]], path: Pa
     label, methods = list(cells.items())[-1]
     first = {name: next(iter(by_seed.values()))["widths"] for name, by_seed in methods.items() if name != "dense"}
     shown = first or {name: next(iter(by.values()))["widths"] for name, by in methods.items()}
-    return plot_widths({name: _pairs(own) for name, own in shown.items()}, path, title=label)
+    return plot_widths(path, {name: _pairs(own) for name, own in shown.items()}, title=label)
 
 
 def _pairs(widths: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
@@ -633,7 +633,7 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
         for name, row in first["recalibrated"].items()
     }
     title = f"{config.kind} network, no fine-tuning"
-    plot_adaptivity(table, session.run.artifact("adaptivity.png"), title=title)
+    plot_adaptivity(session.run.artifact("adaptivity.png"), table, title=title)
     head = [f"{mask:>10}" for mask in next(iter(table.values()))]
     notes += ["", f"accuracy in %: {title}, mean over seeds", "".join([f"{'':16}", *head])]
     for name, row in table.items():
@@ -641,7 +641,7 @@ def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
     if config.kind == "planted":
         notes.append("precision: share of the channels kept that are the data set's own specialist's")
     kept = {name: _pairs(own) for name, own in first["widths"].items()}
-    plot_widths(kept, session.run.artifact("widths.png"), title=f"{config.kind} network, the first seed")
+    plot_widths(session.run.artifact("widths.png"), kept, title=f"{config.kind} network, the first seed")
     return Outcome(found.results, found.claims, notes)
 
 
@@ -707,7 +707,7 @@ def rapid(config: RapidConfig, session: Session) -> Outcome:
         label: Course(*course, small_from=0.0 if label == experiments.STAMP else first["cut_at"])
         for label, course in first["courses"].items()
     }
-    plot_rapid(courses, session.run.artifact("rapid.png"), dense=first["goal"] + 0.01, title="the first seed")
+    plot_rapid(session.run.artifact("rapid.png"), courses, dense=first["goal"] + 0.01, title="the first seed")
     notes: list[str] = []
     for label in found.cells:
         notes += ["", label, *experiments.table_of(found, sorted(set(config.tuning_steps)), label)]
@@ -983,7 +983,7 @@ def meta_fit(config: MetaFitConfig, session: Session) -> Outcome:
     generator.save(session.run.artifact(_GENERATOR))
     if not history.records:
         return Outcome(notes=[*notes, "no meta-step: the generator is as it was made"])
-    plot_training(history.records, session.run.artifact("training.png"))
+    plot_training(session.run.artifact("training.png"), history.records)
     last = history.records[-50:]
     name = ", ".join(data.name for data in references)
 
@@ -1071,7 +1071,7 @@ def prune(config: PruneConfig, session: Session) -> Outcome:
     _facts_for(replace(facts, num_classes=_outputs(model)), train, options, config.data).write(
         session.run.artifact(_FACTS)
     )
-    plot_widths({plan.method: _widths(plan)}, session.run.artifact("widths.png"))
+    plot_widths(session.run.artifact("widths.png"), {plan.method: _widths(plan)})
     where = f"{test.name}, test"
     results = [_row(plan.method, "accuracy right after cutting", 100 * accuracy(small, test), "%", "higher", where)]
     results += [
@@ -1303,9 +1303,9 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
     if kind in ("widths", "overlap"):
         plans = {_plan_name(path, config.runs): _plan_at(path) for path in config.runs}
         if kind == "widths":
-            path = plots.plot_widths({name: _widths(plan) for name, plan in plans.items()}, place("widths.png"))
+            path = plots.plot_widths(place("widths.png"), {name: _widths(plan) for name, plan in plans.items()})
         else:
-            path = plots.plot_overlap(_overlaps(plans), list(plans), place("overlap.png"))
+            path = plots.plot_overlap(place("overlap.png"), _overlaps(plans), list(plans))
     elif kind == "adaptivity":
         seen = _cells_at(run, "seen")["seen"]
         table: dict[str, dict[str, list[float]]] = {}
@@ -1313,12 +1313,12 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
             for name, row in each["recalibrated"].items():
                 for mask, value in row.items():
                     table.setdefault(name, {}).setdefault(mask, []).append(value)
-        path = plots.plot_adaptivity(table, place("adaptivity.png"))
+        path = plots.plot_adaptivity(place("adaptivity.png"), table)
     elif kind == "training":
-        path = plots.plot_training(_history(run), place("training.png"))
+        path = plots.plot_training(place("training.png"), _history(run))
     else:
         rows = [row for row in read_summary(run).results if row.metric.startswith(_DRAWN)]
-        path = plots.plot_comparison(rows or read_summary(run).results, place("comparison.png"))
+        path = plots.plot_comparison(place("comparison.png"), rows or read_summary(run).results)
     return Outcome(notes=[f"wrote {path}"])
 
 

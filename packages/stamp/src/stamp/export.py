@@ -16,6 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from shared_core.errors import InputError
+from shared_core.objects import one_line
 from shared_core.runs import atomic_path
 from stamp._files import read_weights, save_weights
 
@@ -64,7 +65,7 @@ def to_onnx(
                     external_data=False,
                 )  # fmt: skip
             except Exception as error:  # the exporter raises many kinds
-                raise ExportError(f"ONNX cannot express this {type(small).__name__}: {_line(error)}") from error
+                raise ExportError(f"ONNX cannot express this {type(small).__name__}: {_said(error)}") from error
         if class_names:
             written = onnx.load(str(temporary))
             entry = written.metadata_props.add()
@@ -112,7 +113,7 @@ def to_torchscript(small: nn.Module, example: Shaped[Tensor, "n ..."], path: str
             traced.save(str(temporary))
             run = cast("Callable[[Tensor], Tensor]", torch.jit.load(str(temporary)))
         except Exception as error:  # tracing runs the user's code
-            raise ExportError(f"TorchScript cannot trace this {type(small).__name__}: {_line(error)}") from error
+            raise ExportError(f"TorchScript cannot trace this {type(small).__name__}: {_said(error)}") from error
         return _difference(plain, run, batches, "TorchScript")
 
 
@@ -174,7 +175,7 @@ def _difference(plain: nn.Module, run: Callable[[Tensor], Tensor], batches: Sequ
         try:
             found = run(x)
         except Exception as error:  # runtimes raise many kinds
-            raise ExportError(f"{kind}: the file cannot run a batch of {len(x)}: {_line(error)}") from error
+            raise ExportError(f"{kind}: the file cannot run a batch of {len(x)}: {_said(error)}") from error
         if found.shape != wanted.shape:
             raise ExportError(f"{kind}: the file gives {tuple(found.shape)}, and the network {tuple(wanted.shape)}")
         difference = float((found - wanted).abs().max())
@@ -201,5 +202,6 @@ def _quiet() -> Generator[None]:
         logger.setLevel(before)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _said(error: BaseException) -> str:
+    """Write an exporter's exception in one line, which can be very long."""
+    return one_line(error)[:300]

@@ -40,7 +40,7 @@ def open_model(
 
     Raises
     ------
-    FactoryError
+    InputError
         When there is no such function, or it fails.
     PlanError, WeightsError
         For a file that cannot be read, or is of another network.

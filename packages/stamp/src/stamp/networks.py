@@ -6,13 +6,10 @@ All can be traced. ResNets and MobileNetV2 name their modules as torchvision doe
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
-from typing import Any, Literal, ParamSpec, cast
+from typing import Literal, ParamSpec, cast
 
 import torch
 from jaxtyping import Float
@@ -20,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shared_core.errors import InputError
+from shared_core.objects import load_function, one_line
 
 __all__ = [
     "NETWORKS",
-    "FactoryError",
     "build",
     "densenet",
     "factory",
@@ -38,10 +35,6 @@ __all__ = [
 
 Stem = Literal["small", "imagenet"]
 _P = ParamSpec("_P")
-
-
-class FactoryError(InputError):
-    """A name that makes no network."""
 
 
 def _seeded(make: Callable[_P, nn.Module]) -> Callable[_P, nn.Module]:
@@ -59,7 +52,7 @@ def _seeded(make: Callable[_P, nn.Module]) -> Callable[_P, nn.Module]:
 
 def _scaled(channels: int, width: float) -> int:
     if not 0 < width <= 64:
-        raise FactoryError(f"width: must be above 0, a factor on all numbers of channels, got {width:g}")
+        raise InputError(f"width: must be above 0, a factor on all numbers of channels, got {width:g}")
     return max(1, round(channels * width))
 
 
@@ -234,7 +227,7 @@ def _resnet(
     stem: Stem,
 ) -> nn.Module:
     if stem not in ("small", "imagenet"):
-        raise FactoryError(f"stem: must be small (32 x 32 pixels) or imagenet, got '{stem}'")
+        raise InputError(f"stem: must be small (32 x 32 pixels) or imagenet, got '{stem}'")
     widths = [expansion * _scaled(stem_width * 2**k, width) for k in range(len(depths))]
     return _ResNet(block, depths, _scaled(stem_width, width), widths, num_classes, in_channels, stem)
 
@@ -335,7 +328,7 @@ def mobilenetv2(
     seed : of the weights
     """
     if stem not in ("small", "imagenet"):
-        raise FactoryError(f"stem: must be small (32 x 32 pixels) or imagenet, got '{stem}'")
+        raise InputError(f"stem: must be small (32 x 32 pixels) or imagenet, got '{stem}'")
     large = stem == "imagenet"
     strides = (1, 2 if large else 1, 2, 2, 1, 2, 1)
     entering, last = _scaled(32, width), _scaled(1280, max(1.0, width))
@@ -477,7 +470,7 @@ def vit(
     seed : of the weights
     """
     if image_size < patch or image_size % patch:
-        raise FactoryError(f"patch: {patch} pixels do not divide a side of {image_size}")
+        raise InputError(f"patch: {patch} pixels do not divide a side of {image_size}")
     dim = heads * _scaled(32, width)
     return _ViT(num_classes, in_channels, dim, depth, heads, 2 * dim, image_size, patch)
 
@@ -500,7 +493,7 @@ def factory(text: str) -> Callable[..., nn.Module]:
 
     Parameters
     ----------
-    text : one of `NETWORKS`, or ``module:attribute`` of an installed module or one in the current folder
+    text : one of `NETWORKS`, or the user's own; see `shared_core.objects.load_function`
 
     Returns
     -------
@@ -508,7 +501,7 @@ def factory(text: str) -> Callable[..., nn.Module]:
 
     Raises
     ------
-    FactoryError
+    InputError
         When there is no such thing, or importing it fails.
 
     Examples
@@ -518,35 +511,16 @@ def factory(text: str) -> Callable[..., nn.Module]:
     """
     if text in NETWORKS:
         return NETWORKS[text]
-    module, colon, attribute = text.partition(":")
-    if not colon:
+    if ":" not in text:
         close = difflib.get_close_matches(text, NETWORKS, n=1)
         hint = f"did you mean '{close[0]}'? There are " if close else "there are "
-        raise FactoryError(
+        raise InputError(
             f"no network is called '{text}'; {hint}{', '.join(NETWORKS)}; your own is package.module:function"
         )
-    if not module or not attribute:
-        raise FactoryError(f"'{text}' names no network; write package.module:function")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise FactoryError(
-            f"{text}: cannot import '{module}' ({_line(error)}); is it installed, or in the current folder?"
-        ) from error
-    except Exception as error:  # a user's module can raise anything
-        raise FactoryError(f"{text}: importing '{module}' fails: {type(error).__name__}: {_line(error)}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise FactoryError(f"{text}: '{module}' has no '{attribute}'{hint}")
-        found = getattr(found, part)
-    if isinstance(found, nn.Module) or not callable(found):
-        raise FactoryError(f"{text}: '{attribute}' is a {type(found).__name__}, not a function that makes a network")
-    return cast("Callable[..., nn.Module]", found)
+    found = load_function(text)
+    if isinstance(found, nn.Module):
+        raise InputError(f"{text}: is a {type(found).__name__} already; name a function that makes a network")
+    return found
 
 
 def build(text: str, **options: object) -> nn.Module:
@@ -559,7 +533,7 @@ def build(text: str, **options: object) -> nn.Module:
 
     Raises
     ------
-    FactoryError
+    InputError
         When making it fails, or makes no `torch.nn.Module`.
     """
     make = factory(text)
@@ -576,11 +550,7 @@ def build(text: str, **options: object) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # a user's function can raise anything
-        raise FactoryError(f"{text} fails: {type(error).__name__}: {_line(error)}") from error
+        raise InputError(f"{text} fails: {one_line(error)}") from error
     if not isinstance(cast("object", model), nn.Module):
-        raise FactoryError(f"{text} returned a {type(model).__name__}; it must return a torch.nn.Module")
+        raise InputError(f"{text} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -20,13 +20,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from shared_core.objects import one_line
 from shared_core.runs import atomic_path
 from stamp._files import (
     MOST_CHANNELS,
     VERSION,
     PlanError,
     kept_channels,
-    one_line,
     read_plan,
     read_weights,
     save_weights,
@@ -282,7 +282,7 @@ class PrunePlan:
                 notes=tuple(content.notes),
             )
         except (GroupsError, PlanError) as error:
-            raise PlanError(f"{path}: {one_line(error)}") from error
+            raise PlanError(f"{path}: {error}") from error
         if groups.signature() != content.backbone:
             raise PlanError(
                 f"{path}: its groups were changed after it was written ('backbone' is another); make it anew"

@@ -1,7 +1,7 @@
 """Every picture: what pruning costs and brings, what it kept, how far masks follow the data, how fast the way there is.
 
-Each function takes plain data and the file to write, whose ending says what kind (PNG, SVG, PDF), and returns its path;
-the same arguments give the same bytes.
+Each function takes the file to write, whose ending says what kind (PNG, SVG, PDF), then plain data, and returns the
+path; the same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path
+from shared_core.plots import COLOURS, MARKERS, QUIET, Look, drawing, plain_log, running_mean, save_figure, short_names
+from shared_core.plots import plot_comparison as _plot_comparison
+from shared_core.runs import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,27 +41,10 @@ __all__ = [
     "plot_widths",
 ]
 
-# Okabe and Ito's colours, which stay apart for readers who do not see all colours; the first is kept for this method.
-_OURS_COLOUR = "#D55E00"
-_COLOURS = ["#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99", "#7F7F7F"]
-_QUIET = "#555555"
-_MARKERS = "osD^vPX<"
-_STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.h_pad": 0.07,
-    "figure.constrained_layout.w_pad": 0.07,
-    "figure.dpi": 100,
-    "font.size": 10,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "stamp",
-}
-_UNDATED: dict[str, Any] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+# This method's colour is kept for it.
+_OURS_COLOUR = COLOURS[1]
+_OTHERS = [*(colour for colour in COLOURS if colour != _OURS_COLOUR), "#7F7F7F"]
 _OUTLINE = [withStroke(linewidth=3, foreground="white")]
-_LONGEST = 30
-_LONG_NAME = 20
 # What the spec warns of: gates that are not decided, and masks that do not depend on the data (spec 10).
 _UNDECIDED, _IGNORED = 0.1, 0.95
 
@@ -131,7 +115,7 @@ class StepLike(Protocol):
 
 
 def plot_tradeoff(
-    points: Sequence[Point], path: str | Path, x: Literal["macs", "ms"] = "macs", *, title: str = ""
+    path: str | Path, points: Sequence[Point], x: Literal["macs", "ms"] = "macs", *, title: str = ""
 ) -> Path:
     """Draw accuracy with its 95 % interval over what a network costs, a line for each method, dense as a star.
 
@@ -141,8 +125,8 @@ def plot_tradeoff(
 
     Parameters
     ----------
-    points : networks, in any order
     path : PNG, SVG or PDF to write
+    points : networks, in any order
     x : ``macs``, the share of the dense network's multiply-adds, or ``ms``, measured milliseconds
     title : above the picture
 
@@ -154,7 +138,7 @@ def plot_tradeoff(
     --------
     >>> import tempfile
     >>> points = [Point("dense", 93.1, macs=1.0), Point("stamp", 91.8, 91.2, 92.4, macs=0.25)]
-    >>> plot_tradeoff(points, Path(tempfile.mkdtemp()) / "tradeoff.png").name
+    >>> plot_tradeoff(Path(tempfile.mkdtemp()) / "tradeoff.png", points).name
     'tradeoff.png'
     """
     if x not in {"macs", "ms"}:
@@ -173,10 +157,10 @@ def plot_tradeoff(
     if not lines:
         raise InputError("points: there is no network to draw")
     dense = lines.pop("dense", [])
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.6, max(4.6, 1.4 + 0.19 * len(lines))), layout="constrained")
         axis = figure.subplots()
-        look = _look([*lines])
+        look = _looks([*lines])
         # What is emphasised is drawn last, on top.
         for name in sorted(lines, key=_is_ours):
             found = sorted(lines[name], key=lambda point: _cost(point, x))
@@ -224,7 +208,7 @@ def plot_tradeoff(
         )
         if dense:
             _name_of_dense(axis, dense[0], x)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _cost(point: Point, x: str) -> float:
@@ -242,8 +226,8 @@ def _cost_axis(axis: Axes, costs: Sequence[float], *, shares: bool) -> None:
     low, high = min(costs), max(costs)
     edge = (high / low) ** 0.03 if high > 1.2 * low else 2.2
     axis.set_xscale("log")
+    plain_log(axis.xaxis, low, high)
     axis.set_xlim(low / min(edge, 1.03), high * edge)
-    _plain_log(axis.xaxis, low, high)
     if shares:
         axis.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.5, 5.0), numticks=20))
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
@@ -287,7 +271,7 @@ def _names_at_left(
     if not starts:
         return
     bottom, top = axis.get_ylim()
-    labels = dict(zip(starts, _labels([*starts]), strict=True))
+    labels = dict(zip(starts, short_names([*starts]), strict=True))
     for name, (_, accuracy) in starts.items():
         if accuracy < bottom:
             labels[name] += f", {accuracy:.1f} % \u2193"
@@ -352,13 +336,13 @@ def _name_of_dense(axis: Axes, point: Point, x: str) -> None:
     )
 
 
-def plot_widths(widths: Mapping[str, Mapping[str, tuple[int, int]]], path: str | Path, *, title: str = "") -> Path:
+def plot_widths(path: str | Path, widths: Mapping[str, Mapping[str, tuple[int, int]]], *, title: str = "") -> Path:
     """Draw how much of each layer is kept, a panel for each method or task; kept channels stand over their bar.
 
     Parameters
     ----------
-    widths : method or task -> group -> (channels kept, channels of the dense network); the same groups in all
     path : PNG, SVG or PDF to write
+    widths : method or task -> group -> (channels kept, channels of the dense network); the same groups in all
     title : above the picture
 
     Returns
@@ -376,15 +360,16 @@ def plot_widths(widths: Mapping[str, Mapping[str, tuple[int, int]]], path: str |
                 raise InputError(f"widths: {name}, {group}: must keep between 0 and its width, got {kept} of {width}")
     names = [*dense]
     crowded = len(names) > 32
-    headings = {name: f"{label}: {_sums(widths[name])}" for name, label in zip(widths, _labels([*widths]), strict=True)}
+    titles = zip(widths, short_names([*widths]), strict=True)
+    headings = {name: f"{label}: {_sums(widths[name])}" for name, label in titles}
     heading = 0.078 * max(len(text) for text in headings.values()) + 0.4
     across = max((0.19 if crowded else 0.26) * max(len(names), 6) + 0.7, heading)
     columns = max(1, min(int(13.5 / across), len(widths), 4))
     columns = -(-len(widths) // -(-len(widths) // columns))
     rows = -(-len(widths) // columns)
-    labels = [f"{label}  ({dense[name]})" for label, name in zip(_labels(names), names, strict=True)]
+    labels = [f"{label}  ({dense[name]})" for label, name in zip(short_names(names), names, strict=True)]
     tall = 1.32 if crowded else 1.2
-    with mpl.rc_context(_STYLE):
+    with drawing():
         below = 0.068 * max(len(label) for label in labels) + 0.1
         figure = Figure(figsize=(across * columns, tall * rows + below + 0.4 * bool(title)), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel())
@@ -404,7 +389,7 @@ def plot_widths(widths: Mapping[str, Mapping[str, tuple[int, int]]], path: str |
         axes[0].set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
         figure.supylabel("channels kept", fontsize="medium")
         figure.suptitle(title, fontsize="medium")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _sums(widths: Mapping[str, tuple[int, int]]) -> str:
@@ -414,21 +399,21 @@ def _sums(widths: Mapping[str, tuple[int, int]]) -> str:
 def _kept(axis: Axes, widths: Sequence[tuple[int, int]], *, ours: bool, sideways: bool) -> None:
     places = range(len(widths))
     axis.bar(places, 100, width=0.8, color="#E9E9E9", zorder=1)
-    colour = _OURS_COLOUR if ours else _COLOURS[0]
+    colour = _OURS_COLOUR if ours else _OTHERS[0]
     bars = axis.bar(places, [100 * kept / width for kept, width in widths], width=0.8, color=colour, zorder=2)
     axis.bar_label(
         bars, [str(kept) for kept, _ in widths], fontsize=7, padding=1.5, rotation=90 if sideways else 0, zorder=3
     )
 
 
-def plot_overlap(matrix: ArrayLike, names: Sequence[str], path: str | Path, *, title: str = "") -> Path:
+def plot_overlap(path: str | Path, matrix: ArrayLike, names: Sequence[str], *, title: str = "") -> Path:
     """Draw how much the masks of tasks overlap: kept by both over kept by either (IoU), written into each cell.
 
     Parameters
     ----------
+    path : PNG, SVG or PDF to write
     matrix : (tasks, tasks) overlaps in 0..1
     names : of the tasks
-    path : PNG, SVG or PDF to write
     title : above the picture, such as the group or budget it is for
 
     Returns
@@ -442,9 +427,9 @@ def plot_overlap(matrix: ArrayLike, names: Sequence[str], path: str | Path, *, t
         raise InputError(f"matrix: needs a row and a column a task, {(len(names), len(names))}, got {values.shape}")
     if not ((values >= 0) & (values <= 1)).all():
         raise InputError(f"matrix: overlaps must lie in 0..1, got {_first_outside(values)}")
-    labels = _labels(names)
+    labels = short_names(names)
     longest = max(map(len, labels))
-    with mpl.rc_context(_STYLE):
+    with drawing():
         side = max(1.8, 0.46 * len(names))
         size = (side + 0.075 * longest + 1.5, side + 0.075 * longest + 0.4 + 0.25 * bool(title))
         figure = Figure(figsize=size, layout="constrained")
@@ -463,11 +448,11 @@ def plot_overlap(matrix: ArrayLike, names: Sequence[str], path: str | Path, *, t
         bar = figure.colorbar(image, ax=axis, shrink=min(1.0, 3.2 / side), aspect=18)
         bar.set_label("overlap of kept channels (IoU)")
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_adaptivity(
-    table: Mapping[str, Mapping[str, Number | Sequence[Number]]], path: str | Path, *, title: str = ""
+    path: str | Path, table: Mapping[str, Mapping[str, Number | Sequence[Number]]], *, title: str = ""
 ) -> Path:
     """Draw how each data set fares with its own mask, with the masks of other sets, and with those of baselines.
 
@@ -475,10 +460,10 @@ def plot_adaptivity(
 
     Parameters
     ----------
+    path : PNG, SVG or PDF to write
     table : data set -> mask -> accuracy in 0..1, or several, which are drawn as their range with their mean. The mask
         ``own`` (or one with the data set's name) is emphasised; those with the names of the table's other data sets,
         and ``other``, are drawn alike; ``dense`` is the network that nothing was cut from
-    path : PNG, SVG or PDF to write
     title : above the picture
 
     Returns
@@ -492,9 +477,9 @@ def plot_adaptivity(
     kinds.sort(key=lambda kind: {_OWN: 0, _OTHER: 1, _DENSE: 3}.get(kind, 2))
     baselines = [kind for kind in kinds if kind not in {_OWN, _OTHER, _DENSE}]
     look = {_OWN: (_OURS_COLOUR, "D"), _OTHER: ("black", "o"), _DENSE: ("black", "*")}
-    look |= {kind: (_colour(place), _MARKERS[(place + 1) % len(_MARKERS)]) for place, kind in enumerate(baselines)}
+    look |= {kind: (_colour(place), MARKERS[(place + 1) % len(MARKERS)]) for place, kind in enumerate(baselines)}
     step = 0.8 / max(len(kinds), 2)
-    with mpl.rc_context(_STYLE):
+    with drawing():
         tall = (0.15 + 0.1 * len(kinds)) * len(found) + 1.0 + 0.22 * -(-len(kinds) // 4) + 0.25 * bool(title)
         figure = Figure(figsize=(7.2, max(2.4, tall)), layout="constrained")
         axis = figure.subplots()
@@ -507,7 +492,7 @@ def plot_adaptivity(
             for kind, values in each.items():
                 place = row + (kinds.index(kind) - (len(kinds) - 1) / 2) * step
                 _dots(axis, kind, 100 * np.asarray(values), place, *look[kind])
-        axis.set_yticks(range(len(found)), _labels([*found]))
+        axis.set_yticks(range(len(found)), short_names([*found]))
         axis.set_ylim(len(found) - 0.5, -0.5)
         axis.tick_params(axis="y", length=0)
         axis.set(xlabel="accuracy [%]", title=title)
@@ -517,7 +502,7 @@ def plot_adaptivity(
             Line2D([], [], linestyle="", label=_SAID.get(kind, kind), **_dot(kind, *look[kind])) for kind in kinds
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4), fontsize=9)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 _OWN, _OTHER, _DENSE = "own", "other", "dense"
@@ -560,8 +545,8 @@ def _dots(axis: Axes, kind: str, values: Vector, place: float, colour: str, mark
 
 
 def plot_rapid(
-    curves: Mapping[str, Course],
     path: str | Path,
+    curves: Mapping[str, Course],
     *,
     dense: Number,
     x: Literal["seconds", "steps"] = "seconds",
@@ -572,8 +557,8 @@ def plot_rapid(
 
     Parameters
     ----------
-    curves : way -> its course; those that begin with ``stamp`` are emphasised
     path : PNG, SVG or PDF to write
+    curves : way -> its course; those that begin with ``stamp`` are emphasised
     dense : accuracy of the dense network trained on the new data, in 0..1
     x : what the courses' ``at`` counts
     within : how far below `dense` still counts as reached, 0.01 is one point
@@ -587,7 +572,7 @@ def plot_rapid(
     --------
     >>> import tempfile
     >>> ways = {"stamp": Course([1.0, 4.0], [0.5, 0.93]), "dense, cut": Course([1.0, 9.0], [0.6, 0.92], small_from=5.0)}
-    >>> plot_rapid(ways, Path(tempfile.mkdtemp()) / "rapid.svg", dense=0.93).name
+    >>> plot_rapid(Path(tempfile.mkdtemp()) / "rapid.svg", ways, dense=0.93).name
     'rapid.svg'
     """
     if not curves:
@@ -602,12 +587,12 @@ def plot_rapid(
     unit = "s" if x == "seconds" else "steps"
     points = f"{100 * within:.3g} point{'' if within == 0.01 else 's'} of dense"
     end = max(course.at[-1] for course in curves.values())
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.4, 4.2 + 0.22 * len(curves)), layout="constrained")
         axis = figure.subplots()
         axis.axhspan(100 * goal, 100 * dense, color="#ECECEC", linewidth=0, zorder=0)
         axis.axhline(100 * dense, color="black", linewidth=1.0, linestyle=":", label=f"dense: {100 * dense:.1f} %")
-        look = _look([*curves])
+        look, short = _looks([*curves]), dict(zip(curves, short_names([*curves]), strict=True))
         dashed = False
         for name in sorted(curves, key=_is_ours):
             course, (colour, marker, _) = curves[name], look[name]
@@ -625,7 +610,7 @@ def plot_rapid(
                 markersize=3.5 if small.sum() <= 40 else 0,
                 linewidth=width,
                 zorder=place,
-                label=f"{_short(name)}: {said}",
+                label=f"{short[name]}: {said}",
             )
             if not small.all():
                 dashed = True
@@ -646,7 +631,7 @@ def plot_rapid(
         axis.grid(alpha=0.25)
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=1, fontsize=9)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 _EDGE: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 0.7}
@@ -674,7 +659,7 @@ def _first_reached(course: Course, goal: float) -> tuple[float, float] | None:
     return None
 
 
-def plot_training(history: Sequence[StepLike], path: str | Path, *, window: int | None = None) -> Path:
+def plot_training(path: str | Path, history: Sequence[StepLike], *, window: int | None = None) -> Path:
     """Draw loss, how undecided the gates are, and the overlap of different tasks' masks along meta-training.
 
     Dotted lines are what to stay below: gates that undecided do not survive being cut, and masks that alike do not
@@ -682,8 +667,8 @@ def plot_training(history: Sequence[StepLike], path: str | Path, *, window: int 
 
     Parameters
     ----------
-    history : its meta-steps, in order
     path : PNG, SVG or PDF to write
+    history : its meta-steps, in order
     window : meta-steps averaged for the thick line; None is a twentieth of all
 
     Returns
@@ -702,20 +687,20 @@ def plot_training(history: Sequence[StepLike], path: str | Path, *, window: int 
     if window < 1:
         raise InputError(f"window: must be at least 1 meta-step, got {window}")
     paired = [step for step in history if math.isfinite(step.overlap)]
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(9.6, 3.1), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, 3))
-        _trace(axes[0], [step.step for step in history], [step.loss for step in history], window, _COLOURS[0])
-        _trace(axes[1], [step.step for step in history], [step.spread for step in history], window, _COLOURS[1])
+        _trace(axes[0], [step.step for step in history], [step.loss for step in history], window, _OTHERS[0])
+        _trace(axes[1], [step.step for step in history], [step.spread for step in history], window, _OTHERS[1])
         if paired:
-            _trace(axes[2], [step.step for step in paired], [step.overlap for step in paired], window, _COLOURS[3])
+            _trace(axes[2], [step.step for step in paired], [step.overlap for step in paired], window, _OTHERS[3])
         else:
-            axes[2].text(0.5, 0.45, "a step had one task", transform=axes[2].transAxes, ha="center", color=_QUIET)
+            axes[2].text(0.5, 0.45, "a step had one task", transform=axes[2].transAxes, ha="center", color=QUIET)
         axes[0].set(title="loss of the tasks")
         axes[1].set(title="undecided gates, mean \N{GREEK SMALL LETTER PI}(1 \N{MINUS SIGN} \N{GREEK SMALL LETTER PI})")
         axes[2].set(title="overlap of different masks (IoU)")
-        axes[1].axhline(_UNDECIDED, color=_QUIET, linewidth=1.2, linestyle=":")
-        axes[2].axhline(_IGNORED, color=_QUIET, linewidth=1.2, linestyle=":")
+        axes[1].axhline(_UNDECIDED, color=QUIET, linewidth=1.2, linestyle=":")
+        axes[2].axhline(_IGNORED, color=QUIET, linewidth=1.2, linestyle=":")
         axes[1].set_ylim(0, 0.26)
         axes[2].set_ylim(0, 1.02)
         average = f"\nthick: mean of the last {window}" if window > 1 else ""
@@ -723,106 +708,38 @@ def plot_training(history: Sequence[StepLike], path: str | Path, *, window: int 
             axis.set(xlabel=f"meta-step{average}")
             axis.grid(alpha=0.25)
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _trace(axis: Axes, at: Sequence[int], values: Sequence[float], window: int, colour: str) -> None:
     if window > 1:
         axis.plot(at, values, color=colour, linewidth=0.7, alpha=0.35)
     marker = "o" if len(at) <= 20 else ""
-    axis.plot(at, _smoothed(values, window), color=colour, linewidth=1.8, marker=marker, markersize=3.5)
+    axis.plot(at, running_mean(values, window), color=colour, linewidth=1.8, marker=marker, markersize=3.5)
 
 
-def _smoothed(values: Sequence[float], window: int) -> Vector:
-    """Mean of each value and those before it, `window` in all where there are so many."""
-    total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - window, 0)
-    return (total[end] - total[start]) / (end - start)
-
-
-def plot_comparison(results: Sequence[Result], path: str | Path) -> Path:
-    """Draw every method's mean with its 95 % interval, best on top: a row for each data set, a column for each metric.
+def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
+    """Draw every method's mean with its 95 % interval, best on top; see :func:`shared_core.plots.plot_comparison`.
 
     Parameters
     ----------
-    results : rows of a run's summary; methods that begin with ``stamp`` are highlighted
     path : PNG, SVG or PDF to write
+    results : rows of a run's summary; methods that begin with ``stamp`` are highlighted
 
     Returns
     -------
     the path written
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for row in results:
-        groups.setdefault((row.dataset, row.metric), []).append(row)
-    if not groups:
-        raise InputError("results: the run has no results to draw")
-    datasets, names = ([*dict.fromkeys(key[place] for key in groups)] for place in (0, 1))
-    keys: list[tuple[str, str] | None] = [
-        (data, metric) if (data, metric) in groups else None for data in datasets for metric in names
-    ]
-    columns = len(names)
-    if len(datasets) == 1 or columns > 4:
-        keys = list(groups)
-        columns = min(len(keys), 3) if len(keys) != 4 else 2
-    lines = -(-len(keys) // columns)
-    tallest = max(len(rows) for rows in groups.values())
-    longest = min(_LONGEST, max(len(row.method) for row in results))
-    with mpl.rc_context(_STYLE):
-        size = ((2.9 + 0.075 * longest) * columns, (1.3 + 0.26 * tallest) * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False).ravel())
-        for axis, key in zip(axes, [*keys, *[None] * (len(axes) - len(keys))], strict=True):
-            if key is None:
-                axis.set_axis_off()
-                continue
-            _compare(axis, groups[key], title=key[0] if len(datasets) > 1 else "")
-        if len(datasets) == 1:
-            figure.suptitle(datasets[0], fontsize="medium")
-        return _save(figure, path)
+    return _plot_comparison(path, results, ours=_is_ours)
 
 
-def _compare(axis: Axes, rows: Sequence[Result], *, title: str) -> None:
-    better = rows[0].better
-    ordered = sorted(rows, key=lambda row: row.mean, reverse=better == "lower")
-    for place, row in enumerate(ordered):
-        ours = _is_ours(row.method)
-        colour = _OURS_COLOUR if ours else _COLOURS[0]
-        if row.low is not None and row.high is not None:
-            axis.plot(
-                [row.low, row.high], [place, place], color=colour, linewidth=2.4, alpha=0.55, solid_capstyle="butt"
-            )
-        axis.plot(row.mean, place, "D" if ours else "o", color=colour, markersize=5.5)
-    axis.set_yticks(range(len(ordered)), _labels([row.method for row in ordered]))
-    for label, row in zip(axis.get_yticklabels(), ordered, strict=True):
-        if _is_ours(row.method):
-            label.set_fontweight("bold")
-    spread = [row.mean for row in ordered]
-    spread += [end for row in ordered for end in (row.low, row.high) if end is not None]
-    means = np.array([row.mean for row in ordered])
-    # One method far off must not press all others into one spot.
-    if means.min() > 0 and min(spread) > 0 and means.max() > 20 * float(np.median(means)):
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-    unit = f" [{rows[0].unit}]" if rows[0].unit not in {"1", ""} else ""
-    axis.set_title(title)
-    name = f"{rows[0].metric.replace('_', ' ')}{unit}"
-    # Panels are as wide as numbers need, which some metrics' names are not.
-    axis.set_xlabel(f"{name}\n({better} is better)" if len(name) > _LONG_NAME else f"{name} ({better} is better)")
-    axis.set_ylim(-0.6, len(ordered) - 0.4)
-    axis.grid(axis="x", alpha=0.3)
-
-
-def plot_latency(table: Mapping[str, Sequence[tuple[Number, Number]]], path: str | Path, *, title: str = "") -> Path:
+def plot_latency(path: str | Path, table: Mapping[str, Sequence[tuple[Number, Number]]], *, title: str = "") -> Path:
     """Draw measured over predicted milliseconds; the band is a tenth to either side of a right prediction.
 
     Parameters
     ----------
-    table : method -> (predicted ms, measured ms) of each of its networks
     path : PNG, SVG or PDF to write
+    table : method -> (predicted ms, measured ms) of each of its networks
     title : above the picture, such as the device and the batch size
 
     Returns
@@ -838,14 +755,14 @@ def plot_latency(table: Mapping[str, Sequence[tuple[Number, Number]]], path: str
                 raise InputError(f"table: {name}: milliseconds must be finite and above 0, got {pair}")
     every = np.array([ms for pairs in table.values() for pair in pairs for ms in pair], dtype=np.float64)
     low, high = float(every.min()) / 1.15, float(every.max()) * 1.15
-    with mpl.rc_context(_STYLE):
-        labels = _labels([*table])
+    with drawing():
+        labels = short_names([*table])
         figure = Figure(figsize=(4.9 + 0.07 * max(max(map(len, labels)) + 8, 16), 4.4), layout="constrained")
         axis = figure.subplots()
         line = np.array([low, high])
         axis.fill_between(line, 0.9 * line, 1.1 * line, color="#ECECEC", linewidth=0, zorder=0)
         axis.plot(line, line, color="black", linewidth=1.0, linestyle=":", zorder=1)
-        look = _look([*table])
+        look = _looks([*table])
         for name, label in zip(table, labels, strict=True):
             pairs = np.array(table[name], dtype=np.float64)
             colour, marker, dash = look[name]
@@ -866,15 +783,15 @@ def plot_latency(table: Mapping[str, Sequence[tuple[Number, Number]]], path: str
         axis.set(xlabel="predicted [ms]", ylabel="measured [ms]", title=title)
         if high > 6 * low:
             axis.set(xscale="log", yscale="log")
-            _plain_log(axis.xaxis, low, high)
-            _plain_log(axis.yaxis, low, high)
+            plain_log(axis.xaxis, low, high)
+            plain_log(axis.yaxis, low, high)
         axis.set(xlim=(low, high), ylim=(low, high))
         axis.grid(alpha=0.25)
         legend = figure.legend(
             *axis.get_legend_handles_labels(), loc="outside right upper", fontsize=9, title="method, median error"
         )
         legend.get_title().set_fontsize(9)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _is_ours(name: str) -> bool:
@@ -882,19 +799,17 @@ def _is_ours(name: str) -> bool:
 
 
 def _colour(place: int) -> str:
-    return _COLOURS[place % len(_COLOURS)]
+    return _OTHERS[place % len(_OTHERS)]
 
 
-def _look(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and dash of each name: this method's own colour, the others' in turn, dashed when used up."""
-    look: dict[str, tuple[str, str, str]] = {}
+def _looks(names: Sequence[str]) -> dict[str, Look]:
+    """Give each name its look: this method's own colour, the others' in turn, dashed when used up."""
     ours = [name for name in names if _is_ours(name)]
-    for place, name in enumerate(ours):
-        look[name] = _OURS_COLOUR, "DoPX"[place % 4], ["-", "--", "-.", ":"][place % 4]
+    found = {name: Look(_OURS_COLOUR, "DoPX"[k % 4], ("-", "--", "-.", ":")[k % 4]) for k, name in enumerate(ours)}
     for place, name in enumerate(name for name in names if not _is_ours(name)):
-        again = place // len(_COLOURS)
-        look[name] = _colour(place), _MARKERS[(place + again) % len(_MARKERS)], ["-", "--", ":"][again % 3]
-    return look
+        again = place // len(_OTHERS)
+        found[name] = Look(_colour(place), MARKERS[(place + again) % len(MARKERS)], ("-", "--", ":")[again % 3])
+    return found
 
 
 def _plain(value: float) -> str:
@@ -902,36 +817,5 @@ def _plain(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _plain_log(axis: Any, low: float, high: float) -> None:
-    """Ticks 1, 2, 5, 10 ... of a logarithmic axis, written out."""
-    steps = (1.0, 2.0, 5.0) if high / low < 3000 else (1.0,)
-    axis.set_major_locator(LogLocator(10, subs=steps, numticks=20) if high > 3 * low else MaxNLocator(5))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-
-
-def _short(name: str) -> str:
-    """Cut the middle out of a name that would push the picture aside."""
-    half = (_LONGEST - 1) // 2
-    return name if len(name) <= _LONGEST else f"{name[:half].rstrip()}\u2026{name[-half:].lstrip()}"
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    """Cut long names, and number those that look alike then."""
-    short = [_short(name) for name in names]
-    alike = {label for label in short if short.count(label) > 1}
-    return [f"{place + 1}: {label}" if label in alike else label for place, label in enumerate(short)]
-
-
 def _first_outside(values: Vector) -> float:
     return float(values[~((values >= 0) & (values <= 1))][0])
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in _UNDATED:
-        raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf")
-    with atomic_path(path) as temporary:
-        # No date in the file: the same data gives the same bytes.
-        figure.savefig(temporary, metadata=_UNDATED[path.suffix.lower()])
-    return path
