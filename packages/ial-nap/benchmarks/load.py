@@ -1,8 +1,12 @@
 """Ten annotators at once on ten thousand instances: how long the page waits, and whether any verdict is lost.
 
-    python benchmarks/load.py --annotators 10 --instances 10000 --verdicts 50
+    python benchmarks/load.py --annotators 10 --instances 10000 --verdicts 20 --pause 1
+    python benchmarks/load.py --bench linear --pause 0 --kill
 
-Server and annotators share this machine; `--kill` ends the server outright half-way and starts it again on its port.
+The model is a `FeatureNAP` of 4 steps and 12 features, scored on 1,000 instances after every verdict; `--bench linear`
+takes a logistic regression, which leaves the server alone to be measured. Annotators think for `--pause` seconds between
+two verdicts; with 0 they are one closed loop, and wait for each other. Server and annotators share this machine, and
+talk over its loopback only; `--kill` ends the server outright half-way and starts it again on its port.
 """
 
 from __future__ import annotations
@@ -20,10 +24,9 @@ from pathlib import Path
 root = Path(__file__).parent.parent
 sys.path[:0] = [str(root / "src"), str(root / "tests")]
 
-from nap_served import Served  # noqa: E402
+from nap_served import Served, fitted  # noqa: E402
 
 from ial_nap.store import AnnotationStore  # noqa: E402
-from ial_nap.web.linear import planted  # noqa: E402
 
 
 class Annotator(threading.Thread):
@@ -59,18 +62,27 @@ class Annotator(threading.Thread):
             return found
 
     def run(self) -> None:
-        self.ask("queue", "/api/queue")
+        queue = self.ask("queue", "/api/queue")
+        feature = queue["features"][1]["name"]
+        start = queue["items"][0]["instance"]
+        stem = start.rstrip("0123456789")
         for number in range(self.settings.verdicts):
-            instance = f"pid-{(number * 997 + self.number * 613) % self.settings.instances}"
+            instance = f"{stem}{(number * 997 + self.number * 613) % self.settings.instances}"
             self.ask("instance", f"/api/instance/{instance}")
-            self.ask("whatif", "/api/whatif", {"instance": instance, "cells": [{"step": 0, "feature": "LDL"}]})
+            self.ask("whatif", "/api/whatif", {"instance": instance, "cells": [{"step": 0, "feature": feature}]})
             step, verdict = number % 4, (number + self.number) % 2
-            cell = {"step": step, "feature": "LDL", "verdict": verdict}
+            cell = {"step": step, "feature": feature, "verdict": verdict}
             body = {"instance": instance, "cells": [cell], "seconds": 1.0, "key": f"{self.number}-{number}"}
             self.ask("annotate", "/api/annotate", body)
             self.acknowledged[instance, step] = verdict
+            if number % 10 == 4:
+                # A slip, and back.
+                self.ask("annotate", "/api/annotate", {**body, "cells": [{**cell, "step": (step + 1) % 4}], "key": ""})
+                self.ask("undo", "/api/undo", {"key": f"u{self.number}-{number}"})
             if number % 10 == 9:
                 self.ask("metrics", "/api/metrics")
+                self.ask("round", "/api/round", {"action": "close", "key": f"r{self.number}-{number}"})
+                self.ask("queue", "/api/queue")
             time.sleep(self.settings.pause)
 
 
@@ -78,15 +90,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--annotators", type=int, default=10)
     parser.add_argument("--instances", type=int, default=10_000)
-    parser.add_argument("--verdicts", type=int, default=50, help="of each annotator")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two verdicts of an annotator")
+    parser.add_argument("--bench", choices=["model", "linear"], default="model")
+    parser.add_argument("--verdicts", type=int, default=20, help="of each annotator")
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds between two verdicts of an annotator")
     parser.add_argument("--kill", action="store_true", help="kill the server half-way")
     parser.add_argument("--json", action="store_true")
     settings = parser.parse_args()
     people = [f"w{number}" for number in range(settings.annotators)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "verdicts.db"
-        served = Served(path, ",".join(people), instances=settings.instances)
+        options = {"instances": settings.instances}
+        if settings.bench == "model":
+            options = {"data": f"shift:{settings.instances}", "model": fitted("shift:200", Path(folder) / "model", 5)}
+        served = Served(path, ",".join(people), **options)
         crowd = [Annotator(served, name, number, settings) for number, name in enumerate(people)]
         begun = time.perf_counter()
         for one in crowd:
@@ -95,19 +111,19 @@ def main() -> None:
             while sum(len(one.acknowledged) for one in crowd) < settings.annotators * settings.verdicts / 2:
                 time.sleep(0.01)
             served.kill()
-            served = Served(path, ",".join(people), port=served.port, instances=settings.instances)
+            served = Served(path, ",".join(people), port=served.port, **options)
         for one in crowd:
             one.join()
         wall = time.perf_counter() - begun
         served.kill()
-        bench = planted(instances=settings.instances)
-        with AnnotationStore(path, bench.features, len(bench.steps), units=bench.units) as store:
+        features, steps, units = AnnotationStore.about(path)
+        with AnnotationStore(path, features, steps, units=units) as store:
             kept = {(one.annotator, one.instance, one.step): one.verdict for one in store.standing()}
             lines = len(store.log())
     said = {(one.who, *cell): verdict for one in crowd for cell, verdict in one.acknowledged.items()}
     lost = sum(kept.get(cell) != verdict for cell, verdict in said.items())
     figures = {}
-    for kind in ("queue", "instance", "whatif", "annotate", "metrics"):
+    for kind in ("queue", "instance", "whatif", "annotate", "undo", "round", "metrics"):
         times = sorted(1000 * value for one in crowd for value in one.times.get(kind, []))
         if len(times) > 1:
             figures[kind] = {

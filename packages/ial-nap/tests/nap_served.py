@@ -42,6 +42,15 @@ def split_of(name: str):
     from ial_nap.data import load_data, plant
     from ial_nap.ranking import CER
 
+    if name.startswith("shift:"):
+        from ial_nap.dataset import Split
+        from ial_nap.toys import shift_task
+
+        train = shift_task(int(name.partition(":")[2]), shift=1.2, seed=0)
+        held = shift_task(1000, shift=0.0, seed=1, like=train)
+        return Split(train, held, held), None, CER()
+    if name == "wide":
+        return wide(), None, CER(samples=8)
     data = load_data(name)
     if name == "physionet2012":
         # Hours at which nearly nothing is measured yet would make a dull picture; so would a long training.
@@ -50,6 +59,22 @@ def split_of(name: str):
         return few, ["Probability of death"], CER(samples=8)
     split = plant(data.split(0, test=0.2, validation=0.5), audit=0.7)
     return split, None if data.kind == "multiclass" else [f"Probability of {data.classes[1]}"], CER()
+
+
+def wide():
+    """Series of 37 features and 48 steps, ragged and with gaps, of three classes."""
+    import numpy as np
+
+    from ial_nap.dataset import Split
+    from ial_nap.series import make_series
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(60, 48, 37)).cumsum(1)
+    x[random.random(x.shape) < 0.4] = np.nan
+    lengths = [48 if k % 2 else 30 for k in range(60)]
+    names = {"features": [f"lab {k}" for k in range(37)], "steps": [f"{k} h" for k in range(48)]}
+    found = make_series(x, np.arange(60) % 3, lengths=lengths, missing="mask", **names)
+    return Split(found.part(range(40)), found.part(range(40, 60)), found.part(range(40, 60)))
 
 
 def fitted(name: str, path: Path, epochs: int = 40) -> Path:
@@ -61,7 +86,8 @@ def fitted(name: str, path: Path, epochs: int = 40) -> Path:
 
     split, _, _ = split_of(name)
     model = FeatureNAP.of(split.train, hidden=16, latent=8)
-    Training(model, Episodic(model), split.train, split.validation, batch=100, lr=1e-2, epochs=epochs).run()
+    if epochs:
+        Training(model, Episodic(model), split.train, split.validation, batch=100, lr=1e-2, epochs=epochs).run()
     save_file(model.state_dict(), path, {"config": json.dumps(model.config)})
     return path
 
@@ -134,6 +160,12 @@ def browser(width: int = 1280, height: int = 800, *, dark: bool = False):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    resize(page, width, height, dark=dark)
+    return page
+
+
+def resize(page, width: int = 1280, height: int = 800, *, dark: bool = False) -> None:
+    """Make a browser a phone's or a desk's."""
     phone = width < 600
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
@@ -144,4 +176,3 @@ def browser(width: int = 1280, height: int = 800, *, dark: bool = False):
         {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]},
     )
     page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": phone})
-    return page

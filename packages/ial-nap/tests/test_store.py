@@ -354,6 +354,14 @@ def test_a_queue_stays_for_its_round(store):
     assert store.queue("a", 1) == [{"instance": "p"}]
 
 
+def test_a_store_says_what_it_is_about(store, path, tmp_path):
+    assert AnnotationStore.about(path) == (tuple(FEATURES), 3, ("", ""))
+    (tmp_path / "text.db").write_text("x" * 999)
+    for wrong, message in (("text.db", "no store"), ("none.db", "no such file")):
+        with pytest.raises(InputError, match=message):
+            AnnotationStore.about(tmp_path / wrong)
+
+
 def test_a_backup_is_a_store(store, tmp_path):
     store.add([one(1)])
     store.backup(tmp_path / "copy.db")

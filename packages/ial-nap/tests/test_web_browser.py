@@ -9,7 +9,7 @@ import threading
 from urllib.parse import urlsplit
 
 import pytest
-from nap_served import Served, browser
+from nap_served import Served, browser, resize
 
 from ial_nap.store import AnnotationStore
 from ial_nap.web.linear import planted
@@ -19,10 +19,8 @@ pytest.importorskip("selenium", reason="needs selenium, to drive a browser")
 if not shutil.which("chromium") or not shutil.which("chromedriver"):
     pytest.skip("needs chromium and chromedriver on the path", allow_module_level=True)
 
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
+from nap_page import Page
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 
 @pytest.fixture
@@ -37,54 +35,6 @@ def driver():
     started = browser()
     yield started
     started.quit()
-
-
-class Page:
-    """What a person sees and does."""
-
-    def __init__(self, driver, link: str) -> None:
-        self.driver = driver
-        # The page before this one must not speak into what is logged from here on.
-        driver.get("about:blank")
-        driver.get_log("browser")
-        driver.get_log("performance")
-        driver.get(link)
-        self.until(lambda: self.cells())
-
-    def until(self, holds):
-        return WebDriverWait(self.driver, 20, 0.05, [Exception]).until(lambda _: holds())
-
-    def all(self, selector):
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def one(self, selector):
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def text(self, name) -> str:
-        return self.one(f"#{name}").text
-
-    def cells(self):
-        return self.all("#map td[data-step]")
-
-    def cell(self, row: int, step: int):
-        return self.one(f"#map tbody tr:nth-child({row + 1}) td[data-step='{step}']")
-
-    def press(self, *keys) -> None:
-        self.driver.switch_to.active_element.send_keys(*keys)
-
-    def quiet(self) -> None:
-        """Wait until everything is answered."""
-        self.until(lambda: self.driver.execute_script("return ialNap.waiting() === 0"))
-
-    def marks(self) -> dict[tuple[str, int], str]:
-        found = self.driver.execute_script(
-            "return [...document.querySelectorAll('#map .said')].map((mark) =>"
-            " [mark.parentElement.dataset.feature, Number(mark.parentElement.dataset.step), mark.textContent])"
-        )
-        return {(feature, step): mark for feature, step, mark in found}
-
-    def drag(self, start, end) -> None:
-        ActionChains(self.driver, 20).click_and_hold(start).move_to_element(end).release().perform()
 
 
 @pytest.fixture
@@ -430,8 +380,8 @@ def test_everything_has_a_name_and_one_way_in_by_tab(page):
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800)])
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_fits_and_can_be_read(served, width, height, dark):
-    driver = browser(width, height, dark=dark)
+def test_it_fits_and_can_be_read(driver, served, width, height, dark):
+    resize(driver, width, height, dark=dark)
     try:
         page = Page(driver, served.links["ann"])
         page.one("[data-all='1']").click()
@@ -453,7 +403,7 @@ def test_it_fits_and_can_be_read(served, width, height, dark):
                 driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
             page.until(lambda: list(page.marks().values()) == ["✓"])
     finally:
-        driver.quit()
+        resize(driver)
 
 
 IN_SIGHT = """

@@ -176,6 +176,29 @@ class AnnotationStore:
                 ) from None
             raise
 
+    @staticmethod
+    def about(path: str | Path) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+        """Return the names of the features, the number of steps and the units that a store was made for.
+
+        Parameters
+        ----------
+        path : of the file
+
+        Raises
+        ------
+        InputError
+            For a file that is not there, or is no store.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"{path}: there is no such file to read")
+        try:
+            with closing(sqlite3.connect(path)) as file:
+                (text,) = file.execute("SELECT value FROM meta WHERE key = 'described'").fetchone()
+                found = json.loads(text)
+        except (sqlite3.Error, TypeError, ValueError):
+            raise InputError(f"{path}: is no store of verdicts; give another file") from None
+        return tuple(found["features"]), int(found["steps"]), tuple(found["units"])
+
     def _only_writer(self) -> sqlite3.Connection:
         """Hold a lock that the operating system lets go of when the process ends, however it ends."""
         name = self.path.with_name(self.path.name + ".lock")
