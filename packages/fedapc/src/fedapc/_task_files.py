@@ -25,6 +25,7 @@ from shared_core.classes import read_labelled, read_unlabelled
 from shared_core.data import ImageData
 from shared_core.data import load as load_shared
 from shared_core.errors import InputError, UnknownKeyError
+from shared_core.objects import one_line
 from shared_core.runs import atomic_path
 from shared_core.tables import TableSchema, learn_scale, read_table
 
@@ -468,9 +469,9 @@ def _arrays(path: Path) -> Arrays:
             f"{path}: {error.strerror or error}; check the path, relative to that of tasks.toml"
         ) from error
     except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError, NotImplementedError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         hint = "; save y as text or whole numbers" if "pickle" in reason else ""
-        raise InputError(f"{path}: not a readable NPZ: {reason}{hint}") from error
+        raise InputError(f"{path}: not a readable NPZ ({reason}){hint}") from error
 
 
 def _array_labels(y: Shaped[np.ndarray, "..."], count: int, path: Path) -> list[str]:

@@ -5,15 +5,10 @@ The last linear layer of each is the head, of which every task gets its own.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -22,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shared_core.errors import InputError, UnknownKeyError
+from shared_core.objects import load_function, one_line
 
 __all__ = ["NETWORKS", "SamePool", "lenet", "mlp", "network", "resnet18"]
 
@@ -249,7 +245,7 @@ def network(name: str, example: Shaped[Tensor, "batch ..."], classes: int, seed:
         with torch.no_grad():
             logits: Any = net.eval()(example[:2])
     except Exception as error:  # a user's network can raise anything
-        raise InputError(f"network '{name}': does not take inputs of shape {shape}: {_line(error)}") from error
+        raise InputError(f"network '{name}': does not take inputs of shape {shape}: {one_line(error)}") from error
     net.train(mode)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -264,45 +260,12 @@ def _image(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
 
 
 def _found(name: str) -> Callable[..., object]:
-    place, colon, function = name.rpartition(":")
-    if not colon or not place or not function:
+    if ":" not in name:
         raise UnknownKeyError(
             f"network: there is no '{name}'; choose {', '.join(NETWORKS)}, or name a function, package.module:function"
             " or path/to/file.py:function"
         )
-    module = _file(Path(place), name) if place.endswith(".py") else _module(place, name)
-    found = getattr(module, function, None)
-    if not callable(found):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        known = ", ".join(key for key in public if getattr(module, key).__module__ == module.__name__) or "none"
-        raise InputError(f"network '{name}': {place} has no function '{function}'; it has {known}")
-    return found
-
-
-def _module(place: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except Exception as error:  # importing runs the user's code
-        hint = "; for a file, write path/to/file.py:function" if isinstance(error, ModuleNotFoundError) else ""
-        raise InputError(f"network '{name}': cannot import {place}: {_line(error)}{hint}") from error
-
-
-def _file(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise InputError(f"network '{name}': there is no file {path}; check the path")
-    key = f"fedapc_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(key, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Pickling and dataclasses look a module up by its name.
-    sys.modules[key] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # importing runs the user's code
-        del sys.modules[key]
-        raise InputError(f"network '{name}': cannot run {path}: {_line(error)}") from error
-    return module
+    return load_function(name)
 
 
 def _called(name: str, function: Callable[..., object], shape: tuple[int, ...], classes: int) -> object:
@@ -323,8 +286,4 @@ def _called(name: str, function: Callable[..., object], shape: tuple[int, ...], 
     try:
         return function(shape, classes) if positional else function(**named)
     except Exception as error:  # a user's function can raise anything
-        raise InputError(f"network '{name}': cannot be made: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"network '{name}': cannot be made: {one_line(error)}") from error
