@@ -95,7 +95,8 @@ bench: .venv-bench/.ready  ## race each package against its strongest peers, in 
 
 flower: .venv-flower/.ready  ## fedapc on Flower, workers on Ray, in an environment of their own; CLAIMS=1 with real programs on loopback
 	@FLWR_TELEMETRY_ENABLED=0 .venv-flower/bin/python -m pytest -q -m "not claims" \
-	  packages/fedapc/tests/test_flower.py packages/fedapc/tests/test_flower_absent.py shared/tests/test_workers.py
+	  packages/fedapc/tests/test_flower.py packages/fedapc/tests/test_flower_absent.py
+	@.venv-flower/bin/python -m pytest -q -k cluster shared/tests/test_workers.py
 	@[ -z "$(CLAIMS)" ] || FLWR_TELEMETRY_ENABLED=0 JAXTYPING_DISABLE=1 .venv-flower/bin/python -m pytest -q -m claims \
 	  packages/fedapc/tests/test_flower_claims.py
 

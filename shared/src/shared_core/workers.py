@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,11 +93,28 @@ class Workers:
                 while left and (not self.count or len(running) < self.count):
                     running.append(remote.remote(*left.pop(0)))
                 done, running = ray.wait(running)
-                yield from ray.get(done)
+                try:
+                    found = ray.get(done)
+                except Exception as error:
+                    # What was raised there, without Ray's wrapping.
+                    cause = getattr(error, "cause", None)
+                    raise cause if isinstance(cause, Exception) else error from None
+                yield from found
 
 
 def _do(key: str, function: Callable[[], _Value]) -> tuple[str, _Value]:
     return key, function()
+
+
+def _look(address: str) -> None:
+    """See whether anybody listens there: Ray itself would try for minutes, and print each time."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--ray {address}: cannot be reached ({error}); is the cluster up?") from error
 
 
 @contextmanager
@@ -111,6 +129,7 @@ def _connected(address: str, count: int) -> Generator[Any]:
         return
     # Without this, Ray would make every worker an environment of its own where a tool such as uv started the program.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    _look(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     if address == "local":
         options["num_cpus"] = count or os.cpu_count()
