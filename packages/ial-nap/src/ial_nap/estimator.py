@@ -955,8 +955,13 @@ class _NAP(BaseEstimator):
         if given and max(one.step for one in given) >= steps:
             late = next(one for one in given if one.step >= steps)
             raise InputError(f"step {late.step} of '{late.instance}': there are {steps} steps, counted from 0")
-        if known and not known.keys() >= (named := {one.instance for one in given}):
-            name = min(named - known.keys())
+        if known and (named := {one.instance for one in given} - known.keys()):
+            # What is annotated already may be so again.
+            named -= {instance for instance, _ in self.context_.keys}
+        else:
+            named = set[str]()
+        if named:
+            name = min(named)
             raise InputError(f"{_unknown('instance', name, tuple(known))}; know(series) lets others be annotated")
         return found
 

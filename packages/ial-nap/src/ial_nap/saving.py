@@ -29,10 +29,11 @@ from shared_core.runs import atomic_path
 if TYPE_CHECKING:
     from ial_nap.estimator import NAPClassifier, NAPRegressor
 
-__all__ = ["load", "save"]
+__all__ = ["digest", "load", "save"]
 
 _KEY, _FORMAT = "ial_nap", 1
 _MOST = 1 << 20
+_TYPES = {"b": np.bool_, "i": np.int64, "u": np.uint64, "f": np.float64, "U": np.str_}
 
 _Size = Annotated[StrictInt, Field(ge=1, le=_MOST)]
 _Name = Annotated[StrictStr, Field(max_length=10_000)]
@@ -126,7 +127,7 @@ def save(estimator: NAPClassifier | NAPRegressor, path: str | Path) -> None:
             for one in estimator.history_
         ],
     }
-    head["digest"] = _digest(head, tensors)
+    head["digest"] = digest(head, tensors)
     with atomic_path(path) as temporary:
         save_file(
             {name: tensor.clone() for name, tensor in tensors.items()},
@@ -189,7 +190,7 @@ def _contents(path: Path) -> tuple[_Saved, dict[str, Tensor]]:
         raise
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: its header is damaged ({_line(error)}); give another file") from None
-    if head.digest != _digest({**cast("dict[str, Any]", found), "digest": None}, tensors):
+    if head.digest != digest({**cast("dict[str, Any]", found), "digest": None}, tensors):
         raise InputError(f"{path}: was altered after it was saved, or is damaged; give the file as it was saved")
     return head, tensors
 
@@ -221,11 +222,15 @@ def _made(head: _Saved, tensors: dict[str, Tensor], place: torch.device, device:
             not value.is_floating_point() or bool(value.isfinite().all()), f"'{name}' holds values that are not finite"
         )
     model.load_state_dict(state)
+    _need(model.config == head.network, "the network is described in another way than this version does")
 
-    scale = Scaling(tensors["scaling.mean"], tensors["scaling.deviation"], head.target_mean, head.target_deviation)
-    _need(scale.mean.shape == scale.deviation.shape == (r,), "scaling is not one number for each feature")
+    mean, deviation = tensors["scaling.mean"], tensors["scaling.deviation"]
+    _need(mean.shape == deviation.shape == (r,), "scaling is not one number for each feature")
+    _need(mean.dtype == deviation.dtype == torch.float32, "scaling is of another type")
+    scale = Scaling(mean, deviation, head.target_mean, head.target_deviation)
     _need(bool((scale.deviation > 0).all()), "a deviation is not above 0")
     context = Context(t, r, kappa=model.kappa, schema=schema, lengths=head.lengths)
+    _need(all(length <= t for length in head.lengths.values()), f"an instance is longer than {t} steps")
     masks = tensors["context.masks"]
     _need(
         masks.dtype == torch.int8 and masks.shape == (len(head.context), t, r), "masks of verdicts have another shape"
@@ -264,7 +269,8 @@ def _made(head: _Saved, tensors: dict[str, Tensor], place: torch.device, device:
         _people(head, tensors, series) if head.annotated else None,
     )
     if isinstance(made, NAPClassifier):
-        made.classes_ = np.array(head.classes, dtype=head.classes_type if head.classes_type != "U" else np.str_)
+        made.classes_ = np.array(head.classes, dtype=_TYPES[head.classes_type])
+        _need(made.classes_.tolist() == head.classes, f"classes are not all of the type '{head.classes_type}'")
     return made
 
 
@@ -303,8 +309,18 @@ def _need(holds: bool, what: str) -> None:
         raise InputError(what)
 
 
-def _digest(head: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Hash a header without its digest, and all tensors."""
+def digest(head: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Hash a header without its digest, and all tensors.
+
+    Parameters
+    ----------
+    head : what goes into the header; a digest in it is passed over
+    tensors : on the CPU
+
+    Returns
+    -------
+    32 hexadecimal digits. It tells that a file is damaged; it is no signature, for anybody can make one.
+    """
     told = {name: value for name, value in head.items() if name != "digest"}
     found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name in sorted(tensors):
