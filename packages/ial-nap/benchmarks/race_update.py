@@ -3,13 +3,12 @@
     python benchmarks/race_update.py [--annotations 1000 --repeats 9 --seeds 0 1 2 --epochs 80 --most 200 --json FILE]
 
 On the task whose shortcut is known (features 8 and 9 give the label away in training and are noise in the test), an
-oracle gives that many masks, 0 on these and 1 on all others, half of all cells hidden. Four ways to learn from them are timed in
-one process:
+oracle gives that many masks, 0 on these and 1 on all others, half of all cells hidden. Four ways to learn from them are
+timed in one process:
 
 * update: :meth:`ial_nap.FeatureNAP.update`, no gradient;
 * finetune-50: 50 steps of Adam on what makes attention, all annotated instances a step, as the paper's release does;
-* drop-and-retrain: leave out what a majority marked 0, and train a plain model anew to its early stopping.
-
+* drop-and-retrain: leave out what a majority marked 0, and train a plain model anew to its early stopping;
 * plain + 50: the same steps on uncertainty-aware attention with the masks on its weights, as "random-ua" does.
 
 Beside each time stands the AUROC on the test that it comes to. To the same score: how many steps of fine-tuning alone,
