@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from bayes_taml.cli import line
 from bayes_taml.learner import MetaLearner
 from shared_core.classes import load_classes
 from shared_core.runs import Summary
+from shared_core.testing import Caller
 
 TASK = ("--size", 16, "--ways", 3, "--high", 4, "--queries", 2, "--test-queries", 3, "--filters", 4, "--blocks", 2,
         "--inner-steps", 2, "--test-steps", 2, "--samples", 2, "--steps", 4, "--meta-batch", 2, "--episodes", 6,
@@ -73,25 +72,13 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def call(home):
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
-        printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-        with contextlib.chdir(home), printed[0], printed[1], pytest.raises(SystemExit) as stop:
-            line.main([str(arg) for arg in args])
-        return subprocess.CompletedProcess(args, stop.value.code, out.getvalue(), err.getvalue())
-
-    return run
+def call(home) -> Caller:
+    return Caller(line, home)
 
 
 @pytest.fixture(scope="module")
 def done(call):
-    def run(*args: object) -> Summary:
-        result = call(*args, "--json")
-        assert result.returncode == 0, result.stderr
-        return Summary.model_validate_json(result.stdout)
-
-    return run
+    return call.done
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +146,7 @@ def test_too_few_classes_for_validation_do_not_lose_a_training(done, call, home)
     found = done("train", *task, "--out", "w")
     assert found.results[0].dataset == "few, training classes"
     assert (home / "w/model.safetensors").exists()
-    wrong = call("train", *task, "--validate-every", 1, "--out", "w2")
-    assert wrong.returncode == 2
-    assert "tasks of 4 need 4" in wrong.stderr
+    assert "tasks of 4 need 4" in call.wrong("train", *task, "--validate-every", 1, "--out", "w2")
 
 
 def test_two_processes_share_the_tasks_and_learn_the_same(trained, home):
@@ -370,7 +355,4 @@ def test_wrong_input_is_one_line(trained, plain, home, call, arguments, message)
     np.savez(home / "text.npz", x=np.array(["a", "b"]))
     x[2, 3, 3] = np.nan
     np.savez(home / "nan.npz", x=x)
-    result = call(*arguments, "--out", "wrong", "--overwrite")
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert message in call.wrong(*arguments, "--out", "wrong", "--overwrite")

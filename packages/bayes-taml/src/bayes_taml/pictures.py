@@ -17,6 +17,7 @@ from bayes_taml.ragged import UnknownLabelError
 from shared_core.classes import load_classes, read_labelled, read_unlabelled
 from shared_core.data._images import resize_area
 from shared_core.errors import InputError
+from shared_core.objects import one_line
 
 __all__ = ["Labelled", "read_query", "read_support"]
 
@@ -127,8 +128,7 @@ def _bare_arrays(path: Path) -> tuple[np.ndarray, bool]:
     except InputError:
         raise
     except _DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as arrays ({reason}); give an NPZ with 'x'") from error
+        raise InputError(f"{path}: cannot be read as arrays ({one_line(error)}); give an NPZ with 'x'") from error
 
 
 def _prepared(x: np.ndarray, size: int, channels: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Every picture: comparisons, training, accuracy by class size, what was learned, calibration, one task explained.
 
-Each function writes one file, whose ending says what kind (PNG, SVG, PDF); the same arguments give the same bytes.
+Each function writes one file, whose ending says what kind (PNG, SVG, PDF), and returns its path; the same arguments
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,25 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from bayes_taml.metrics import SizeBin, reliability
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path
+from shared_core.plots import (
+    COLOURS,
+    MARKERS,
+    QUIET,
+    drawing,
+    legend_outside,
+    looks,
+    plain_log,
+    running_mean,
+    save_figure,
+    short_names,
+)
+from shared_core.plots import plot_comparison as _plot_comparison
+from shared_core.runs import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,26 +48,8 @@ __all__ = [
     "plot_sizes",
 ]
 
-# Okabe and Ito's colours, which stay apart for readers who do not see all colours.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99"]
-_QUIET = "#555555"
-_MARKERS = "osD^vPX<"
-_STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.h_pad": 0.07,
-    "figure.constrained_layout.w_pad": 0.07,
-    "figure.dpi": 100,
-    "font.size": 10,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "bayes-taml",
-}
-_UNDATED: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-_OURS = ("bayesian_taml",)
+_OURS = "bayesian_taml"
 _WORDS = {"ece": "ECE", "nll": "NLL", "ood": "OOD"}
-_LONGEST = 30
 
 Vector = NDArray[np.float64]
 
@@ -148,77 +144,22 @@ class ExplanationLike(Protocol):
         ...
 
 
-def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
-    """Draw every method's mean with its 95 % interval, best on top: a row for each data set, a column for each metric.
+def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
+    """Draw every method's mean with its 95 % interval, best on top; see :func:`shared_core.plots.plot_comparison`.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     results : rows of a run's summary; ``bayesian_taml`` is highlighted
+
+    Returns
+    -------
+    The path.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for row in results:
-        groups.setdefault((row.dataset, row.metric), []).append(row)
-    if not groups:
-        raise InputError("the run has no results to draw")
-    datasets, names = ([*dict.fromkeys(key[place] for key in groups)] for place in (0, 1))
-    keys: list[tuple[str, str] | None] = [
-        (data, metric) if (data, metric) in groups else None for data in datasets for metric in names
-    ]
-    columns = len(names)
-    if len(datasets) == 1 or columns > 4:
-        keys = list(groups)
-        columns = min(len(keys), 3) if len(keys) != 4 else 2
-    lines = -(-len(keys) // columns)
-    tallest = max(len(rows) for rows in groups.values())
-    longest = max(len(row.method) for row in results)
-    with mpl.rc_context(_STYLE):
-        size = ((2.9 + 0.075 * longest) * columns, (1.15 + 0.26 * tallest) * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False).ravel())
-        for axis, key in zip(axes, [*keys, *[None] * (len(axes) - len(keys))], strict=True):
-            if key is None:
-                axis.set_axis_off()
-                continue
-            _compare(axis, groups[key], title=key[0] if len(datasets) > 1 else "")
-        if len(datasets) == 1:
-            figure.suptitle(datasets[0], fontsize="medium")
-        _save(figure, path)
+    return _plot_comparison(path, results, ours=lambda name: name == _OURS, words=_WORDS)
 
 
-def _compare(axis: Axes, rows: Sequence[Result], *, title: str) -> None:
-    better = rows[0].better
-    ordered = sorted(rows, key=lambda row: row.mean, reverse=better == "lower")
-    for place, row in enumerate(ordered):
-        ours = row.method in _OURS
-        colour = _COLOURS[1] if ours else _COLOURS[0]
-        if row.low is not None and row.high is not None:
-            axis.plot(
-                [row.low, row.high], [place, place], color=colour, linewidth=2.4, alpha=0.55, solid_capstyle="butt"
-            )
-        axis.plot(row.mean, place, "D" if ours else "o", color=colour, markersize=5.5)
-    axis.set_yticks(range(len(ordered)), [row.method for row in ordered])
-    for label, row in zip(axis.get_yticklabels(), ordered, strict=True):
-        if row.method in _OURS:
-            label.set_fontweight("bold")
-    spread = [row.mean for row in ordered]
-    spread += [end for row in ordered for end in (row.low, row.high) if end is not None]
-    means = np.array([row.mean for row in ordered])
-    # One method far off must not press all others into one spot.
-    if means.min() > 0 and min(spread) > 0 and means.max() > 20 * float(np.median(means)):
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-    unit = f" [{rows[0].unit}]" if rows[0].unit not in {"1", ""} else ""
-    axis.set_title(title)
-    words = [_WORDS.get(word, word) for word in rows[0].metric.split("_")]
-    axis.set_xlabel(f"{' '.join(words)}{unit} ({better} is better)")
-    axis.set_ylim(-0.6, len(ordered) - 0.4)
-    axis.grid(axis="x", alpha=0.3)
-
-
-def plot_history(path: str | Path, histories: Mapping[str, Sequence[StepLike]], window: int | None = None) -> None:
+def plot_history(path: str | Path, histories: Mapping[str, Sequence[StepLike]], window: int | None = None) -> Path:
     """Draw query loss and accuracy over meta-steps, each point the mean of the steps before it.
 
     Parameters
@@ -226,6 +167,10 @@ def plot_history(path: str | Path, histories: Mapping[str, Sequence[StepLike]], 
     path : PNG, SVG or PDF to write
     histories : method -> its meta-steps; those whose loss is not finite are left out
     window : meta-steps averaged; None is a twentieth of the longest
+
+    Returns
+    -------
+    The path.
     """
     kept = {name: [step for step in steps if np.isfinite(step.loss)] for name, steps in histories.items()}
     kept = {name: steps for name, steps in kept.items() if steps}
@@ -235,15 +180,18 @@ def plot_history(path: str | Path, histories: Mapping[str, Sequence[StepLike]], 
         window = max(1, max(len(steps) for steps in kept.values()) // 20)
     if window < 1:
         raise InputError(f"window: must be at least 1 meta-step, got {window}")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(8.6, 3.2 + 0.22 * -(-len(kept) // 4)), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, 2))
-        for place, (name, steps) in enumerate(kept.items()):
+        found = looks([*kept])
+        for name, steps in kept.items():
+            look = found[name]
             at = [step.step for step in steps]
             for axis, values in zip(axes, ([s.loss for s in steps], [s.accuracy for s in steps]), strict=True):
                 if len(kept) == 1 and window > 1:
-                    axis.plot(at, values, color=_COLOURS[0], linewidth=0.6, alpha=0.3)
-                axis.plot(at, _smoothed(values, window), _dash(place), color=_colour(place), linewidth=1.6, label=name)
+                    axis.plot(at, values, color=COLOURS[0], linewidth=0.6, alpha=0.3)
+                mean = running_mean(values, window)
+                axis.plot(at, mean, look.dash, color=look.colour, linewidth=1.6, label=name)
         axes[0].set(ylabel="query loss (cross-entropy, nats)")
         axes[1].set(ylabel="query accuracy")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -252,19 +200,11 @@ def plot_history(path: str | Path, histories: Mapping[str, Sequence[StepLike]], 
             axis.set(xlabel=f"meta-step{average}")
             axis.grid(alpha=0.25)
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
-        _save(figure, path)
+        legend_outside(figure, axes)
+        return save_figure(figure, path)
 
 
-def _smoothed(values: Sequence[float], window: int) -> NDArray[np.float64]:
-    """Mean of each value and those before it, `window` in all where there are so many."""
-    total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - window, 0)
-    return (total[end] - total[start]) / (end - start)
-
-
-def plot_sizes(path: str | Path, bins: Mapping[str, Sequence[SizeBin]], *, reference: str | None = None) -> None:
+def plot_sizes(path: str | Path, bins: Mapping[str, Sequence[SizeBin]], *, reference: str | None = None) -> Path:
     """Draw accuracy over how many support examples the query's class has, and each method's gain over one of them.
 
     Parameters
@@ -273,6 +213,10 @@ def plot_sizes(path: str | Path, bins: Mapping[str, Sequence[SizeBin]], *, refer
     bins : method -> what :func:`bayes_taml.metrics.accuracy_by_size` gave
     reference : method that gains are measured against, in a panel of their own; their intervals take the two methods
         as independent, which is too wide for methods on the same episodes
+
+    Returns
+    -------
+    The path.
     """
     bins = {name: found for name, found in bins.items() if found}
     if not bins:
@@ -280,20 +224,21 @@ def plot_sizes(path: str | Path, bins: Mapping[str, Sequence[SizeBin]], *, refer
     if reference is not None and reference not in bins:
         raise InputError(f"reference: must be one of {', '.join(bins)}, got {reference}")
     places = sorted({(found.low, found.high) for each in bins.values() for found in each})
-    with mpl.rc_context(_STYLE):
+    with drawing():
         panels = 1 if reference is None or len(bins) == 1 else 2
         columns = 2 * panels
         size = (max(4.8, 1.6 + 0.75 * len(places)) * panels, 3.3 + 0.22 * -(-len(bins) // columns))
         figure = Figure(figsize=size, layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, panels, squeeze=False)[0])
         base = {} if reference is None else {(found.low, found.high): found for found in bins[reference]}
+        looked = looks([*bins])
         for rank, (name, each) in enumerate(bins.items()):
             # Side by side within a bin, so that no interval hides another.
             shift = (rank - (len(bins) - 1) / 2) * min(0.08, 0.5 / len(bins))
             look: dict[str, Any] = {
-                "color": _colour(rank),
-                "linestyle": _dash(rank),
-                "marker": _MARKERS[rank % len(_MARKERS)],
+                "color": looked[name].colour,
+                "linestyle": looked[name].dash,
+                "marker": looked[name].marker,
                 "markersize": 4.5,
                 "linewidth": 1.4,
                 "elinewidth": 1.2,
@@ -313,7 +258,7 @@ def plot_sizes(path: str | Path, bins: Mapping[str, Sequence[SizeBin]], *, refer
         axes[0].set_ylabel("query accuracy")
         axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if panels == 2:
-            axes[1].axhline(0, color=_colour([*bins].index(str(reference))), linewidth=1.4)
+            axes[1].axhline(0, color=looked[str(reference)].colour, linewidth=1.4)
             axes[1].set_ylabel(f"gain over {reference} [points]")
         for axis in axes:
             axis.set_xticks(
@@ -321,11 +266,11 @@ def plot_sizes(path: str | Path, bins: Mapping[str, Sequence[SizeBin]], *, refer
             )
             axis.set(xlabel="support examples of the query's class", xlim=(-0.5, len(places) - 0.5))
             axis.grid(axis="y", alpha=0.25)
-        _legend_above(figure, axes[0], columns)
-        _save(figure, path)
+        legend_outside(figure, axes[:1], columns)
+        return save_figure(figure, path)
 
 
-def plot_omega(path: str | Path, counts: ArrayLike, omega: ArrayLike, ways: int) -> None:
+def plot_omega(path: str | Path, counts: ArrayLike, omega: ArrayLike, ways: int) -> Path:
     """Draw the learned weight of a class over how many support examples it has.
 
     Beside it stand what plain averaging does (1/C for every class) and what weighting by 1/N would do on the same
@@ -337,6 +282,10 @@ def plot_omega(path: str | Path, counts: ArrayLike, omega: ArrayLike, ways: int)
     counts : (n,) support examples of classes, task after task
     omega : (n,) their weights, which sum to 1 in each task
     ways : C, classes a task
+
+    Returns
+    -------
+    The path.
     """
     counts, omega = _vector("counts", counts), _vector("omega", omega)
     _same_length(counts=counts, omega=omega)
@@ -348,27 +297,27 @@ def plot_omega(path: str | Path, counts: ArrayLike, omega: ArrayLike, ways: int)
     rule = (inverse / inverse.sum(1, keepdims=True)).ravel()
     groups = _groups(counts)
     middle = [float(np.median(counts[rows])) for rows in groups]
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(5.6, 4.1), layout="constrained")
         axis = figure.subplots()
         alpha = float(np.clip(60 / len(counts) ** 0.7, 0.04, 0.5))
-        axis.plot(counts, omega, "o", color=_COLOURS[0], alpha=alpha, markersize=3, markeredgewidth=0, rasterized=True)
-        axis.axhline(1 / ways, color=_QUIET, linewidth=1.2, linestyle=":", label=f"1/C = {1 / ways:.3g}")
+        axis.plot(counts, omega, "o", color=COLOURS[0], alpha=alpha, markersize=3, markeredgewidth=0, rasterized=True)
+        axis.axhline(1 / ways, color=QUIET, linewidth=1.2, linestyle=":", label=f"1/C = {1 / ways:.3g}")
         means = [float(rule[rows].mean()) for rows in groups]
-        axis.plot(middle, means, "--", color=_COLOURS[1], linewidth=1.4, label="weights by 1/N, mean")
+        axis.plot(middle, means, "--", color=COLOURS[1], linewidth=1.4, label="weights by 1/N, mean")
         means = [float(omega[rows].mean()) for rows in groups]
-        axis.plot(middle, means, "o-", color=_COLOURS[0], markeredgecolor="white", linewidth=1.8, label="learned, mean")
+        axis.plot(middle, means, "o-", color=COLOURS[0], markeredgecolor="white", linewidth=1.8, label="learned, mean")
         axis.set(xscale="log", xlabel="support examples of the class", ylabel="weight of the class in the inner loss")
         axis.set_ylim(0, min(1.02, 1.08 * max(float(omega.max()), *means, 1 / ways)))
-        _plain_log(axis.xaxis, float(counts.min()), float(counts.max()))
+        plain_log(axis.xaxis, float(counts.min()), float(counts.max()))
         axis.grid(alpha=0.25)
-        _legend_above(figure, axis, 3)
-        _save(figure, path)
+        legend_outside(figure, [axis], 3)
+        return save_figure(figure, path)
 
 
 def plot_gamma(
     path: str | Path, sizes: ArrayLike, gamma: ArrayLike, names: Sequence[str], *, rule: float | None = None
-) -> None:
+) -> Path:
     """Draw the learned multiplier of each layer's step over the size of the support set, medians with 80 % of tasks.
 
     Parameters
@@ -378,6 +327,10 @@ def plot_gamma(
     gamma : (n, layers) multipliers, above 0
     names : of layers
     rule : kappa of the rule N / (N + kappa), drawn beside them if given
+
+    Returns
+    -------
+    The path.
     """
     sizes = _vector("sizes", sizes)
     gamma = np.asarray(gamma, dtype=np.float64)
@@ -391,21 +344,21 @@ def plot_gamma(
         raise InputError(f"rule: kappa must not be negative, got {rule}")
     groups = _groups(sizes)
     middle = [float(np.median(sizes[rows])) for rows in groups]
-    with mpl.rc_context(_STYLE):
-        labels = _labels(names)
+    with drawing():
+        labels = short_names(names)
         size = (5.0 + 0.085 * max(map(len, labels)), max(4.0, 1.2 + 0.22 * len(names)))
         figure = Figure(figsize=size, layout="constrained")
         axis = figure.subplots()
-        axis.axhline(1, color=_QUIET, linewidth=1.0, linestyle=":")
+        axis.axhline(1, color=QUIET, linewidth=1.0, linestyle=":")
         colours = _shades(len(names))
         ends = [1.0]
         for place, name in enumerate(labels):
             low, median, high = (
                 [float(np.quantile(gamma[rows, place], share)) for rows in groups] for share in (0.1, 0.5, 0.9)
             )
-            band = 0.13 if len(names) <= len(_COLOURS) else 0.05
+            band = 0.13 if len(names) <= len(COLOURS) else 0.05
             axis.fill_between(middle, low, high, color=colours[place], alpha=band, linewidth=0)
-            marker = _MARKERS[place % len(_MARKERS)]
+            marker = MARKERS[place % len(MARKERS)]
             axis.plot(middle, median, marker=marker, color=colours[place], markersize=4, linewidth=1.6, label=name)
             ends += [min(low), max(high)]
         if rule is not None:
@@ -413,14 +366,14 @@ def plot_gamma(
             axis.plot(at, at / (at + rule), "--", color="black", linewidth=1.4, label=f"N / (N + {rule:.3g})")
             ends.append(float(at[0] / (at[0] + rule)))
         axis.set(xscale="log", yscale="log", xlabel="support examples N of the task", ylabel="multiplier of the step")
-        _plain_log(axis.xaxis, float(sizes.min()), float(sizes.max()))
-        _plain_log(axis.yaxis, min(ends), max(ends))
+        plain_log(axis.xaxis, float(sizes.min()), float(sizes.max()))
+        plain_log(axis.yaxis, min(ends), max(ends))
         axis.grid(alpha=0.25)
         figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
-def plot_reliability(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], bins: int = 15) -> None:
+def plot_reliability(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], bins: int = 15) -> Path:
     """Draw how often the top answer is right over how sure it is, and below how sure the answers are.
 
     Parameters
@@ -428,23 +381,28 @@ def plot_reliability(path: str | Path, curves: Mapping[str, tuple[ArrayLike, Arr
     path : PNG, SVG or PDF to write
     curves : method -> (probability (n, ways), labels (n,)); the legend has each method's expected calibration error
     bins : of confidence, of equal width
+
+    Returns
+    -------
+    The path.
     """
     if not curves:
         raise InputError("there are no probabilities to draw")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(4.9, 5.4 + 0.2 * len(curves)), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(2, 1, sharex=True, height_ratios=[3, 1]))
-        axes[0].plot([0, 1], [0, 1], ":", color=_QUIET, linewidth=1.2, label="as sure as right")
+        axes[0].plot([0, 1], [0, 1], ":", color=QUIET, linewidth=1.2, label="as sure as right")
         least = 1.0
-        for place, (name, (probability, labels)) in enumerate(curves.items()):
+        looked = looks([*curves])
+        for name, (probability, labels) in curves.items():
             found = reliability(np.asarray(probability, dtype=np.float64), np.asarray(labels), bins)
             share = found.n / found.n.sum()
             error = float((share * np.abs(found.confidence - found.accuracy)).sum())
-            look: dict[str, Any] = {"color": _colour(place), "linewidth": 1.5, "markersize": 4}
-            style, marker = _dash(place), _MARKERS[place % len(_MARKERS)]
+            colour, marker, dash = looked[name]
+            look: dict[str, Any] = {"color": colour, "marker": marker, "linewidth": 1.5, "markersize": 4}
             label = f"{name}, ECE {100 * error:.1f} %"
-            axes[0].plot(found.confidence, found.accuracy, style, marker=marker, label=label, **look)
-            axes[1].plot(found.confidence, share, style, marker=marker, **look)
+            axes[0].plot(found.confidence, found.accuracy, dash, label=label, **look)
+            axes[1].plot(found.confidence, share, dash, **look)
             least = min(least, float(found.confidence.min()))
         axes[0].set(ylabel="accuracy", ylim=(-0.02, 1.03))
         axes[1].set(xlabel="confidence: probability of the top answer", ylabel="share of\nanswers")
@@ -454,21 +412,25 @@ def plot_reliability(path: str | Path, curves: Mapping[str, tuple[ArrayLike, Arr
             axis.grid(alpha=0.25)
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _legend_above(figure, axes[0], 1)
-        _save(figure, path)
+        legend_outside(figure, axes[:1], 1)
+        return save_figure(figure, path)
 
 
-def plot_explanation(path: str | Path, explanation: ExplanationLike) -> None:
+def plot_explanation(path: str | Path, explanation: ExplanationLike) -> Path:
     """Draw one page on one task: class weights, class losses while adapting, step multipliers, how far layers moved.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     explanation : of one adaptation; classes are drawn from most to fewest support examples
+
+    Returns
+    -------
+    The path.
     """
     classes, layers = len(explanation.class_names), len(explanation.layers)
     _check_explanation(explanation)
-    with mpl.rc_context(_STYLE):
+    with drawing():
         heights = [max(2.5, 0.9 + 0.23 * classes), max(2.1, 0.9 + 0.26 * layers)]
         figure = Figure(figsize=(10.4, sum(heights) + 0.3), layout="constrained")
         axes = cast("NDArray[Any]", figure.subplots(2, 2, height_ratios=heights))
@@ -478,7 +440,7 @@ def plot_explanation(path: str | Path, explanation: ExplanationLike) -> None:
         _class_losses(axes[0, 1], explanation, order, colours)
         _multipliers(axes[1, 0], explanation)
         _movement(axes[1, 1], explanation)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _check_explanation(explanation: ExplanationLike) -> None:
@@ -499,14 +461,14 @@ def _check_explanation(explanation: ExplanationLike) -> None:
 
 
 def _class_weights(axis: Axes, found: ExplanationLike, order: NDArray[np.intp], colours: Sequence[Any]) -> None:
-    rows, classes, names = np.arange(len(order)), len(order), _labels(found.class_names)
+    rows, classes, names = np.arange(len(order)), len(order), short_names(found.class_names)
     omega, low, high = (np.asarray(values)[order] for values in (found.omega, found.omega_low, found.omega_high))
     axis.barh(rows, omega, color=colours, alpha=0.75, height=0.72)
     axis.errorbar(omega, rows, xerr=_arms(omega, low, high), fmt="none", ecolor="black", elinewidth=1.0, capsize=2)
     axis.plot(
         np.asarray(found.pull)[order], rows, "D", color="white", markeredgecolor="black", markersize=5, label="gradient"
     )
-    axis.axvline(1 / classes, color=_QUIET, linewidth=1.2, linestyle=":")
+    axis.axvline(1 / classes, color=QUIET, linewidth=1.2, linestyle=":")
     axis.set_yticks(rows, [f"{names[k]}  ({int(found.counts[k])})" for k in order])
     _list_down(axis, classes)
     axis.set_xlim(0, 1.06 * float(np.nanmax([high.max(), np.nanmax(found.pull), 1 / classes])))
@@ -531,26 +493,26 @@ def _class_losses(axis: Axes, found: ExplanationLike, order: NDArray[np.intp], c
 def _multipliers(axis: Axes, found: ExplanationLike) -> None:
     rows, gamma = np.arange(len(found.layers)), np.asarray(found.gamma, dtype=np.float64)
     low, high = np.asarray(found.gamma_low), np.asarray(found.gamma_high)
-    axis.axvline(1, color=_QUIET, linewidth=1.2, linestyle=":")
-    axis.errorbar(gamma, rows, xerr=_arms(gamma, low, high), fmt="o", color=_COLOURS[0], elinewidth=1.6, capsize=2)
-    axis.set_yticks(rows, _labels(found.layers))
+    axis.axvline(1, color=QUIET, linewidth=1.2, linestyle=":")
+    axis.errorbar(gamma, rows, xerr=_arms(gamma, low, high), fmt="o", color=COLOURS[0], elinewidth=1.6, capsize=2)
+    axis.set_yticks(rows, short_names(found.layers))
     _list_down(axis, len(rows))
     axis.set(xscale="log", xlabel="multiplier of the step with its 95 % interval", title="how far each layer may move")
     ends = np.concatenate([gamma, low, high, [1.0]])
     ends = ends[np.isfinite(ends) & (ends > 0)]
-    _plain_log(axis.xaxis, float(ends.min()) / 1.15, float(ends.max()) * 1.15)
+    plain_log(axis.xaxis, float(ends.min()) / 1.15, float(ends.max()) * 1.15)
 
 
 def _movement(axis: Axes, found: ExplanationLike) -> None:
     rows, moved = np.arange(len(found.layers)), np.asarray(found.moved, dtype=np.float64)
     shift = np.asarray(found.z_size, dtype=np.float64)
-    axis.barh(rows, np.nan_to_num(moved), color=_COLOURS[2], alpha=0.75, height=0.6)
+    axis.barh(rows, np.nan_to_num(moved), color=COLOURS[2], alpha=0.75, height=0.6)
     if len(shift):
         # Half of a diamond at 0 lies beyond the axis.
         axis.plot(shift, rows[:-1], "D", color="white", markeredgecolor="black", markersize=5, clip_on=False, zorder=5)
     for row in rows[np.isnan(moved)]:
         axis.annotate(
-            "starts at zero", (0, row), (4, 0), textcoords="offset points", va="center", color=_QUIET, fontsize=9
+            "starts at zero", (0, row), (4, 0), textcoords="offset points", va="center", color=QUIET, fontsize=9
         )
     axis.set_yticks(rows, [""] * len(rows))
     _list_down(axis, len(rows))
@@ -585,49 +547,11 @@ def _groups(values: Vector, most: int = 12) -> list[NDArray[np.intp]]:
     return [np.flatnonzero(place == k) for k in np.unique(place)]
 
 
-def _plain_log(axis: Any, low: float, high: float) -> None:
-    """Limits and ticks 1, 2, 5, 10 ... of a logarithmic axis, written out."""
-    if high / low < 1.5:
-        low, high = low / 1.5, high * 1.5
-    margin = (high / low) ** 0.04
-    axis.axes.set(**{f"{axis.axis_name}lim": (low / margin, high * margin)})
-    steps = (1.0, 2.0, 5.0) if high / low < 3000 else (1.0,)
-    axis.set_major_locator(LogLocator(10, subs=steps, numticks=20))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-
-
-def _legend_above(figure: Figure, axis: Axes, columns: int) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), fontsize=9)
-
-
-def _colour(place: int) -> str:
-    return _COLOURS[place % len(_COLOURS)]
-
-
 def _shades(count: int) -> list[Any]:
     """Colours of what has an order: named ones for a few, a scale for many."""
-    if count <= len(_COLOURS):
-        return [_colour(place) for place in range(count)]
+    if count <= len(COLOURS):
+        return [*COLOURS[:count]]
     return [mpl.colormaps["viridis"](0.95 * place / (count - 1)) for place in range(count)]
-
-
-def _dash(place: int) -> str:
-    return "-" if place < len(_COLOURS) else "--"
-
-
-def _short(name: str) -> str:
-    """Cut the middle out of a name that would push the picture aside."""
-    half = (_LONGEST - 1) // 2
-    return name if len(name) <= _LONGEST else f"{name[:half].rstrip()}\u2026{name[-half:].lstrip()}"
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    """Cut long names, and number those that look alike then."""
-    short = [_short(name) for name in names]
-    alike = {label for label in short if short.count(label) > 1}
-    return [f"{place + 1}: {label}" if label in alike else label for place, label in enumerate(short)]
 
 
 def _vector(name: str, values: ArrayLike) -> Vector:
@@ -641,12 +565,3 @@ def _same_length(**given: Vector) -> None:
     (first, one), (second, two) = given.items()
     if len(one) != len(two):
         raise InputError(f"{second}: needs as many rows as {first}, {len(one)}, got {len(two)}")
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            # No date in the file: the same run gives the same bytes.
-            figure.savefig(temporary, metadata=_UNDATED.get(temporary.suffix, {}))
-        except ValueError as error:
-            raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf") from error
