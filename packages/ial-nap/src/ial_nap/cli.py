@@ -288,7 +288,7 @@ def fit(config: FitConfig, session: Session) -> Outcome:
         notes.append(f"stopped after epoch {len(estimator.history_)}; kept is epoch {best.epoch}")
     if config.plant:
         notes.append(f"{', '.join(split.planted)}: planted, right in training and random in the test")
-    return Outcome(_score_rows(report, data.name, "ial-nap", draws=0, seed=config.seed), notes=notes)
+    return Outcome(_score_rows(report, data.name, "ial-nap"), notes=notes)
 
 
 def _keep_history(session: Session, estimator: Estimator) -> None:
@@ -306,26 +306,17 @@ def _keep_history(session: Session, estimator: Estimator) -> None:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _score_rows(report: ScoreReport, dataset: str, method: str, *, draws: int, seed: int) -> list[Result]:
+def _score_rows(report: ScoreReport, dataset: str, method: str, *, draws: int = 0, seed: int = 0) -> list[Result]:
     """Make a row for each score, with a bootstrap interval over instances where draws are asked for."""
-    import numpy as np
+    from ial_nap.resampling import resampled
 
-    from ial_nap.metrics import METRICS, measure
-
-    random, n = np.random.default_rng(seed), len(report.series)
-    found: dict[str, list[float]] = {name: [] for name in report.metrics}
-    for _ in range(draws):
-        at = random.integers(0, n, n)
-        for name, value in measure(report.series.part(at.tolist()), report.predictions[at]).items():
-            found[name].append(value)
     rows: list[Result] = []
-    for name, value in report.metrics.items():
-        if math.isfinite(value):
-            values = [one for one in found[name] if math.isfinite(one)]
-            low, high = np.quantile(values, [0.025, 0.975]).tolist() if values else (None, None)
+    for name, found in resampled(report.series, report.predictions, draws=draws, seed=seed).items():
+        low, high = found.interval() or (None, None)
+        if math.isfinite(found.value):
             rows.append(
-                Result(dataset=dataset, method=method, metric=name, unit="1", better=METRICS[name].better, mean=value,
-                       low=low, high=high, n=n if values else 1, seconds=0.0)
+                Result(dataset=dataset, method=method, metric=name, unit="1", better=found.better, mean=found.value,
+                       low=low, high=high, n=1 if low is None else len(report.series), seconds=0.0)
             )  # fmt: skip
     return rows
 
@@ -520,7 +511,7 @@ def annotate(config: AnnotateConfig, session: Session) -> Outcome:
     after = estimator.score_report(held)
     people = {one.annotator for one in standing}
     notes = [f"{len(latest(standing))} verdicts of {len(people)} annotators stand", _change(before, after)]
-    return Outcome(_score_rows(after, "validation", "with verdicts", draws=0, seed=config.seed), notes=notes)
+    return Outcome(_score_rows(after, "validation", "with verdicts"), notes=notes)
 
 
 def _queued(path: Path) -> list[str]:
@@ -576,21 +567,17 @@ def _save_again(session: Session, opened: _Opened) -> None:
 
 def _change(before: ScoreReport, after: ScoreReport) -> str:
     """Say what the score of held-out series did, with an interval over resamples of instances that both share."""
-    import numpy as np
+    from ial_nap.resampling import resampled
 
-    from ial_nap.web.model import Resampled
-
-    measure = Resampled(before.series, draws=1000)
-    (old, was), (new, now) = measure(before.predictions), measure(after.predictions)
-    gains = (now - was)[np.isfinite(now - was)]
-    text = f"validation {measure.metric.name} {old:.4g} -> {new:.4g}, change {new - old:+.4g}"
-    if not len(gains):
+    old, new = (next(iter(resampled(r.series, r.predictions, draws=1000).values())) for r in (before, after))
+    text = f"validation {new.metric} {old.value:.4g} -> {new.value:.4g}, change {new.value - old.value:+.4g}"
+    bounds = new.gain_over(old)
+    if bounds is None:
         return f"{text}: too few instances for an interval"
-    low, high = np.quantile(gains, [0.025, 0.975]).tolist()
-    text = f"{text} (95 % interval {low:+.4g} .. {high:+.4g})"
-    if low <= 0 <= high:
+    text = f"{text} (95 % interval {bounds[0]:+.4g} .. {bounds[1]:+.4g})"
+    if bounds[0] <= 0 <= bounds[1]:
         return f"{text}: no clear change"
-    worse = (new < old) == (measure.metric.better == "higher")
+    worse = (new.value < old.value) == (new.better == "higher")
     return f"{text}: WORSE; 'ial-nap update --replace' with fewer verdicts takes it back" if worse else text
 
 
@@ -640,8 +627,8 @@ def update(config: UpdateConfig, session: Session) -> Outcome:
     if before is not None and held is not None:
         after = estimator.score_report(held)
         notes.append(_change(before, after))
-        rows = _score_rows(before, "validation", "before", draws=0, seed=0)
-        rows += _score_rows(after, "validation", "after", draws=0, seed=0)
+        rows = _score_rows(before, "validation", "before")
+        rows += _score_rows(after, "validation", "after")
     _save_again(session, opened)
     series = estimator.series_
     plots.plot_gates(
@@ -720,20 +707,29 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
             raise InputError(f"--against {config.against}: {error}") from None
         curves["against"] = second
         rows += _score_rows(second, name, "against", draws=config.draws, seed=config.seed)
-        found = opened.estimator.compare(
-            second, report, metric=config.metric, draws=max(config.draws, 1), seed=config.seed
-        )
-        rows.append(
-            Result(dataset=name, method="model - against", metric=f"{found.metric}, difference", unit="1",
-                   better=next(row.better for row in rows if row.metric == found.metric),
-                   mean=found.after - found.before, low=found.low, high=found.high, n=len(series), seconds=0.0)
-        )  # fmt: skip
-        notes.append(
-            f"{found.metric} {found.before:.4g} (against) and {found.after:.4g} (model), the same instances drawn for"
-            f" both: {'a clear difference' if found.is_clear else 'no clear difference'}"
-        )
+        rows.append(_difference(report, second, name, config))
+        text = "a clear difference" if (rows[-1].low or 0) * (rows[-1].high or 0) > 0 else "no clear difference"
+        notes.append(f"{rows[-1].metric} {rows[-1].mean:+.4g}: {text}; the same instances are drawn for both models")
     _draw_reliability(session.run.artifact("reliability.png"), curves, plots)
     return Outcome(rows, notes=notes)
+
+
+def _difference(one: ScoreReport, two: ScoreReport, dataset: str, config: EvaluateConfig) -> Result:
+    """Compare two models by a score, on resamples of the instances that both predicted."""
+    from ial_nap.resampling import resampled
+
+    first, second = (
+        resampled(report.series, report.predictions, draws=max(config.draws, 1), seed=config.seed)
+        for report in (one, two)
+    )
+    name = config.metric or next(iter(first))
+    if name not in first:
+        raise InputError(f"--metric: no metric '{name}' for a {one.series.kind} task: choose {', '.join(first)}")
+    low, high = first[name].gain_over(second[name]) or (None, None)
+    return Result(
+        dataset=dataset, method="model - against", metric=f"{name}, difference", unit="1", better=first[name].better,
+        mean=first[name].value - second[name].value, low=low, high=high, n=len(one.series), seconds=0.0,
+    )  # fmt: skip
 
 
 def _draw_reliability(path: Path, reports: dict[str, ScoreReport], plots: Any) -> None:
@@ -794,7 +790,7 @@ def predict(config: PredictConfig, session: Session) -> Outcome:
     if series.y is None:
         return Outcome(notes=notes)
     report = opened.estimator.score_report(series)
-    return Outcome(_score_rows(report, name, "model", draws=0, seed=0), notes=notes)
+    return Outcome(_score_rows(report, name, "model"), notes=notes)
 
 
 def _predictions(opened: _Opened, series: Series, level: float) -> tuple[list[str], list[list[str]]]:

@@ -26,7 +26,7 @@ from ial_nap.annotations import (
     kappa_of_all,
     latest,
 )
-from ial_nap.metrics import METRICS, measure
+from ial_nap.resampling import resampled
 from shared_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -547,7 +547,7 @@ def report_of(
     annotations: Sequence[Annotation],
     *,
     instances: int = 10,
-    draws: int = 200,
+    draws: int = 1000,
     facts: Mapping[str, str] | None = None,
     certificate: Certified | None = None,
     curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
@@ -602,19 +602,11 @@ def report_of(
 
 
 def _scored(before: ScoreReport, after: ScoreReport, draws: int) -> list[Scored]:
-    """Compare all scores at once: a resample serves every one of them, without verdicts and with them."""
-    series, random = after.series, np.random.default_rng(0)
-    gains: dict[str, list[float]] = {name: [] for name in after.metrics}
-    for _ in range(draws):
-        at = random.integers(0, len(series), len(series))
-        part = series.part(at.tolist())
-        old, new = measure(part, before.predictions[at]), measure(part, after.predictions[at])
-        for name in gains:
-            gains[name].append(new[name] - old[name])
+    """Compare all scores, on resamples of the instances that both predicted."""
+    old, new = (resampled(report.series, report.predictions, draws=draws) for report in (before, after))
     found: list[Scored] = []
-    for name, values in gains.items():
-        finite = [value for value in values if math.isfinite(value)]
-        low, high = np.quantile(finite, [0.025, 0.975]).tolist() if finite else (math.nan, math.nan)
-        if math.isfinite(after.metrics[name]):
-            found.append(Scored(name, METRICS[name].better, before.metrics[name], after.metrics[name], low, high))
+    for name, one in new.items():
+        low, high = one.gain_over(old[name]) or (math.nan, math.nan)
+        if math.isfinite(one.value):
+            found.append(Scored(name, one.better, old[name].value, one.value, low, high))
     return found
