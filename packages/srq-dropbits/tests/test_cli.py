@@ -13,45 +13,25 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits, load_wine
 
 from shared_core.runs import Summary
+from shared_core.testing import Caller
 from srq_dropbits.cli import line
 from srq_dropbits.models import build
 from srq_dropbits.packing import inspect_packed
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            line.main([str(arg) for arg in args])
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(args, stop.value.code, printed.out, printed.err)
-
-    return run
+def call(tmp_path):
+    return Caller(line, tmp_path)
 
 
 @pytest.fixture
 def done(call):
-    def run(*args: object) -> Summary:
-        result = call(*args, "--json")
-        assert result.returncode == 0, result.stderr
-        return Summary.model_validate_json(result.stdout)
-
-    return run
+    return call.done
 
 
 @pytest.fixture
 def wrong(call):
-    def run(*args: object) -> str:
-        result = call(*args)
-        assert result.returncode == 2, (result.stdout, result.stderr)
-        assert result.stdout == ""
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        return result.stderr
-
-    return run
+    return call.wrong
 
 
 def value(summary: Summary, metric: str, method: str | None = None) -> float:

@@ -16,7 +16,6 @@ from srq_dropbits.models import (
     ResNetSmall,
     TransformerSmall,
     build,
-    load_factory,
     load_weights,
 )
 
@@ -135,11 +134,6 @@ class TestBuild:
         with pytest.raises(InputError, match=message) as caught:
             build(spec, shape, 10)
         assert "\n" not in str(caught.value)
-
-    @pytest.mark.parametrize("name", ["module", ":make", ""])
-    def test_a_factory_has_a_module_and_a_name(self, name):
-        with pytest.raises(InputError, match=r"package\.module:function"):
-            load_factory(name)
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ folds into the scales of the integers before it. ``build`` makes one from a shor
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import math
 import pickle
-import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -25,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared_core.errors import InputError
+from shared_core.objects import load_function, one_line
 
 __all__ = [
     "MLP",
@@ -35,7 +34,6 @@ __all__ = [
     "ResNetSmall",
     "TransformerSmall",
     "build",
-    "load_factory",
     "load_weights",
 ]
 
@@ -383,8 +381,8 @@ def build(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> nn.Mo
     ----------
     spec : ``digits-cnn``, ``lenet5``, ``vgg7``, ``resnet``, ``mobilenet`` (all with a factor on their width after a
         colon: ``vgg7:0.25``; ``resnet:0.5,shared`` adds on a shared grid), ``transformer`` (``transformer:4``: patches
-        of 4 x 4), ``mlp:64,32``, or a function of the user's, ``package.module:factory``, which is called with those
-        of ``in_shape``, ``classes`` and ``seed`` that it has as parameters
+        of 4 x 4), ``mlp:64,32``, or a function of the user's, ``package.module:factory`` or ``file.py:factory``, which
+        is called with those of ``in_shape``, ``classes`` and ``seed`` that it has as parameters
     shape : of a row: (channels, height, width), or (features,)
     classes : how many there are
     seed : of the initial weights; the global random state is left alone
@@ -415,55 +413,10 @@ def build(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> nn.Mo
                 f"no model is called '{spec}'; {hint}there are {', '.join(_MODELS)}; your own is package.module:factory"
             )
         known = {"in_shape": tuple(shape), "classes": classes, "seed": seed}
-        model = _call(load_factory(spec), known, spec)
+        model = _call(load_function(spec), known, spec)
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model.train()
-
-
-def load_factory(name: str) -> Callable[..., Any]:
-    """Import ``package.module:function``; modules in the current folder are found too.
-
-    Parameters
-    ----------
-    name : what to import
-
-    Returns
-    -------
-    The function or class.
-
-    Raises
-    ------
-    InputError
-        When there is no such module or attribute, or importing it fails.
-    """
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise InputError(f"'{name}' is not a model; write package.module:function, which returns a torch.nn.Module")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(
-            f"{name}: cannot import '{module}' ({error}); is it installed, or in the current folder?"
-        ) from error
-    except Exception as error:
-        raise InputError(f"{name}: importing '{module}' fails: {type(error).__name__}: {_line(error)}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise InputError(f"{name}: '{module}' has no '{attribute}'{hint}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise InputError(f"{name}: '{attribute}' is a {type(found).__name__}, not a function that makes a model")
-    return found
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _call(factory: Callable[..., Any], known: Mapping[str, Any], name: str) -> Any:
@@ -489,7 +442,7 @@ def _call(factory: Callable[..., Any], known: Mapping[str, Any], name: str) -> A
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{name}({', '.join(chosen)}) fails: {type(error).__name__}: {_line(error)}") from error
+        raise InputError(f"{name}({', '.join(chosen)}) fails: {one_line(error)}") from error
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -555,7 +508,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged, or holds more than tensors, which could run code; save model.state_dict() instead"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable {path.suffix} file ({_line(error)}); is it damaged?") from error
+        raise InputError(f"{path}: not a readable {path.suffix} file ({one_line(error)}); is it damaged?") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

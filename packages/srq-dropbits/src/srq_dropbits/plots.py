@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 
+import shared_core.plots as core
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path, interval
+from shared_core.plots import COLOURS, QUIET, Look, drawing, legend_outside, looks, save_figure
+from shared_core.runs import Result, interval
 from srq_dropbits.bits import Report
 from srq_dropbits.diagnose import GainCurve
 from srq_dropbits.quantizers import WeightQuantizer
@@ -24,7 +25,6 @@ from srq_dropbits.structure import float_weight, quantized_layers, weight_quanti
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 __all__ = [
     "plot_bits",
@@ -36,34 +36,13 @@ __all__ = [
     "plot_weights",
 ]
 
-# Okabe and Ito's colours, which stay apart for readers who do not see all colours.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99", "#666666"]
-_MARKERS = "osD^vPX<>"
-_BLUE, _ORANGE, _GREEN, _GREY = _COLOURS[0], _COLOURS[1], _COLOURS[2], "#666666"
-_STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.dpi": 100,
-    "font.size": 10,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "srq-dropbits",
-}
+_BLUE, _ORANGE, _GREEN = COLOURS[:3]
+_GREY = QUIET
 _OURS = ("srq", "mcste", "mode_")
 _FLOAT = "float32"
 # Neither better nor worse, or of no use beside the others: they belong into the table.
-_TABLE_ONLY = frozenset({"best learning rate", "seconds a training"})
+_TABLE_ONLY = frozenset({"best learning rate", "seconds a training", "validation accuracy"})
 _MOST_PANELS = 24
-
-
-def _look(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line style of each name; the same name looks the same in all panels of a figure."""
-    look: dict[str, tuple[str, str, str]] = {}
-    for place, name in enumerate(names):
-        line = ["-", "--", ":"][place // len(_COLOURS) % 3]
-        look[name] = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)], line
-    return look
 
 
 def _grid_of_axes(count: int, width: float, height: float, columns: int) -> tuple[Figure, Sequence[Axes]]:
@@ -76,28 +55,10 @@ def _grid_of_axes(count: int, width: float, height: float, columns: int) -> tupl
     return figure, axes[:count]
 
 
-def _readable_log(axis: Axis, low: float, high: float) -> None:
-    """Label a logarithmic axis of little range with plain numbers: powers of ten would be few or none."""
-    if high > 100 * low:
-        return
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 6 * low else MaxNLocator(5))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if not handles:
-        return
-    longest = max(len(label) for label in handles)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() * 11 / (longest + 8))))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize="small")
-
-
 # ---- methods
 
 
-def plot_ladder(path: str | Path, results: Sequence[Result]) -> None:
+def plot_ladder(path: str | Path, results: Sequence[Result]) -> Path:
     """Draw the test accuracy of every method with its 95 % interval, a panel for each data set and bit-width.
 
     The float network is a line. Methods that fail far below the others are an arrow with their value at the left edge,
@@ -107,6 +68,10 @@ def plot_ladder(path: str | Path, results: Sequence[Result]) -> None:
     ----------
     path : PNG, SVG or PDF to write
     results : rows of a comparison, with the metric ``test accuracy`` and data sets such as ``digits 2/2``
+
+    Returns
+    -------
+    The path.
     """
     panels: dict[str, list[Result]] = {}
     for row in results:
@@ -116,7 +81,7 @@ def plot_ladder(path: str | Path, results: Sequence[Result]) -> None:
     if not panels:
         raise InputError("the run has no test accuracy of a quantized network to draw; run compare first")
     tallest = max(len(rows) for rows in panels.values())
-    with mpl.rc_context(_STYLE):
+    with drawing():
         columns = 2 if len(panels) in {2, 4} else 3
         figure, axes = _grid_of_axes(len(panels), 4.2, 1.3 + 0.26 * tallest, columns)
         named: list[str] = []
@@ -128,8 +93,8 @@ def plot_ladder(path: str | Path, results: Sequence[Result]) -> None:
             if place % columns and methods == named:
                 axis.tick_params(labelleft=False)
             named = methods
-        _legend_below(figure, axes)
-        _save(figure, path)
+        legend_outside(figure, axes, below=True)
+        return save_figure(figure, path)
 
 
 def _rungs(axis: Axes, rows: Sequence[Result]) -> None:
@@ -173,46 +138,19 @@ def _left_edge(means: Sequence[float], lows: Sequence[float]) -> float:
     return max(bottom - 0.06 * (top - bottom) - 1e-3, 0.0)
 
 
-def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
-    """Draw every method's mean with its 95 % interval, best on top, a panel for each data set and metric.
+def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
+    """Draw every method's mean with its 95 % interval, best on top: a row for each data set, a column for each metric.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     results : rows of a run's summary
+
+    Returns
+    -------
+    The path.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for row in results:
-        if row.metric not in _TABLE_ONLY:
-            groups.setdefault((row.dataset, row.metric), []).append(row)
-    if not groups:
-        raise InputError("the run has no results to draw")
-    with mpl.rc_context(_STYLE):
-        tallest = max(len(rows) for rows in groups.values())
-        figure, axes = _grid_of_axes(len(groups), 4.6, 1.2 + 0.26 * tallest, 2 if len(groups) in {2, 4} else 3)
-        for axis, ((dataset, metric), rows) in zip(axes, groups.items(), strict=True):
-            ordered = sorted(rows, key=lambda row: row.mean, reverse=rows[0].better == "lower")
-            smallest, largest = min(row.mean for row in rows), max(row.mean for row in rows)
-            log = smallest > 0 and largest > 10 * smallest
-            for place, row in enumerate(ordered):
-                colour = _GREY if row.method == _FLOAT else _ORANGE if row.method.startswith(_OURS) else _BLUE
-                if row.low is not None and row.high is not None:
-                    # An interval that reaches 0 or below ends at the left edge of a logarithmic axis.
-                    low = max(row.low, smallest / 3) if log else row.low
-                    axis.plot([low, row.high], [place, place], color=colour, linewidth=2, alpha=0.5)
-                axis.plot(row.mean, place, "o", color=colour, markersize=5)
-            axis.set_yticks(range(len(ordered)), [row.method for row in ordered])
-            unit = "" if rows[0].unit == "1" or rows[0].unit in metric else f", {rows[0].unit}"
-            axis.set_title(dataset)
-            axis.set_xlabel(f"{metric}{unit} ({rows[0].better} is better)", fontsize="small")
-            if log:
-                axis.set_xscale("log")
-                _readable_log(axis.xaxis, *axis.get_xlim())
-            else:
-                axis.xaxis.set_major_locator(MaxNLocator(5))
-            axis.margins(y=0.08)
-            axis.grid(axis="x", alpha=0.3)
-        _save(figure, path)
+    return core.plot_comparison(path, results, ours=lambda name: name.startswith(_OURS), leave_out=_TABLE_ONLY)
 
 
 # ---- bits
@@ -224,7 +162,7 @@ def plot_pareto(
     *,
     xlabel: str = "average bits of a weight",
     title: str = "",
-) -> None:
+) -> Path:
     """Draw accuracy against average bits: uniform bit-widths joined, learned ones as stars, with 95 % intervals.
 
     Parameters
@@ -233,20 +171,24 @@ def plot_pareto(
     points : method -> a triple a seed: average bits, test accuracy 0..1, layer -> bits; ``Sweep.points``. Names that
         begin with ``uniform`` are joined
     xlabel, title : texts
+
+    Returns
+    -------
+    The path.
     """
     points = {name: each for name, each in points.items() if each}
     if not points:
         raise InputError("the sweep has no point to draw")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.6, 5.0), layout="constrained")
         axis = figure.subplots()
         uniform = sorted(_middle(each) for name, each in points.items() if name.startswith("uniform"))
         if uniform:
             axis.plot(*zip(*uniform, strict=True), color=_BLUE, linewidth=1.2, zorder=1)
-        look = _look([name for name in points if not name.startswith("uniform")])
+        look = looks(["uniform" if name.startswith("uniform") else name for name in ["uniform", *points]])
         for name, each in points.items():
             joined = name.startswith("uniform")
-            colour, marker = (_BLUE, "o") if joined else (_COLOURS[(_COLOURS.index(look[name][0]) + 1) % 9], "*")
+            colour, marker = (_BLUE, "o") if joined else (look[name].colour, "*")
             x, y = _middle(each)
             axis.errorbar(
                 x,
@@ -270,8 +212,8 @@ def plot_pareto(
         axis.set(xlabel=xlabel, ylabel="test accuracy, %", title=title)
         axis.margins(x=0.08, y=0.1)
         axis.grid(alpha=0.3)
-        _legend_below(figure, [axis])
-        _save(figure, path)
+        legend_outside(figure, [axis], below=True)
+        return save_figure(figure, path)
 
 
 def _middle(each: Sequence[tuple[float | int, float | int, Mapping[str, int]]]) -> tuple[float, float]:
@@ -289,19 +231,23 @@ def _reach(values: Sequence[float | int], most: float) -> list[list[float]] | No
     return [[mean - max(low, 0.0)], [max(min(high, most) - mean, 0.0)]]
 
 
-def plot_bits(path: str | Path, report: Report) -> None:
+def plot_bits(path: str | Path, report: Report) -> Path:
     """Draw the bits of each layer's weights and input, and the bytes that the weights take.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     report : what ``srq_dropbits.report`` returned
+
+    Returns
+    -------
+    The path.
     """
     rows = [row for row in report.rows if row.weight_bits is not None or row.act_bits is not None]
     if not rows:
         raise InputError("the report has no quantized layer to draw")
     places = np.arange(len(rows))[::-1]
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(8.4, 1.6 + 0.32 * len(rows)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
         for place, row in zip(places, rows, strict=True):
@@ -333,8 +279,8 @@ def plot_bits(path: str | Path, report: Report) -> None:
         for axis in (left, right):
             axis.grid(axis="x", alpha=0.3)
             axis.set_axisbelow(True)
-        _legend_below(figure, [left, right])
-        _save(figure, path)
+        legend_outside(figure, [left, right], below=True)
+        return save_figure(figure, path)
 
 
 def _size(count: int) -> str:
@@ -347,7 +293,7 @@ def _size(count: int) -> str:
 # ---- weights
 
 
-def plot_weights(path: str | Path, model: nn.Module) -> None:
+def plot_weights(path: str | Path, model: nn.Module) -> Path:
     """Draw how each layer's weights lie on its grid: a histogram, the grid, and the share rounded to each point.
 
     Weights are in steps, so that layers with a step for every channel fit one axis. Of a model with more than 24 layers
@@ -357,6 +303,10 @@ def plot_weights(path: str | Path, model: nn.Module) -> None:
     ----------
     path : PNG, SVG or PDF to write
     model : a prepared model
+
+    Returns
+    -------
+    The path.
     """
     layers: list[tuple[str, WeightQuantizer, torch.Tensor]] = []
     for name, module in quantized_layers(model):
@@ -367,7 +317,7 @@ def plot_weights(path: str | Path, model: nn.Module) -> None:
         raise InputError("the model has no quantized weights to draw; prepare it first")
     largest = sorted(layers, key=lambda layer: layer[2].numel(), reverse=True)[:_MOST_PANELS]
     chosen = [layer for layer in layers if any(layer[1] is other[1] for other in largest)]
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure, axes = _grid_of_axes(len(chosen), 3.8, 2.8, 3)
         for axis, (name, part, weight) in zip(axes, chosen, strict=True):
             _weights_of_layer(axis, name, part, weight)
@@ -376,8 +326,8 @@ def plot_weights(path: str | Path, model: nn.Module) -> None:
         axes[0].set_ylabel("share")
         if len(chosen) < len(layers):
             figure.suptitle(f"the {len(chosen)} largest of {len(layers)} layers")
-        _legend_below(figure, axes)
-        _save(figure, path)
+        legend_outside(figure, axes, below=True)
+        return save_figure(figure, path)
 
 
 def _weights_of_layer(axis: Axes, name: str, part: WeightQuantizer, weight: torch.Tensor) -> None:
@@ -420,13 +370,17 @@ def _weights_of_layer(axis: Axes, name: str, part: WeightQuantizer, weight: torc
 # ---- training
 
 
-def plot_history(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
+def plot_history(path: str | Path, history: Sequence[Mapping[str, Any]]) -> Path:
     """Draw a training: loss, accuracy, average bits, and each layer's step and noise ratio, epoch by epoch.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     history : records of ``srq_dropbits.training.Training``; panels without numbers are left out
+
+    Returns
+    -------
+    The path.
     """
     if not history:
         raise InputError("the training has no epoch to draw")
@@ -446,8 +400,8 @@ def plot_history(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None
     panels += [title for title, key in layered.items() if any(_points(history, key, name)[0] for name in names)]
     if not panels:
         raise InputError("the training's records hold no loss, accuracy or bits to draw")
-    look = _look(names)
-    with mpl.rc_context(_STYLE):
+    look = looks(names)
+    with drawing():
         figure, axes = _grid_of_axes(len(panels), 3.7, 2.7, 2 if len(panels) in {2, 4} else 3)
         for axis, title in zip(axes, panels, strict=True):
             if title in curves:
@@ -458,8 +412,9 @@ def plot_history(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None
             axis.set(title=title, xlabel="epoch")
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axis.grid(alpha=0.3)
-        _legend_below(figure, [axis for axis, title in zip(axes, panels, strict=True) if title in layered])
-        _save(figure, path)
+        of_layers = [axis for axis, title in zip(axes, panels, strict=True) if title in layered]
+        legend_outside(figure, of_layers, columns=8, below=True)
+        return save_figure(figure, path)
 
 
 def _points(history: Sequence[Mapping[str, Any]], key: str, layer: str | None = None) -> tuple[list[int], list[float]]:
@@ -476,7 +431,7 @@ def _points(history: Sequence[Mapping[str, Any]], key: str, layer: str | None = 
 
 def _scalar_curves(axis: Axes, history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], factor: float) -> None:
     drawn = 0
-    for (label, key), colour in zip(keys.items(), _COLOURS, strict=False):
+    for (label, key), colour in zip(keys.items(), COLOURS, strict=False):
         epochs, values = _points(history, key)
         # Without learned bits the penalty is 0 all along.
         if not epochs or (key == "penalty" and not any(values)):
@@ -493,23 +448,23 @@ def _layer_curve(
     history: Sequence[Mapping[str, Any]],
     key: str,
     name: str,
-    look: tuple[str, str, str],
+    look: Look,
     *,
     relative: bool,
 ) -> None:
-    colour, marker, line = look
     epochs, values = _points(history, key, name)
     if not epochs:
         return
     if relative:
         values = [value / values[0] if values[0] else 1.0 for value in values]
-    axis.plot(epochs, values, color=colour, linestyle=line, marker=marker, markersize=3, linewidth=1.2, label=name)
+    style: Any = {"color": look.colour, "linestyle": look.dash, "marker": look.marker}
+    axis.plot(epochs, values, **style, markersize=3, linewidth=1.2, label=name)
 
 
 # ---- estimators
 
 
-def plot_estimators(path: str | Path, table: Sequence[GainCurve]) -> None:
+def plot_estimators(path: str | Path, table: Sequence[GainCurve]) -> Path:
     """Draw what each estimator gives back for a value, and what share of the gradient it passes on.
 
     Blue is descent, red is a gain below 0, where a step goes uphill, and grey is dead: no gradient at all.
@@ -518,10 +473,14 @@ def plot_estimators(path: str | Path, table: Sequence[GainCurve]) -> None:
     ----------
     path : PNG, SVG or PDF to write
     table : what ``srq_dropbits.diagnose.gain_curve`` returned, one an estimator, on one grid
+
+    Returns
+    -------
+    The path.
     """
     if not table:
         raise InputError("there is no estimator to draw")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         columns = min(3, len(table))
         lines = -(-len(table) // columns)
         figure = Figure(figsize=(3.7 * columns + 0.4, 2.8 + 2.4 * lines), layout="constrained")
@@ -546,7 +505,7 @@ def plot_estimators(path: str | Path, table: Sequence[GainCurve]) -> None:
                 if label not in known
             }
         parts[1].legend(known.values(), known.keys(), loc="outside lower center", ncols=4, fontsize="small")
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _transfers(axis: Axes, table: Sequence[GainCurve]) -> None:
@@ -558,7 +517,7 @@ def _transfers(axis: Axes, table: Sequence[GainCurve]) -> None:
             groups.append((curve, [curve.estimator]))
         else:
             same.append(curve.estimator)
-    for (curve, names), colour, line in zip(groups, _COLOURS * 2, ["-", "--", "-.", ":"] * 5, strict=False):
+    for (curve, names), colour, line in zip(groups, COLOURS * 2, ["-", "--", "-.", ":"] * 5, strict=False):
         label = ", ".join(names)
         axis.plot(curve.x / curve.alpha, curve.value / curve.alpha, color=colour, linestyle=line, label=label)
     axis.set(title="value given back (mean over draws), in steps", xlabel="value / step")
@@ -597,12 +556,3 @@ def _gain(axis: Axes, curve: GainCurve) -> None:
         f"{curve.estimator}: dead {curve.dead:.0%}, against {curve.opposed:.0%}, mean {curve.mean_gain:.2f}", fontsize=9
     )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            # No date in the file: the same run gives the same bytes.
-            figure.savefig(temporary, metadata={"Date": None} if temporary.suffix in {".svg", ".pdf"} else {})
-        except ValueError as error:
-            raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf") from error
