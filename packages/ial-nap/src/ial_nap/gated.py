@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ial_nap.context import Context, check_masks, counts, preference
 from ial_nap.nap import Condition, Latent, open_gate
+from ial_nap.series import Series
 from shared_core.errors import InputError
 
-__all__ = ["GatedModel"]
+__all__ = ["GatedModel", "wrap"]
 
 
 class GatedModel(nn.Module):
@@ -155,3 +156,33 @@ class GatedModel(nn.Module):
             return self.module(gated, lengths)
         inside = torch.arange(self.steps, device=x.device) < lengths.unsqueeze(1)
         return self.module(torch.where(inside.unsqueeze(2), gated, gated.new_zeros(())))
+
+
+def wrap(
+    module: nn.Module,
+    like: Series | tuple[int, int],
+    *,
+    takes_lengths: bool = False,
+    kappa: float = 1.0,
+    hard: bool = True,
+) -> GatedModel:
+    """Put a module of one's own behind the gate (spec 6).
+
+    Parameters
+    ----------
+    module : as of :class:`GatedModel`
+    like : series it reads, or their steps and features
+    takes_lengths, kappa, hard : as of :class:`GatedModel`
+
+    Raises
+    ------
+    InputError
+        For sizes below 1.
+
+    Examples
+    --------
+    >>> wrap(nn.Sequential(nn.Flatten(), nn.Linear(6, 1)), (2, 3)).features
+    3
+    """
+    steps, features = (len(like.steps), len(like.features)) if isinstance(like, Series) else like
+    return GatedModel(module, steps, features, takes_lengths=takes_lengths, kappa=kappa, hard=hard)
