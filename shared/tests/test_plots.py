@@ -141,6 +141,9 @@ def test_a_method_far_off_makes_the_axis_logarithmic(drawn):
     assert axis.get_xscale() == "log"
     assert min(line.get_xdata()[0] for line in axis.lines) == pytest.approx(1 / 3)
     assert drawn(rows[:2]).axes[0].get_xscale() == "linear"
+    sizes = [row(name, mean) for name, mean in zip("abcde", (0.1, 3.0, 4.0, 8.0, 30.0), strict=True)]
+    assert drawn(sizes).axes[0].get_xscale() == "log"
+    assert drawn(sizes[1:]).axes[0].get_xscale() == "linear"
 
 
 @pytest.mark.parametrize(

@@ -281,8 +281,9 @@ def _compare(axis: Axes, rows: Sequence[Result], ours: Callable[[str], bool], wo
     ordered = sorted(rows, key=lambda row: row.mean, reverse=better == "lower")
     means = np.array([row.mean for row in ordered])
     ends = [end for row in ordered for end in (row.low, row.high) if end is not None]
-    # One method far off must not press all others into one spot.
-    log = bool(means.min() > 0 and means.max() > 20 * float(np.median(means)))
+    # One method far off must not press all others into one spot, nor must means of many sizes lie in one.
+    low = float(means.min())
+    log = low > 0 and float(means.max()) > min(20 * float(np.median(means)), 100 * low)
     for place, row in enumerate(ordered):
         mine = ours(row.method)
         colour = COLOURS[1] if mine else COLOURS[0]
