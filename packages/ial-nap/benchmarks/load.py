@@ -4,9 +4,9 @@
     python benchmarks/load.py --bench linear --pause 0 --kill
 
 The model is a `FeatureNAP` of 4 steps and 12 features, scored on 1,000 instances after every verdict; `--bench linear`
-takes a logistic regression, which leaves the server alone to be measured. Annotators think for `--pause` seconds between
-two verdicts; with 0 they are one closed loop, and wait for each other. Server and annotators share this machine, and
-talk over its loopback only; `--kill` ends the server outright half-way and starts it again on its port.
+takes a logistic regression, which leaves the server alone to be measured. Annotators think for `--pause` seconds
+between two verdicts; with 0 they are one closed loop, and wait for each other. Server and annotators share this
+machine, and talk over its loopback only; `--kill` ends the server outright half-way and starts it again on its port.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Annotator(threading.Thread):
                 # A slip, and back.
                 self.ask("annotate", "/api/annotate", {**body, "cells": [{**cell, "step": (step + 1) % 4}], "key": ""})
                 self.ask("undo", "/api/undo", {"key": f"u{self.number}-{number}"})
-            if number % 10 == 9:
+            if (number + self.number) % 10 == 9:
                 self.ask("metrics", "/api/metrics")
                 self.ask("round", "/api/round", {"action": "close", "key": f"r{self.number}-{number}"})
                 self.ask("queue", "/api/queue")

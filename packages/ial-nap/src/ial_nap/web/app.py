@@ -286,7 +286,7 @@ class Desk:
         self._check(asked.output)
         with self._lock:
             self._sync()
-            output = asked.output
+            output = 0 if len(self.workbench.outputs) == 1 else asked.output
             before = None if output is None else self._seen.get((annotator, asked.instance, output))
             if before is None:
                 view = self.workbench.view(asked.instance, output)
