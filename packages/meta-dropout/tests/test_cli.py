@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from PIL import Image
 from meta_dropout.cli import line
 from meta_dropout.learner import MetaLearner
 from shared_core.runs import Summary
+from shared_core.testing import Caller
 
 TASK = ("--size", 16, "--ways", 3, "--queries", 2, "--filters", 4, "--blocks", 2, "--inner-steps", 1, "--samples", 2,
         "--steps", 4, "--meta-batch", 2, "--episodes", 6, "--device", "cpu")  # fmt: skip
@@ -56,25 +55,13 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def call(home):
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
-        printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-        with contextlib.chdir(home), printed[0], printed[1], pytest.raises(SystemExit) as stop:
-            line.main([str(arg) for arg in args])
-        return subprocess.CompletedProcess(args, stop.value.code, out.getvalue(), err.getvalue())
-
-    return run
+def call(home) -> Caller:
+    return Caller(line, home)
 
 
 @pytest.fixture(scope="module")
 def done(call):
-    def run(*args: object) -> Summary:
-        result = call(*args, "--json")
-        assert result.returncode == 0, result.stderr
-        return Summary.model_validate_json(result.stdout)
-
-    return run
+    return call.done
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +205,4 @@ def test_data_says_how_a_folder_is_divided(call):
     ],
 )
 def test_wrong_input_is_one_line(trained, call, arguments, message):
-    result = call(*arguments, "--out", "wrong", "--overwrite")
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert message in call.wrong(*arguments, "--out", "wrong", "--overwrite")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+import shared_core.plots
 from meta_dropout import plots
 from meta_dropout.attacks import RobustnessCurve
 from meta_dropout.diagnose import Gate, Panel, Plane
@@ -23,13 +26,14 @@ METHODS = ("meta_dropout", "maml", "information_dropout")
 def drawn(monkeypatch) -> list[Figure]:
     """Collect the figures that functions save."""
     kept: list[Figure] = []
-    original = plots._save
+    original = plots.save_figure
 
     def save(figure, path):
         kept.append(figure)
-        original(figure, path)
+        return original(figure, path)
 
-    monkeypatch.setattr(plots, "_save", save)
+    monkeypatch.setattr(plots, "save_figure", save)
+    monkeypatch.setattr(shared_core.plots, "save_figure", save)
     return kept
 
 
@@ -119,10 +123,10 @@ def plane(steps: int = 2, ways: int = 3) -> Plane:
     return Plane(np.linspace(-1, 1, 6), np.linspace(0, 4, 6), probability)
 
 
-def draw_plane(path, steps: int = 2, known: bool = True) -> None:
+def draw_plane(path, steps: int = 2, known: bool = True) -> Path:
     points = np.random.default_rng(1).uniform(0, 1, (6, 2))
     labels = np.arange(6) % 3
-    plots.plot_plane(path, plane(steps), points[:3], labels[:3], points, labels if known else None)
+    return plots.plot_plane(path, plane(steps), points[:3], labels[:3], points, labels if known else None)
 
 
 EVERY = {
@@ -143,7 +147,7 @@ EVERY = {
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_picture_is_drawn_without_text_on_text(name, tmp_path, drawn):
-    EVERY[name](tmp_path / "picture.png")
+    assert EVERY[name](tmp_path / "picture.png") == tmp_path / "picture.png"
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert overlapping(drawn[0]) == []
     edge = drawn[0].bbox
@@ -167,18 +171,17 @@ def test_the_same_arguments_give_the_same_bytes(name, ending, start, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_comparison_has_a_panel_for_each_metric_best_on_top_and_ours_in_bold(tmp_path, drawn):
-    rows = results(("glyphs", "omniglot"))
-    plots.plot_comparison(tmp_path / "c.png", rows)
-    axes = [axis for axis in drawn[0].axes if axis.axison]
-    assert [axis.get_title() for axis in axes] == ["glyphs", "glyphs", "omniglot", "omniglot"]
-    assert [axis.get_xlabel() for axis in axes[:2]] == ["accuracy [%] (higher is better)", "ECE [%] (higher is better)"]
-    means = {row.method: row.mean for row in rows if (row.dataset, row.metric) == ("glyphs", "accuracy")}
-    labels = [label.get_text() for label in axes[0].get_yticklabels()]
-    assert labels == sorted(means, key=means.__getitem__)
-    assert [label.get_text() for label in axes[0].get_yticklabels() if label.get_fontweight() == "bold"] == [
-        "meta_dropout"
+def test_a_comparison_sets_ours_off_and_writes_abbreviations(tmp_path, drawn):
+    methods = ("maml", "meta_dropout", "metasgd_dropout")
+    metrics = ("ece", "area under accuracy (linf)")
+    plots.plot_comparison(tmp_path / "c.png", results(metrics=metrics, methods=methods))
+    labels = [axis.get_xlabel() for axis in drawn[0].axes]
+    assert labels == [
+        "ECE [%] (higher is better)",
+        "area under accuracy ($\\ell_\\infty$) [%]\n(higher is better)",
     ]
+    bold = {label.get_text() for label in drawn[0].axes[0].get_yticklabels() if label.get_fontweight() == "bold"}
+    assert bold == {"meta_dropout", "metasgd_dropout"}
 
 
 def test_a_history_is_averaged_over_the_steps_before(tmp_path, drawn):

@@ -1,6 +1,7 @@
 """Every picture: comparisons, training, robustness, where noise acts, how a boundary moves while adapting.
 
-Each function writes one file, whose ending says what kind (PNG, SVG, PDF); the same arguments give the same bytes.
+Each function writes one file, whose ending says what kind (PNG, SVG, PDF), and returns its path; the same arguments
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from meta_dropout.attacks import RobustnessCurve
 from meta_dropout.diagnose import Gate, Panel, Plane
 from meta_dropout.learner import Step
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path
+from shared_core.plots import COLOURS, QUIET, drawing, legend_outside, looks, running_mean, save_figure
+from shared_core.plots import plot_comparison as _plot_comparison
+from shared_core.runs import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,100 +37,36 @@ __all__ = [
     "plot_robustness",
 ]
 
-# Okabe and Ito's colours, which stay apart for readers who do not see all colours.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99"]
 _UNKNOWN = "#8A8A8A"
-_MARKERS = "osD^vPX<"
-_STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.h_pad": 0.07,
-    "figure.constrained_layout.w_pad": 0.07,
-    "figure.dpi": 100,
-    "font.size": 10,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "meta-dropout",
-}
-_UNDATED: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _OURS = ("meta_dropout", "metasgd_dropout")
 _NORMS = {"l1": "$\\ell_1$", "l2": "$\\ell_2$", "linf": "$\\ell_\\infty$"}
-_WORDS = {"auc": "AUC", "ece": "ECE", "nll": "NLL", "mse": "MSE", **_NORMS}
+_WORDS = {
+    "auc": "AUC",
+    "ece": "ECE",
+    "nll": "NLL",
+    "mse": "MSE",
+    **_NORMS,
+    **{f"({n})": f"({s})" for n, s in _NORMS.items()},
+}
 _LEAST_SPAN = 0.05
 
 
-def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
-    """Draw every method's mean with its 95 % interval, best on top: a row for each data set, a column for each metric.
+def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
+    """Draw every method's mean with its 95 % interval, best on top; see :func:`shared_core.plots.plot_comparison`.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     results : rows of a run's summary; ``meta_dropout`` and ``metasgd_dropout`` are highlighted
+
+    Returns
+    -------
+    The path.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for row in results:
-        groups.setdefault((row.dataset, row.metric), []).append(row)
-    if not groups:
-        raise InputError("the run has no results to draw")
-    datasets, names = ([*dict.fromkeys(key[place] for key in groups)] for place in (0, 1))
-    keys: list[tuple[str, str] | None] = [
-        (data, metric) if (data, metric) in groups else None for data in datasets for metric in names
-    ]
-    columns = len(names)
-    if len(datasets) == 1 or columns > 4:
-        keys = list(groups)
-        columns = min(len(keys), 3) if len(keys) != 4 else 2
-    lines = -(-len(keys) // columns)
-    tallest = max(len(rows) for rows in groups.values())
-    longest = max(len(row.method) for row in results)
-    with mpl.rc_context(_STYLE):
-        size = ((2.9 + 0.075 * longest) * columns, (1.15 + 0.26 * tallest) * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False).ravel())
-        for axis, key in zip(axes, [*keys, *[None] * (len(axes) - len(keys))], strict=True):
-            if key is None:
-                axis.set_axis_off()
-                continue
-            _compare(axis, groups[key], title=key[0] if len(datasets) > 1 else "")
-        if len(datasets) == 1:
-            figure.suptitle(datasets[0], fontsize="medium")
-        _save(figure, path)
+    return _plot_comparison(path, results, ours=_OURS.__contains__, words=_WORDS)
 
 
-def _compare(axis: Axes, rows: Sequence[Result], *, title: str) -> None:
-    better = rows[0].better
-    ordered = sorted(rows, key=lambda row: row.mean, reverse=better == "lower")
-    for place, row in enumerate(ordered):
-        ours = row.method in _OURS
-        colour = _COLOURS[1] if ours else _COLOURS[0]
-        if row.low is not None and row.high is not None:
-            axis.plot(
-                [row.low, row.high], [place, place], color=colour, linewidth=2.4, alpha=0.55, solid_capstyle="butt"
-            )
-        axis.plot(row.mean, place, "D" if ours else "o", color=colour, markersize=5.5)
-    axis.set_yticks(range(len(ordered)), [row.method for row in ordered])
-    for label, row in zip(axis.get_yticklabels(), ordered, strict=True):
-        if row.method in _OURS:
-            label.set_fontweight("bold")
-    spread = [row.mean for row in ordered]
-    spread += [end for row in ordered for end in (row.low, row.high) if end is not None]
-    means = np.array([row.mean for row in ordered])
-    # One method far off must not press all others into one spot.
-    if means.min() > 0 and min(spread) > 0 and means.max() > 20 * float(np.median(means)):
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-    unit = f" [{rows[0].unit}]" if rows[0].unit not in {"1", ""} else ""
-    axis.set_title(title)
-    words = [_WORDS.get(word, word) for word in rows[0].metric.split("_")]
-    axis.set_xlabel(f"{' '.join(words)}{unit} ({better} is better)")
-    axis.set_ylim(-0.6, len(ordered) - 0.4)
-    axis.grid(axis="x", alpha=0.3)
-
-
-def plot_history(path: str | Path, histories: Mapping[str, Sequence[Step]], window: int | None = None) -> None:
+def plot_history(path: str | Path, histories: Mapping[str, Sequence[Step]], window: int | None = None) -> Path:
     """Draw query loss and accuracy over meta-steps, each point the mean of the steps before it.
 
     Parameters
@@ -137,6 +75,10 @@ def plot_history(path: str | Path, histories: Mapping[str, Sequence[Step]], wind
     histories : method -> what :meth:`meta_dropout.MetaLearner.fit` returned. Steps that were skipped are left out; a
         regression, whose accuracy is its loss, gets one panel
     window : meta-steps averaged; None is a twentieth of the longest
+
+    Returns
+    -------
+    The path.
     """
     kept = {name: _taken(steps) for name, steps in histories.items()}
     kept = {name: steps for name, steps in kept.items() if steps}
@@ -147,17 +89,18 @@ def plot_history(path: str | Path, histories: Mapping[str, Sequence[Step]], wind
     if window < 1:
         raise InputError(f"window: must be at least 1 meta-step, got {window}")
     regression = all(step.accuracy == step.loss for steps in kept.values() for step in steps)
-    with mpl.rc_context(_STYLE):
+    with drawing():
         panels = 1 if regression else 2
         figure = Figure(figsize=(4.3 * panels, 3.2 + 0.22 * -(-len(kept) // (2 * panels))), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, panels, squeeze=False)[0])
-        for place, (name, steps) in enumerate(kept.items()):
-            colour, at = _COLOURS[place % len(_COLOURS)], [step.step for step in steps]
-            style = "-" if place < len(_COLOURS) else "--"
+        found = looks([*kept])
+        for name, steps in kept.items():
+            look, at = found[name], [step.step for step in steps]
             for axis, values in zip(axes, ([s.loss for s in steps], [s.accuracy for s in steps]), strict=False):
                 if len(kept) == 1 and window > 1:
-                    axis.plot(at, values, color=colour, linewidth=0.6, alpha=0.3)
-                axis.plot(at, _smoothed(values, window), style, color=colour, linewidth=1.6, label=name)
+                    axis.plot(at, values, color=look.colour, linewidth=0.6, alpha=0.3)
+                mean = running_mean(values, window)
+                axis.plot(at, mean, look.dash, color=look.colour, linewidth=1.6, label=name)
         axes[0].set(ylabel="mean squared error of queries" if regression else "query loss (cross-entropy, nats)")
         if not regression:
             axes[1].set(ylabel="query accuracy")
@@ -167,8 +110,8 @@ def plot_history(path: str | Path, histories: Mapping[str, Sequence[Step]], wind
             axis.set(xlabel=f"meta-step{average}")
             axis.grid(alpha=0.25)
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2 * panels, fontsize=9)
-        _save(figure, path)
+        legend_outside(figure, axes, 2 * panels)
+        return save_figure(figure, path)
 
 
 def _taken(steps: Sequence[Step]) -> list[Step]:
@@ -182,33 +125,28 @@ def _taken(steps: Sequence[Step]) -> list[Step]:
     ]
 
 
-def _smoothed(values: Sequence[float], window: int) -> NDArray[np.float64]:
-    """Mean of each value and those before it, `window` in all where there are so many."""
-    total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - window, 0)
-    return (total[end] - total[start]) / (end - start)
-
-
-def plot_robustness(path: str | Path, curves: Mapping[str, Mapping[str, RobustnessCurve]]) -> None:
+def plot_robustness(path: str | Path, curves: Mapping[str, Mapping[str, RobustnessCurve]]) -> Path:
     """Draw accuracy over the radius of an attack, a panel a norm, with its 95 % interval over tasks.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     curves : norm -> method -> curve; the legend has each curve's area, the mean accuracy over radii
+
+    Returns
+    -------
+    The path.
     """
     curves = {norm: lines for norm, lines in curves.items() if lines}
     if not curves:
         raise InputError("there is no robustness curve to draw; attack at least one method in one norm")
-    names = [*dict.fromkeys(name for lines in curves.values() for name in lines)]
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.0 * len(curves), 3.2 + 0.2 * len(names)), layout="constrained")
+    found = looks([name for lines in curves.values() for name in lines])
+    with drawing():
+        figure = Figure(figsize=(4.0 * len(curves), 3.2 + 0.2 * len(found)), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, len(curves), squeeze=False, sharey=True)[0])
         for axis, (norm, lines) in zip(axes, curves.items(), strict=True):
             for name, curve in lines.items():
-                place = names.index(name)
-                colour = _COLOURS[place % len(_COLOURS)]
+                colour, marker, dash = found[name]
                 radii = curve.radii.double().cpu().numpy()
                 accuracy = curve.accuracy.double().cpu().numpy()
                 each = curve.per_task.double().cpu().numpy()
@@ -218,8 +156,8 @@ def plot_robustness(path: str | Path, curves: Mapping[str, Mapping[str, Robustne
                 axis.plot(
                     radii,
                     accuracy,
-                    "-" if place < len(_COLOURS) else "--",
-                    marker=_MARKERS[place % len(_MARKERS)],
+                    dash,
+                    marker=marker,
                     color=colour,
                     markersize=4,
                     label=f"{name}, {100 * curve.auc:.1f} %",
@@ -237,10 +175,10 @@ def plot_robustness(path: str | Path, curves: Mapping[str, Mapping[str, Robustne
             )
         axes[0].set_ylabel("accuracy under attack")
         axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
-def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], row: int = 0) -> None:
+def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], row: int = 0) -> Path:
     """Draw an image and where each convolution is let through and made noisy: means over the layer's channels.
 
     Parameters
@@ -249,6 +187,10 @@ def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], ro
     image : ``(channels, height, width)`` or ``(height, width)`` in [0, 1]
     gates : as :func:`meta_dropout.diagnose.gates` gives them; of convolutions those with a factor are drawn
     row : of the batch, the image's
+
+    Returns
+    -------
+    The path.
     """
     maps = {site: gate for site, gate in gates.items() if gate.kind == "factor" and gate.mean.ndim == 4}
     if not maps:
@@ -260,7 +202,7 @@ def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], ro
     picture = picture[None] if picture.ndim == 2 else picture
     if picture.ndim != 3 or picture.shape[0] not in (1, 3):
         raise InputError(f"image: needs one or three channels, (channels, height, width), got {picture.shape}")
-    with mpl.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+    with drawing(axes_spines_left=False, axes_spines_bottom=False):
         figure = Figure(figsize=(2.3 * (len(maps) + 1), 4.3), layout="constrained")
         axes = cast("NDArray[Any]", figure.subplots(2, len(maps) + 1))
         shown = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
@@ -285,7 +227,7 @@ def plot_gates(path: str | Path, image: ArrayLike, gates: Mapping[str, Gate], ro
         axes[1, 1].set_ylabel("noise: sd / mean")
         for axis in axes.ravel():
             axis.set(xticks=[], yticks=[])
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _heat_limits(heat: NDArray[np.float64]) -> tuple[float, float]:
@@ -295,20 +237,24 @@ def _heat_limits(heat: NDArray[np.float64]) -> tuple[float, float]:
     return low - missing, high + missing
 
 
-def plot_boundary(path: str | Path, panels: Sequence[Panel]) -> None:
+def plot_boundary(path: str | Path, panels: Sequence[Panel]) -> Path:
     """Draw support, its noisy passes and queries of two classes beside their boundary, a panel an inner step.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     panels : as :func:`meta_dropout.diagnose.project` gives them
+
+    Returns
+    -------
+    The path.
     """
     if not panels:
         raise InputError("there is no inner step to draw")
     classes = panels[0].classes
     columns = min(len(panels), 3) if len(panels) != 4 else 4
     lines = -(-len(panels) // columns)
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(max(3.1 * columns, 4.6), 2.7 * lines + 0.6), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False).ravel())
         for axis in axes[len(panels) :]:
@@ -324,18 +270,18 @@ def plot_boundary(path: str | Path, panels: Sequence[Panel]) -> None:
             marks = [mark for mark in marks if mark.get_label() != "support with noise"]
         marks += [
             _mark(f"class {value}", marker="s", markersize=7, color=colour)
-            for value, colour in zip(classes, _COLOURS, strict=False)
+            for value, colour in zip(classes, COLOURS, strict=False)
         ]
         if panels[0].query_labels is None:
             marks.append(_mark("class not known", marker="s", markersize=7, color=_UNKNOWN))
         figure.legend(handles=marks, loc="outside upper center", ncols=3 if columns < 3 else len(marks), fontsize=9)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 _BOUNDARY_MARKS: dict[str, dict[str, Any]] = {
-    "support": {"marker": "*", "markersize": 11, "color": "#555555", "markeredgecolor": "black"},
-    "support with noise": {"marker": "x", "markersize": 5, "color": "#555555"},
-    "query": {"marker": "o", "markersize": 4, "color": "#555555", "alpha": 0.6},
+    "support": {"marker": "*", "markersize": 11, "color": QUIET, "markeredgecolor": "black"},
+    "support with noise": {"marker": "x", "markersize": 5, "color": QUIET},
+    "query": {"marker": "o", "markersize": 4, "color": QUIET, "alpha": 0.6},
 }
 
 
@@ -347,7 +293,7 @@ def _one_boundary(axis: Axes, panel: Panel) -> None:
     axis.axvline(0, color="black", linewidth=1.2)
     query = panel.query_labels
     known = np.full(len(panel.query), -1) if query is None else query
-    for value, colour in ((-1, _UNKNOWN), *zip(panel.classes, _COLOURS, strict=False)):
+    for value, colour in ((-1, _UNKNOWN), *zip(panel.classes, COLOURS, strict=False)):
         at = panel.query[known == value]
         axis.plot(at[:, 0], at[:, 1], "o", color=colour, markersize=3.5, alpha=0.45, markeredgewidth=0)
         rows = panel.labels == value
@@ -371,7 +317,7 @@ def plot_plane(
     labels: ArrayLike,
     query: ArrayLike,
     query_labels: ArrayLike | None = None,
-) -> None:
+) -> Path:
     """Draw the most probable class over the plane at every inner step, stronger where it is surer, with the points.
 
     Parameters
@@ -382,6 +328,10 @@ def plot_plane(
     labels : ``(n,)``
     query : ``(m, 2)``
     query_labels : ``(m,)``; None draws queries in grey
+
+    Returns
+    -------
+    The path.
     """
     points, asked = np.asarray(support, dtype=np.float64), np.asarray(query, dtype=np.float64)
     classes = np.asarray(labels)
@@ -390,11 +340,11 @@ def plot_plane(
         if value.ndim != 2 or value.shape[1] != 2:
             raise InputError(f"{name}: needs points in the plane, (n, 2), got {value.shape}")
     ways, count = plane.probability.shape[-1], len(plane.probability)
-    palette = np.array([to_rgb(_COLOURS[k % len(_COLOURS)]) for k in range(ways)])
+    palette = np.array([to_rgb(COLOURS[k % len(COLOURS)]) for k in range(ways)])
     columns = min(count, 3) if count != 4 else 4
     lines = -(-count // columns)
     limits = float(plane.x[0]), float(plane.x[-1]), float(plane.y[0]), float(plane.y[-1])
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(max(2.8 * columns, 4.0), 2.8 * lines + 0.5), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel())
         for axis in axes[count:]:
@@ -421,18 +371,9 @@ def plot_plane(
             if step % columns == 0:
                 axis.set_ylabel("second input")
         marks = [
-            _mark("support", marker="*", markersize=11, color="#555555", markeredgecolor="black"),
-            _mark("query", marker="o", markersize=4, color="#555555"),
+            _mark("support", marker="*", markersize=11, color=QUIET, markeredgecolor="black"),
+            _mark("query", marker="o", markersize=4, color=QUIET),
             *(_mark(f"class {k}", marker="s", markersize=7, color=tuple(palette[k])) for k in range(min(ways, 8))),
         ]
         figure.legend(handles=marks, loc="outside upper center", ncols=min(len(marks), max(2 * columns, 3)), fontsize=9)
-        _save(figure, path)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            # No date in the file: the same run gives the same bytes.
-            figure.savefig(temporary, metadata=_UNDATED.get(temporary.suffix, {}))
-        except ValueError as error:
-            raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf") from error
+        return save_figure(figure, path)
