@@ -19,7 +19,8 @@ from ial_nap.web.linear import planted
 path, port, people, size = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","), int(sys.argv[4])
 bench = planted(instances=size)
 store = AnnotationStore(path, bench.features, len(bench.steps), units=bench.units)
-serve(bench, store, people, port=port, announce=lambda links: print(json.dumps(links), flush=True))
+serve(bench, store, people, port=port, patience=float(sys.argv[5]),
+      announce=lambda links: print(json.dumps(links), flush=True))
 """
 TRAINED = """
 import json, sys
@@ -115,11 +116,12 @@ class Served:
         port: int = 0,
         instances: int = 200,
         *,
+        patience: float = 20.0,
         data: str = "",
         model: Path | None = None,
     ) -> None:
         search = os.pathsep.join([str(SOURCE), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        what = [PLANTED, str(path), str(port), people, str(instances)]
+        what = [PLANTED, str(path), str(port), people, str(instances), str(patience)]
         if model is not None:
             what = [TRAINED, str(path), str(port), people, data, str(model)]
         self.process = subprocess.Popen(

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import http.client
+import itertools
 import re
 import threading
+import time
 from importlib.resources import files
 
 import numpy as np
 import pytest
+from nap_served import Served
 
 from ial_nap.annotations import Annotation
 from ial_nap.store import AnnotationStore
@@ -22,6 +27,15 @@ from ial_nap.web.app import create_app, serve
 from ial_nap.web.linear import LinearWorkbench, planted
 
 PORT = 8765
+
+
+@pytest.fixture(scope="module")
+def wired(tmp_path_factory):
+    served = Served(tmp_path_factory.mktemp("wire") / "verdicts.db", patience=0.3)
+    yield served
+    served.kill()
+
+
 HOST = {"Host": f"127.0.0.1:{PORT}"}
 
 
@@ -278,6 +292,176 @@ def test_large_bodies_are_refused_whether_or_not_they_say_so(world):
     assert told.status_code == streamed.status_code == 413
     form = world.client.post("/api/undo", content=b"{}", headers={**kind, "Content-Type": "text/plain"})
     assert form.status_code == 415
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"key": "a"',
+        b"\xff\xfe{}",
+        b"null",
+        b"NaN",
+        b'"text"',
+        b"[" * 100_000,
+        b'{"key": ' + b"9" * 10_000 + b"}",
+        b'{"key": "a", "key": 1}',
+        b'{"output": 1e999}',
+        b'{"output": -1}',
+        b'{"__proto__": {}}',
+    ],
+)
+def test_bodies_that_are_no_request(world, body):
+    world.judge(0)
+    kind = {"X-Token": world.store.token("ann"), "Content-Type": "application/json"}
+    for path in ("/api/undo", "/api/annotate", "/api/whatif", "/api/round"):
+        answer = world.client.post(path, content=body, headers=kind)
+        assert answer.status_code in {400, 422}
+        assert "\n" not in answer.json()["error"]
+    assert len(world.store.standing()) == 4
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../../etc/passwd",
+        "/api/instance/../../../etc/passwd",
+        "/api/instance/..%2f..%2f..%2fetc%2fpasswd",
+        "/api/instance/%2e%2e/%2e%2e/verdicts.db",
+        "/page.html",
+        "/.git/config",
+        "/api/instance/%00",
+        "/api/instance/pid-3?output=x",
+        "/api/instance/pid-3?output=-1",
+        "/api/instance/pid-3?output=7",
+    ],
+)
+def test_paths_lead_to_no_file(world, path):
+    answer = world.get(path)
+    assert answer.status_code in {404, 422}
+    assert set(answer.json()) == {"error"}
+    assert "root:" not in answer.text
+
+
+def test_a_close_that_is_sent_again_closes_once(world):
+    world.judge(0)
+    first = world.post("/api/round", {"action": "close", "key": "c"}).json()
+    # The answer was lost; meanwhile a verdict of the next round is there.
+    world.judge(1, feature="LDL")
+    again = world.post("/api/round", {"action": "close", "key": "c"})
+    assert (again.status_code, again.json()["round"], first["round"]) == (200, 2, 2)
+    (kept,) = world.get("/api/metrics").json()["rounds"]
+    assert kept["verdicts"] == 4
+    assert world.post("/api/round", {"action": "revert", "key": "r"}).json()["undone"] == 4
+    world.judge(1, feature="LDL")
+    assert world.post("/api/round", {"action": "revert", "key": "r"}).json()["undone"] == 0
+
+
+def test_the_gain_of_a_round_is_told_with_its_interval(world):
+    answer = world.judge(0).json()["score"]
+    assert answer["gain"]["value"] == pytest.approx(answer["value"] - answer["start"])
+    assert answer["gain"]["low"] <= answer["gain"]["value"] <= answer["gain"]["high"]
+    assert answer["beyond"] == (answer["gain"]["low"] > 0)
+
+
+def test_those_judged_before_come_last_in_the_next_queue(world):
+    first = [item["instance"] for item in world.get("/api/queue").json()["items"]]
+    for instance in first[:3]:
+        world.judge(1, instance=instance)
+    world.post("/api/round", {"action": "close"})
+    second = [item["instance"] for item in world.get("/api/queue").json()["items"]]
+    assert not set(first[:3]) & set(second)
+
+
+def test_numbers_are_sent_short_and_whole_where_they_are_whole():
+    from ial_nap.web.app import _rows
+
+    array = np.array([[1 / 3, 0.0, np.nan, 1234567.0], [-2e-9, np.inf, 127.0, 1e-320]])
+    assert _rows(array)[0] == [0.33333, 0.0, None, 1234600.0]
+    assert _rows(array, 7)[0] == [0.3333333, 0.0, None, 1234567.0]
+    assert _rows(array)[1][:3] == [-2e-9, None, 127.0]
+
+
+def drip(wire) -> None:
+    for part in itertools.chain([b"GET / HTTP/1.1\r\nX: "], itertools.repeat(b"x", 3000)):
+        wire.sendall(part)
+        time.sleep(0.01)
+
+
+def test_slow_requests_end_and_others_go_on(tmp_path):
+    import socket
+
+    served = Served(tmp_path / "verdicts.db", patience=0.3)
+    token = f"X-Token: {served.tokens['ann']}\r\n"
+    head = f"Host: 127.0.0.1:{served.port}\r\n{token}"
+    post = f"POST /api/undo HTTP/1.1\r\n{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+
+    def read(wire) -> bytes:
+        found = b""
+        with contextlib.suppress(ConnectionError):
+            while part := wire.recv(4096):
+                found += part
+        return found
+
+    try:
+        waiting = [socket.create_connection(("127.0.0.1", served.port), 30) for _ in range(4)]
+        for wire, sent in zip(
+            waiting,
+            ("GET / HTTP/1.1\r\nHost:", post + "{", f"GET /api/metrics HTTP/1.1\r\n{head}\r\nGET /", ""),
+            strict=True,
+        ):
+            wire.sendall(sent.encode())
+        # Whoever is quick is served meanwhile.
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)) as quick:
+            quick.request("GET", "/api/metrics", headers={"X-Token": served.tokens["ann"]})
+            assert quick.getresponse().status == 200
+        answers = [read(wire) for wire in waiting]
+        assert (answers[0], answers[3]) == (b"", b"")
+        assert answers[1].startswith(b"HTTP/1.1 408 ")
+        assert b"did not arrive within 0.3 s" in answers[1]
+        assert answers[2].startswith(b"HTTP/1.1 200 ")
+        # One that drips buys no time.
+        with socket.create_connection(("127.0.0.1", served.port), 30) as wire, pytest.raises(ConnectionError):
+            drip(wire)
+        for wire in waiting:
+            wire.close()
+    finally:
+        served.kill()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /../../etc/passwd HTTP/1.1\r\nHost: HERE\r\n\r\n",
+        b"GET http://evil.example/ HTTP/1.1\r\nHost: HERE\r\n\r\n",
+        b"GET /api/queue HTTP/1.1\r\nHost: HERE\r\nHost: evil.example\r\n\r\n",
+        b"GET /api/queue HTTP/1.1\r\n\r\n",
+        b"GET /api/queue\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: HERE\r\n\r\n",
+        b"POST /api/undo HTTP/1.1\r\nHost: HERE\r\nContent-Type: application/json\r\nContent-Length: -1\r\n\r\n",
+        b"POST /api/undo HTTP/1.1\r\nHost: HERE\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 99999999999\r\n\r\n{}",
+        b"TRACE /api/queue HTTP/1.1\r\nHost: HERE\r\n\r\n",
+        b"OPTIONS /api/undo HTTP/1.1\r\nHost: HERE\r\nOrigin: http://evil.example\r\n\r\n",
+    ],
+)
+def test_the_wire_takes_nothing_but_requests(wired, sent):
+    import socket
+
+    with socket.create_connection(("127.0.0.1", wired.port), 30) as wire:
+        with contextlib.suppress(ConnectionError):
+            wire.sendall(sent.replace(b"HERE", f"127.0.0.1:{wired.port}".encode()))
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while part := wire.recv(4096):
+                answer += part
+    status = int(answer.split()[1]) if answer else 400
+    assert status in {400, 401, 403, 404, 405, 413, 415}
+    assert b"access-control-allow-origin" not in answer.lower()
+    assert b"root:" not in answer
+    assert b"Traceback" not in answer
 
 
 def test_a_fault_is_one_line_and_keeps_the_verdicts(world, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import re
 
 import numpy as np
@@ -10,11 +11,12 @@ from sklearn.metrics import roc_auc_score
 
 from ial_nap.annotations import Annotation
 from ial_nap.context import Context
+from ial_nap.estimator import NAPClassifier
 from ial_nap.metrics import compare, measure
 from ial_nap.nap import FeatureNAP, probabilities
 from ial_nap.ranking import CER
 from ial_nap.series import make_series
-from ial_nap.web.model import ModelWorkbench, Resampled
+from ial_nap.web.model import ModelWorkbench, Resampled, serve
 from shared_core.errors import InputError, UnknownKeyError
 
 T, R, N = 4, 5, 30
@@ -35,9 +37,7 @@ def series(kind="binary", n=N, seed=0, like=None, *, gaps=False):
         x[0, 1, 2] = np.nan
     lengths = [2, 1, *[T] * (n - 2)]
     ids = [f"pid-{k}" for k in range(n)]
-    return make_series(
-        x, label, kind=kind, lengths=lengths, missing="mask", features=FEATURES, ids=ids, like=like
-    )  # fmt: skip
+    return make_series(x, label, kind=kind, lengths=lengths, missing="mask", features=FEATURES, ids=ids, like=like)
 
 
 def bench(kind="binary", **options):
@@ -314,3 +314,90 @@ def test_one_class_only_has_no_score_and_no_fault():
     one = ModelWorkbench(FeatureNAP.of(pool), pool, held.part([k for k in range(20) if k % 2]), draws=5)
     assert np.isnan([one.score().value, one.score().low]).all()
     one.update(says("pid-3", 0))
+
+
+# ---- for an estimator
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    random = np.random.default_rng(0)
+    x = 50 + 9 * random.normal(size=(60, T, R))
+    y = np.where(x[:, -1, 0] > 50, "ill", "well")
+    model = NAPClassifier(hidden=5, latent=2, epochs=2, device="cpu")
+    return model.fit(x, y, feature_names=FEATURES, units=UNITS, ids=[f"pid-{k}" for k in range(60)]), x, y
+
+
+@pytest.fixture
+def desk(monkeypatch):
+    """The page, with people who say at once what is in the list, and then close it."""
+    pytest.importorskip("fastapi", reason="needs ial-nap[web]")
+    from ial_nap.web import app, model
+
+    shown, to_say = {}, []
+
+    def page(bench, store, annotators, *, announce, **options):
+        shown.update(bench=bench, annotators=annotators, **options)
+        announce({name: f"http://127.0.0.1/{name}" for name in annotators})
+        for verdict in to_say:
+            store.add([verdict])
+            bench.update(store.standing())
+        shown["views"] = [bench.view(name) for name in bench.pool.ids]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "serve", page)
+    monkeypatch.setattr(model.webbrowser, "open", lambda link: shown.update(opened=link))
+    return shown, to_say
+
+
+def test_an_estimator_obeys_what_was_said_on_its_page(fitted, desk, tmp_path):
+    model, x, y = fitted
+    shown, to_say = desk
+    told = model.annotations(who="eve")
+    told.add("pid-2", 0, "BMI", 0)
+    model.update(told)
+    untouched = model.predict_proba(x)
+    to_say += says("pid-3", 0) + says("pid-4", 1, feature="age", who="bob")
+    options = {"ids": [f"pid-{k}" for k in range(60)], "store": tmp_path / "v.db", "annotators": ["ann", "bob"]}
+    links = {}
+    standing = serve(model, x, y, announce=links.update, **options)
+    assert [(one.annotator, one.verdict) for one in standing] == [("ann", 0)] * 4 + [("bob", 1)] * 4
+    assert (list(links), shown["opened"], shown["count"]) == (["ann", "bob"], "http://127.0.0.1/ann", 10)
+    bench = shown["bench"]
+    # Classes are in the order of the alphabet: the second one is predicted.
+    assert (bench.outputs, bench.units, bench.validation) == (("Probability of well",), tuple(UNITS), model.validation_)
+    predicted = model.predict_proba(x)
+    np.testing.assert_allclose(predicted[:, 1], [view.prediction for view in shown["views"]], atol=1e-6)
+    assert not np.array_equal(predicted, untouched)
+    assert sorted(model.context_.keys) == [("pid-2", "eve"), ("pid-3", "ann"), ("pid-4", "bob")]
+    # Another day: what stands goes on, what is taken back goes, what eve said stays.
+    to_say[:] = says("pid-3", -1) + says("pid-4", -1, feature="age", who="bob")
+    serve(model, x, y, announce=links.update, open_browser=False, **options)
+    context = model.context_
+    said_something = [key for key, mask in zip(context.keys, context.masks, strict=True) if (mask >= 0).any()]
+    assert said_something == [("pid-2", "eve")]
+    np.testing.assert_array_equal(model.predict_proba(x), untouched)
+    model.undo()
+    np.testing.assert_array_equal(model.predict_proba(x), predicted)
+
+
+def test_a_page_needs_something_to_score_on(fitted, desk, tmp_path):
+    model, x, y = fitted
+    desk[1].clear()
+    loaded = copy.copy(model)
+    loaded.validation_ = None
+    with pytest.raises(InputError, match=re.escape("give validation=(x, y)")):
+        serve(loaded, x, y, store=tmp_path / "v.db")
+    lengths = np.full(20, 3)
+    serve(loaded, x, store=tmp_path / "v.db", validation=(x[:20], y[:20], lengths), announce=lambda _: None)
+    assert desk[0]["bench"].validation.lengths.tolist() == [3] * 20
+    assert desk[0]["views"][0].label is None
+    with pytest.raises(InputError, match="other features"):
+        serve(loaded, x, store=tmp_path / "v.db", validation=(x, y), units=["a"] * R)
+
+
+def test_links_are_written_out(fitted, desk, tmp_path, capsys):
+    model, x, y = fitted
+    desk[1].clear()
+    serve(model, x, y, store=tmp_path / "v.db", open_browser=False)
+    assert capsys.readouterr().out == "you: http://127.0.0.1/you\n"

@@ -644,6 +644,7 @@ def serve(
             proxy_headers=False,
             ws="none",
             lifespan="off",
+            timeout_keep_alive=max(1, min(5, int(patience))),
             timeout_graceful_shutdown=3,
         )
         uvicorn.Server(config).run(sockets=[listener])
