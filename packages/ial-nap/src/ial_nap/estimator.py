@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast, get_args
@@ -981,6 +982,28 @@ class _NAP(BaseEstimator):
         shift = self.context_.undo()
         self._obey()
         return shift
+
+    @contextmanager
+    def trial(self, context: Context) -> Generator[None]:
+        """Obey another context for a while, as to see what a verdict would do; then the present one again.
+
+        Parameters
+        ----------
+        context : instead of the present one, which stays as it is with all its past
+
+        Raises
+        ------
+        InputError
+            For a context of other sizes, or made for another set of features.
+        """
+        self._fitted()
+        kept, self.context_ = self.context_, context
+        try:
+            self._obey()
+            yield
+        finally:
+            self.context_ = kept
+            self._obey()
 
     def finetune(self, steps: int = 50, *, lr: float = 1e-3, series: Series | None = None) -> list[float]:
         """Take gradient steps on what makes attention, on what was annotated, as the paper's rounds do (spec 2.6).
