@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -367,6 +368,49 @@ def test_a_report_of_verdicts_stands_alone(said, call, home):
     assert "an ward is no disease" in page
 
 
+def test_a_report_says_what_is_certain_stable_and_true_to_the_model(updated, said, call, home, monkeypatch):
+    import ial_nap.estimator as module
+
+    original, seeds = module.NAPClassifier.fit, []
+
+    def stop(self, *arguments, **options):
+        seeds.append(self.seed)
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    args = ("report", "u", "--seeds", 2, "--points", 3, "--orders", 2, "--no-tax", "--out", "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(module.NAPClassifier, "fit", stop)
+        assert call(*args).returncode == 130
+        found = call.done("report", "--resume", "--out", "r")
+    # The first of the other seeds was trained, and is not trained again.
+    assert seeds == [1, 2, 2]
+    assert {row.metric for row in found.results} == {
+        "deletion, area below random orders", "insertion, area above random orders",
+        "stability, rank correlation of seeds",
+    }  # fmt: skip
+    excluded, faithful = found.claims
+    assert (excluded.holds, excluded.value) == (True, 0)
+    assert faithful.holds == (min(row.mean for row in found.results if row.unit == "logits") > 0)
+    assert set(found.artifacts) == {
+        "seed-1.safetensors", "seed-2.safetensors", "faithfulness.png", "certificate.json", "moved.csv", "report.html"
+    }  # fmt: skip
+    certificate = json.loads((home / "r/certificate.json").read_text())
+    assert certificate["holds"]
+    assert [cell["feature"] for cell in certificate["excluded"]] == ["ward"]
+    moved = list(csv.DictReader((home / "r/moved.csv").open()))
+    assert {row["feature"] for row in moved} == {"ward", "LDL"}
+    page = (home / "r/report.html").read_text()
+    assert "nothing in them can reach the prediction" in page
+    assert "Are the shares true to the model?" in page
+    plain = call("report", "m", "new.csv", "--id", "pid", "--time", "year", "--out", "r2")
+    assert plain.returncode == 0, plain.stderr
+    assert "0 cells are excluded; checked on 8 instances" in plain.stdout
+    priced = call("report", "m", "--seeds", 0, "--points", 2, "--orders", 1, "--out", "r3")
+    assert "a plain RETAIN" in priced.stdout
+
+
 def test_verdicts_are_read_from_the_store_of_the_page(said, call, home):
     with AnnotationStore(home / "kept.db", FEATURES, 3) as store:
         for one in said[:3]:
@@ -409,6 +453,12 @@ def test_the_page_is_served_until_it_ends_and_the_model_obeys(fitted, said, call
     # What was said is still there when the page opens again.
     assert call(*args, "--out", "w2").returncode == 0
     assert len(read_jsonl(home / "w2/annotations.jsonl")[0]) == 2
+
+
+def test_without_the_extra_the_page_says_what_to_install(fitted, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "ial_nap.web.app", raising=False)
+    assert "pip install 'ial-nap[web]'" in call.wrong("annotate", "m", "--no-browser", "--out", "w3")
 
 
 # ---- simulation, comparison, demo

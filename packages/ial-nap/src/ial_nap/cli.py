@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from pydantic import Field
 
@@ -1039,6 +1039,159 @@ def _page(config: ExportConfig, session: Session, said: list[Annotation]) -> str
     opened.estimator.replace(said)
     facts = {"data": name, "model": str(config.model), "verdicts": str(config.annotations)}
     return report_html(report_of(opened.estimator, pool, held, said, instances=config.instances, facts=facts))
+
+
+# ---- report
+
+
+class ReportConfig(ModelOptions):
+    """Settings of ``report``."""
+
+    part: Literal["train", "validation", "audit", "test"] = Field("test", description="part of the model's own data")
+    annotations: Path | None = Field(None, description=f"{_VERDICTS}, for who, when and why (default: the model's own)")
+    seeds: int = Field(2, ge=0, description="trainings with other seeds, whose explanations are compared; 0 for none")
+    tax: bool = Field(True, description="train a plain RETAIN too: what being correctable costs")
+    points: int = Field(11, ge=2, description="shares of cells of the deletion and insertion curves")
+    orders: int = Field(5, ge=1, description="random orders that these are compared with")
+    instances: int = Field(10, ge=0, description="annotated instances to show at most")
+
+
+@line.command(ReportConfig)
+def report(config: ReportConfig, session: Session) -> Outcome:
+    """Say whether explanations are true to the model and stable, what is excluded for certain, and who moved what."""
+    from ial_nap import plots, reports
+    from ial_nap.page_report import Certified, report_html, report_of
+    from shared_core.runs import Claim
+
+    opened = _open(config.model, session.device)
+    estimator = opened.estimator
+    said = _held(estimator) if config.annotations is None else _read_verdicts(config.annotations, skip_bad=False)[0]
+    name, series = _part(config, opened, config.part)
+    own = config.data is None
+    split = _own(opened)[1] if own else None
+    if split is not None:
+        estimator.train_, estimator.validation_ = split.train, split.validation
+    others = _trained_again(config, session, opened, split) if split is not None else []
+    faith = reports.faithfulness(estimator, series, points=config.points, draws=config.orders, seed=config.seed)
+    certificate = reports.certificate(estimator, series)
+    moved = reports.who_moved(estimator, series, by="cell")
+    curves = {
+        "deletion": {"contributions": faith.deletion, "random order": faith.random_deletion},
+        "insertion": {"contributions": faith.insertion, "random order": faith.random_insertion},
+    }
+    plots.plot_faithfulness(session.run.artifact("faithfulness.png"), curves)
+    write_json(session.run.artifact("certificate.json"), _finite(certificate.to_json()))
+    _write_moved(session.run.artifact("moved.csv"), estimator, moved)
+
+    def row(metric: str, value: float, unit: str = "1") -> Result:
+        return summarize([value], dataset=name, method="ial-nap", metric=metric, unit=unit, better="higher")
+
+    rows = [
+        row("deletion, area below random orders", faith.deletion_gain, "logits"),
+        row("insertion, area above random orders", faith.insertion_gain, "logits"),
+    ]
+    notes = [f"{int(certificate.excluded.sum())} cells are excluded; checked on {certificate.instances} instances"]
+    if others:
+        stable = reports.stability([estimator, *others], series)
+        rows.append(row("stability, rank correlation of seeds", stable.mean))
+        notes.append(f"the two seeds that agree least: {stable.low:.3f}")
+    if config.tax and split is not None:
+        cost = reports.tax(estimator, series)
+        notes.append(
+            f"before verdicts, {cost.metric} {cost.after:.4g}; a plain RETAIN {cost.before:.4g}"
+            f" (difference {cost.low:+.4g} .. {cost.high:+.4g})"
+        )
+    notes += [
+        f"{one.feature} at {estimator.series_.steps[one.step]}: {one.verdicts} verdicts move predictions {one.size:.3g}"
+        for one in moved[:_SHOWN]
+    ]
+    worst = max(certificate.gradient, certificate.garbage)
+    claims = [
+        Claim(text="what verdicts exclude has no effect, by gradients and by garbage in its place",
+              source="specification 11", holds=certificate.holds, value=worst if math.isfinite(worst) else None,
+              threshold=0.0),
+        Claim(text="contributions are truer to the model than random orders", source="specification 10",
+              holds=min(faith.deletion_gain, faith.insertion_gain) > 0,
+              value=min(faith.deletion_gain, faith.insertion_gain), threshold=0.0),
+    ]  # fmt: skip
+    certified = Certified(
+        certificate.holds,
+        tuple(
+            (certificate.steps[t], certificate.features[d])
+            for t, d in zip(*certificate.excluded.nonzero(), strict=True)
+        ),
+        (
+            f"Largest slope of an output in an excluded cell: {certificate.gradient:g}.",
+            f"Largest change of an output as excluded cells take values up to 1e30: {certificate.garbage:g}.",
+            f"Checked on {certificate.instances} instances; network {certificate.network}.",
+        ),
+    )
+    pool, held = (series, None) if split is None else (split.train, split.validation)
+    page = report_of(
+        estimator, pool, held, said, instances=config.instances, facts={"data": name, "model": str(config.model)},
+        certificate=certified,
+        curves={kind: {order: curve.tolist() for order, curve in panel.items()} for kind, panel in curves.items()},
+        notes=notes,
+    )  # fmt: skip
+    with atomic_path(session.run.artifact("report.html")) as temporary:
+        temporary.write_text(report_html(page), encoding="utf-8")
+    return Outcome(rows, claims, notes)
+
+
+def _held(estimator: Estimator) -> list[Annotation]:
+    """Return the verdicts that a model holds, as records."""
+    from ial_nap.annotations import Annotation
+
+    context, names = estimator.context_, estimator.series_.features
+    return [
+        Annotation(instance, t, names[d], int(mask[t, d]), annotator=who)
+        for (instance, who), mask in zip(context.keys, context.masks, strict=False)
+        for t, d in (mask >= 0).nonzero().tolist()
+    ]
+
+
+def _trained_again(config: ReportConfig, session: Session, opened: _Opened, split: Split) -> list[Estimator]:
+    """Train with other seeds, each kept as soon as it is done, and tell these models the same verdicts."""
+    from sklearn.base import clone
+
+    from ial_nap.saving import load
+
+    estimator, found = opened.estimator, list[Any]()
+    with session.progress("seeds", config.seeds) as advance:
+        for k in range(config.seeds):
+            path = session.run.folder / f"seed-{k + 1}.safetensors"
+            if session.resumed and path.exists():
+                other = load(path, device=str(session.device))
+            else:
+                other = cast("Any", clone(estimator)).set_params(
+                    seed=int(estimator.seed) + k + 1, device=str(session.device)
+                )
+                other.fit(
+                    split.train, validation=split.validation, checkpoint=session.run.folder / _CHECKPOINT
+                ).save(session.run.artifact(path.name))  # fmt: skip
+            session.run.artifact(path.name)
+            other.know(split.train)
+            other.replace(estimator.context_, allow_empty=True)
+            found.append(other)
+            advance(1, note=f"seed {k + 1}")
+    return found
+
+
+def _write_moved(path: Path, estimator: Estimator, moved: Iterable[Any]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["feature", "step", "verdicts", "mean absolute change of predictions"])
+        writer.writerows(
+            [one.feature, estimator.series_.steps[one.step], one.verdicts, f"{one.size:.6g}"] for one in moved
+        )
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Write what is infinite as text: JSON has no word for it."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
 
 
 # ---- simulation

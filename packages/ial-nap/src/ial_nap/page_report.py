@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from ial_nap.annotations import (
     kappa_of_all,
     latest,
 )
+from ial_nap.context import Context
 from ial_nap.resampling import resampled
 from shared_core.errors import InputError
 
@@ -503,17 +504,11 @@ def heat_of(estimator: NAPClassifier | NAPRegressor, one: Series, *, note: str =
     return Heat(one.ids[0], before[:, :, chosen], mean, values, (old, new), interval, label, uncertain, note)
 
 
-@contextmanager
-def _without_verdicts(estimator: NAPClassifier | NAPRegressor) -> Generator[None]:
-    """Let an estimator forget for a while; what it holds afterwards is the same to the bit."""
-    if not len(estimator.context_):
-        yield
-        return
-    estimator.replace([])
-    try:
-        yield
-    finally:
-        estimator.undo()
+def _without_verdicts(estimator: NAPClassifier | NAPRegressor) -> AbstractContextManager[None]:
+    """Let an estimator forget for a while."""
+    held = estimator.context_
+    nothing = Context(held.steps, held.features, kappa=held.kappa, schema=held.schema, lengths=held.lengths)
+    return estimator.trial(nothing)
 
 
 def _look(
