@@ -133,3 +133,91 @@ def test_a_refused_mask_takes_those_before_it_back():
     assert len(context) == 0
     context.add(torch.zeros(1, T, R), allow_empty=True)
     assert float(context.preference.max()) == -0.5
+
+
+people = st.tuples(
+    st.sampled_from(["a", "b", "c"]),
+    st.sampled_from(["", "x"]),
+    st.integers(0, T - 1),
+    st.integers(0, R - 1),
+    st.integers(-1, 1),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.lists(people, max_size=8)), max_size=6))
+def test_verdicts_given_at_once_are_those_of_a_dictionary(changes):
+    context, past = Context(T, R), []
+    expected: dict[tuple[str, str, int, int], int] = {}
+    for exactly, verdicts in changes:
+        past.append((dict(expected), context.keys, context.digest))
+        if exactly:
+            expected = {}
+        expected |= {(*key, t, d): v for *key, t, d, v in verdicts}
+        expected = {cell: v for cell, v in expected.items() if v >= 0}
+        before = past[-1][0]
+        shift = context.give(verdicts, exactly=exactly, allow_empty=True)
+        moved = {cell for cell in before.keys() | expected.keys() if before.get(cell, -1) != expected.get(cell, -1)}
+        assert shift.verdicts == len(moved)
+        assert set(shift.keys) == {cell[:2] for cell in moved}
+        assert shift.cells == tuple(sorted({cell[2:] for cell in moved}))
+        assert set(context.keys) == {cell[:2] for cell in expected}
+        said = {
+            (*key, t, d): int(mask[t, d])
+            for key, mask in zip(context.keys, context.masks, strict=False)
+            for t, d in (mask >= 0).nonzero().tolist()
+        }
+        assert said == expected
+        assert context.verdicts == len(expected)
+        one, zero = recounted(context)
+        assert torch.equal(context.one, one)
+        assert torch.equal(context.zero, zero)
+    for before, keys, digest in reversed(past):
+        context.undo()
+        assert (context.keys, context.digest, context.verdicts) == (keys, digest, len(before))
+
+
+def test_only_the_steps_that_an_instance_has_count_as_left():
+    context = Context(T, R, lengths={"short": 1, "middle": 2})
+    first = [(0, d, 0) for d in range(R)]
+    with pytest.raises(InputError, match="instance 'short': every cell is marked 0"):
+        context.mark("short", first)
+    with pytest.raises(InputError, match="instance 'short'"):
+        context.give([("middle", "", *cell) for cell in first] + [("short", "", *cell) for cell in first])
+    assert (len(context), context.depth, context.verdicts) == (0, 0, 0)
+    context.mark("middle", first)
+    context.mark("long", first + [(1, d, 0) for d in range(R)])
+    with pytest.raises(InputError, match="instance 'middle'"):
+        context.mark("middle", [(1, d, 0) for d in range(R)])
+    assert context.mark("middle", [(1, d, 0) for d in range(R - 1)]).verdicts == R - 1
+    # Beyond its length nothing counts, and a verdict 1 there leaves nothing.
+    with pytest.raises(InputError, match="instance 'middle'"):
+        context.give([("middle", "", 1, R - 1, 0), ("middle", "", 2, 0, 1)])
+    assert context.mark("middle", [(1, R - 1, 0)], allow_empty=True).verdicts == 1
+    assert context.copy().lengths == context.lengths
+
+
+def test_a_mask_without_a_verdict_is_none():
+    context = Context(T, R)
+    context.mark("a", [(0, 0, -1)])
+    assert (len(context), context.depth) == (0, 1)
+    context.mark("a", [(0, 0, 1)])
+    context.mark("b", [(0, 0, 1)])
+    context.mark("a", [(0, 0, -1)])
+    assert context.keys == (("b", ""),)
+    context.mark("c", [(1, 1, 0)])
+    context.undo()
+    context.undo()
+    assert context.keys == (("a", ""), ("b", ""))
+    assert context.masks[:, 0, 0].tolist() == [1, 1]
+    assert context.new_names(2) == ["#2", "#3"]
+
+
+def test_a_context_that_was_handed_out_does_not_change_under_one_s_hands():
+    context = Context.of(random_masks(4))
+    masks, one = context.masks, context.one
+    kept = masks.clone(), one.clone()
+    context.mark("new", [(0, 0, 1)])
+    context.mark("#0", [(t, d, 1) for t in range(T) for d in range(R)])
+    assert torch.equal(masks, kept[0])
+    assert torch.equal(one, kept[1])

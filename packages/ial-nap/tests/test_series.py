@@ -138,3 +138,34 @@ def test_series_that_are_not_like_the_training(unchecked):
 def test_a_name_that_is_not_known_is_answered_with_the_closest():
     with pytest.raises(InputError, match="unknown feature 'LDK': did you mean 'LDL'"):
         find_name("LDK", ["HDL-x", "LDL"], "feature")
+
+
+def test_units_belong_to_what_verdicts_are_about():
+    x, y = arrays()
+    plain = make_series(x, y, features=["a", "b", "c"])
+    series = make_series(x, y, features=["a", "b", "c"], units=["mg", "", "m"])
+    assert series.units == ("mg", "", "m")
+    assert series.schema == feature_set_hash(["a", "b", "c"], 4, ["mg", "", "m"]) != plain.schema
+    assert make_series(x, y, features=["a", "b", "c"], units=["", "", ""]).schema == plain.schema
+    assert series.without(["b"]).units == ("mg", "m")
+    assert series.part([1]).units == make_series(x, like=series.part([])).units == series.units
+    with pytest.raises(InputError, match="2 units for 3 features"):
+        make_series(x, y, units=["mg", "m"])
+
+
+def test_series_of_no_instance_hold_names_and_scaling_for_others():
+    x, y = arrays()
+    empty = make_series(x, y, features=["a", "b", "c"]).part([])
+    assert len(empty) == 0
+    assert torch.equal(make_series(x, like=empty).x, make_series(x, y).x)
+    assert make_series(x, like=empty).features == ("a", "b", "c")
+
+
+def test_joined_series_are_their_parts():
+    x, y = arrays()
+    series = make_series(x, y)
+    both = type(series).joined([series.part([4, 1]), series.part([0])])
+    assert both.ids == ("4", "1", "0")
+    assert torch.equal(both.x, series.x[[4, 1, 0]])
+    assert torch.equal(both.targets, series.targets[[4, 1, 0]])
+    assert type(series).joined([make_series(x, like=series), series]).y is None

@@ -158,7 +158,7 @@ def faithfulness(
     >>> values = np.random.default_rng(0).normal(size=(60, 3, 2))
     >>> model = NAPClassifier(hidden=4, latent=2, epochs=2, device="cpu").fit(values, values[:, -1, 0] > 0)
     >>> found = faithfulness(model, values)
-    >>> found.deletion[-1] == found.insertion[0], bool(found.deletion[0] == found.insertion[-1])
+    >>> bool(found.deletion[-1] == found.insertion[0]), bool(found.deletion[0] == found.insertion[-1])
     (True, True)
     """
     if points < 2 or draws < 1:
