@@ -37,7 +37,7 @@ $(error no package '$(PACKAGE)'; there are: $(PROJECTS))
 endif
 endif
 
-.PHONY: help setup demo test claims lint typecheck format build matrix bench flower docs reproduce lock clean
+.PHONY: help setup demo test claims lint typecheck format build matrix bench flower docs release-check reproduce lock clean
 
 help:  ## print the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,15 +118,23 @@ docs: .venv-docs/.ready  ## build the site into build/site: tutorials are run, l
 	@$(UV) pip install --quiet --python .venv-docs/bin/python -c constraints.txt $(EDITABLE) --group docs
 	@touch $@
 
+release-check: .venv-release/.ready  ## see that what would be released can be: builds, metadata, licences, installation
+	@$(BIN)/python scripts/release_check.py $(UV) .venv-release/bin
+
+.venv-release/.ready: $(VENV)/.ready
+	@[ -x .venv-release/bin/python ] || $(UV) venv --quiet --python $(BIN)/python .venv-release
+	@$(UV) pip install --quiet --python .venv-release/bin/python -c constraints.txt --group release
+	@touch $@
+
 lock: $(VENV)/.ready  ## pin every dependency anew in constraints.txt
 	@# Every extra but those of Flower, which asks for an older Typer: they have an environment of their own.
 	@env -u UV_FIND_LINKS -u UV_TORCH_BACKEND $(UV) pip compile --quiet --universal --upgrade --python-version 3.11 \
 	  --extra all --extra bcf --extra cevae --extra forests --extra glyphs --extra hershey --extra tables \
-	  --group pyproject.toml:dev --group pyproject.toml:bench --group pyproject.toml:docs --no-header --no-annotate \
+	  --group pyproject.toml:dev --group pyproject.toml:bench --group pyproject.toml:docs --group pyproject.toml:release --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --no-emit-package shared-core \
 	  shared/pyproject.toml $(PROJECTS:%=packages/%/pyproject.toml) -o constraints.txt
 	@echo "constraints.txt: $$(wc -l < constraints.txt) pins"
 
 clean:  ## remove environments, builds, caches and runs
-	@rm -rf .venv .venv-bench .venv-docs .venv-flower build dist runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-bench .venv-docs .venv-flower .venv-release build dist runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
