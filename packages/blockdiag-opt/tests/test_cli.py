@@ -14,42 +14,22 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 
 from blockdiag_opt.cli import line
 from shared_core.runs import Summary
+from shared_core.testing import Caller
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            line.main([str(arg) for arg in args])
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(args, stop.value.code, printed.out, printed.err)
-
-    return run
+def call(tmp_path):
+    return Caller(line, tmp_path)
 
 
 @pytest.fixture
 def done(call):
-    def run(*args: object) -> Summary:
-        result = call(*args, "--json")
-        assert result.returncode == 0, result.stderr
-        return Summary.model_validate_json(result.stdout)
-
-    return run
+    return call.done
 
 
 @pytest.fixture
 def wrong(call):
-    def run(*args: object) -> str:
-        result = call(*args)
-        assert result.returncode == 2, (result.stdout, result.stderr)
-        assert result.stdout == ""
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        return result.stderr
-
-    return run
+    return call.wrong
 
 
 def write_csv(path, x, y, header=None) -> None:
@@ -131,7 +111,7 @@ def test_train_images_and_a_users_own_model(done, tmp_path):
     assert value(summary, "test accuracy") > 0.9
 
 
-def test_an_interrupted_training_ends_as_if_nothing_had_happened(done, cancer, tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_as_if_nothing_had_happened(done, call, cancer, tmp_path, monkeypatch):
     from blockdiag_opt import training
 
     options = ("cancer.csv", "--target", "y", "--epochs", 6, "--optimizer", "block-adam:K=7")
@@ -146,9 +126,7 @@ def test_an_interrupted_training_ends_as_if_nothing_had_happened(done, cancer, t
         return original(self)
 
     monkeypatch.setattr(training.Trained, "state", stop_in_the_third)
-    with pytest.raises(SystemExit) as stop:
-        line.main(["train", *map(str, options), "--out", "torn"])
-    assert stop.value.code == 130
+    assert call("train", *options, "--out", "torn").returncode == 130
     monkeypatch.setattr(training.Trained, "state", original)
     resumed = done("train", *options, "--out", "torn", "--resume")
     assert value(resumed, "test loss") == value(whole, "test loss")

@@ -134,7 +134,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     return _outcome(found, session, [*(task.description for task in tasks), *_grid_lines(found)])
 
 
-def _draw_pareto(plot: Callable[..., None], found: Comparison, tasks: Sequence[Task], session: Session) -> None:
+def _draw_pareto(plot: Callable[..., Path], found: Comparison, tasks: Sequence[Task], session: Session) -> None:
     from blockdiag_opt.experiments import pareto_points
 
     for task in tasks:

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
+import shared_core.plots as core
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path
+from shared_core.plots import COLOURS, drawing, legend_outside, looks, plain_log, save_figure
+from shared_core.runs import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
+    from matplotlib.axis import XAxis, YAxis
 
 __all__ = [
     "Curve",
@@ -33,20 +34,9 @@ __all__ = [
     "plot_spectrum",
 ]
 
-# Okabe and Ito's colours, which stay apart for readers who do not see all colours.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99", "#666666"]
-_MARKERS = "osD^vPX<>"
-_STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.dpi": 100,
-    "font.size": 10,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "blockdiag-opt",
-}
 _OURS = ("block-", "adablock", "radablock")
+# Neither better nor worse.
+_TABLE_ONLY = ("best learning rate", "diverged runs")
 
 
 @dataclass(frozen=True)
@@ -65,15 +55,6 @@ class Curve:
     seconds: Float[np.ndarray, "seeds points"]
 
 
-def _look(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line style of each name; the same name looks the same in all panels of a figure."""
-    look: dict[str, tuple[str, str, str]] = {}
-    for place, name in enumerate(names):
-        line = ["-", "--", ":"][place // len(_COLOURS) % 3]
-        look[name] = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)], line
-    return look
-
-
 def _width(name: str) -> float:
     return 2.2 if name.startswith(_OURS) else 1.3
 
@@ -82,13 +63,11 @@ def _names(panels: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for panel in panels.values() for name in panel))
 
 
-def _readable_log(axis: Axis, low: float, high: float) -> None:
+def _number(axis: XAxis | YAxis) -> None:
     """Label a logarithmic axis of little range with plain numbers: powers of ten would be few or none."""
-    if high > 100 * low:
-        return
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 6 * low else MaxNLocator(5))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    if high < 100 * low:
+        plain_log(axis, float(low), float(high))
 
 
 def _smooth(values: Float[np.ndarray, "seeds points"], points: int) -> Float[np.ndarray, "seeds points"]:
@@ -100,13 +79,6 @@ def _smooth(values: Float[np.ndarray, "seeds points"], points: int) -> Float[np.
     return np.stack([np.convolve(row, kernel, mode="same") / weight for row in values])
 
 
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    longest = max((len(label) for label in handles), default=1)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() * 11 / (longest + 8))))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize="small")
-
-
 def plot_curves(
     path: str | Path,
     panels: Mapping[str, Mapping[str, Curve]],
@@ -114,7 +86,7 @@ def plot_curves(
     ylabel: str = "training loss",
     log_y: bool = True,
     smooth: int = 5,
-) -> None:
+) -> Path:
     """Draw loss against steps and against seconds, a row a task, a line an optimizer: median and range over seeds.
 
     Parameters
@@ -124,11 +96,15 @@ def plot_curves(
     ylabel : axis label
     log_y : logarithmic losses
     smooth : average over that many neighbouring points of a curve
+
+    Returns
+    -------
+    The path.
     """
     if not any(panels.values()):
         raise InputError("there is no training curve to draw")
-    look = _look(_names(panels))
-    with mpl.rc_context(_STYLE):
+    look = looks(_names(panels))
+    with drawing():
         figure = Figure(figsize=(9.6, 3.4 * len(panels) + 0.5), layout="constrained")
         grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
         for (left, right), (title, curves) in zip(grid, panels.items(), strict=True):
@@ -149,8 +125,8 @@ def plot_curves(
             for axis in (left, right):
                 axis.grid(alpha=0.3)
                 axis.set_xlim(left=0)
-        _legend_below(figure, list(grid.ravel()))
-        _save(figure, path)
+        legend_outside(figure, list(grid.ravel()), below=True)
+        return save_figure(figure, path)
 
 
 def _show_both_ends(axis: Axes, curves: Mapping[str, Curve]) -> None:
@@ -159,23 +135,27 @@ def _show_both_ends(axis: Axes, curves: Mapping[str, Curve]) -> None:
     top = max(float(np.median(curve.loss[:, 0])) for curve in curves.values())
     if axis.get_yscale() == "log":
         axis.set_ylim(bottom / 1.1, top * 1.15)
-        _readable_log(axis.yaxis, bottom, top)
+        _number(axis.yaxis)
     else:
         axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.1 * (top - bottom))
 
 
-def plot_grids(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float, float | None]]]) -> None:
+def plot_grids(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float, float | None]]]) -> Path:
     """Draw what was reached at each learning rate, the best one marked; a panel a task, a line an optimizer.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     panels : task -> optimizer -> learning rate -> loss, None where training diverged
+
+    Returns
+    -------
+    The path.
     """
     if not any(panels.values()):
         raise InputError("there is no grid of learning rates to draw")
-    look = _look(_names(panels))
-    with mpl.rc_context(_STYLE):
+    look = looks(_names(panels))
+    with drawing():
         columns = min(len(panels), 3)
         lines = -(-len(panels) // columns)
         figure = Figure(figsize=(max(5.0 * columns, 6.4), 3.6 * lines + 0.7), layout="constrained")
@@ -195,57 +175,25 @@ def plot_grids(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float
             axis.set(title=title, xlabel="learning rate", ylabel="tuning loss", xscale="log")
             if all(value is None or value > 0 for grid in grids.values() for value in grid.values()):
                 axis.set_yscale("log")
-                _readable_log(axis.yaxis, *axis.get_ylim())
+                _number(axis.yaxis)
             axis.grid(alpha=0.3)
-        _legend_below(figure, axes[: len(panels)])
-        _save(figure, path)
+        legend_outside(figure, axes[: len(panels)], below=True)
+        return save_figure(figure, path)
 
 
-def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
-    """Draw every method's mean with its 95 % interval, best on top, a panel for each data set and metric.
+def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
+    """Draw every method's mean with its 95 % interval, best on top: a row for each data set, a column for each metric.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     results : rows of a run's summary
+
+    Returns
+    -------
+    The path.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for row in results:
-        # Neither better nor worse: they belong into the table.
-        if row.metric in {"best learning rate", "diverged runs"}:
-            continue
-        groups.setdefault((row.dataset, row.metric), []).append(row)
-    if not groups:
-        raise InputError("the run has no results to draw")
-    with mpl.rc_context(_STYLE):
-        columns = 2 if len(groups) in {2, 4} else min(len(groups), 3)
-        lines = -(-len(groups) // columns)
-        tallest = max(len(rows) for rows in groups.values())
-        figure = Figure(figsize=(5.0 * columns, (1.1 + 0.3 * tallest) * lines), layout="constrained")
-        axes = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axis in axes[len(groups) :]:
-            axis.set_axis_off()
-        for axis, ((dataset, metric), rows) in zip(axes, groups.items(), strict=False):
-            ordered = sorted(rows, key=lambda row: row.mean, reverse=rows[0].better == "lower")
-            smallest, largest = min(row.mean for row in rows), max(row.mean for row in rows)
-            log = smallest > 0 and largest > 10 * smallest
-            for place, row in enumerate(ordered):
-                colour = _COLOURS[1] if row.method.startswith(_OURS) else _COLOURS[0]
-                if row.low is not None and row.high is not None:
-                    # An interval that reaches 0 or below ends at the left edge of a logarithmic axis.
-                    low = max(row.low, smallest / 3) if log else row.low
-                    axis.plot([low, row.high], [place, place], color=colour, linewidth=2, alpha=0.6)
-                axis.plot(row.mean, place, "o", color=colour)
-            axis.set_yticks(range(len(ordered)), [row.method for row in ordered])
-            unit = "" if rows[0].unit == "1" or metric.startswith(("ms ", "seconds ")) else f", {rows[0].unit}"
-            axis.set_title(dataset)
-            axis.set_xlabel(f"{metric}{unit} ({rows[0].better} is better)", fontsize="small")
-            if log:
-                axis.set_xscale("log")
-                _readable_log(axis.xaxis, *axis.get_xlim())
-            axis.margins(y=0.1)
-            axis.grid(axis="x", alpha=0.3)
-        _save(figure, path)
+    return core.plot_comparison(path, results, ours=lambda name: name.startswith(_OURS), leave_out=_TABLE_ONLY)
 
 
 def plot_pareto(
@@ -255,7 +203,7 @@ def plot_pareto(
     xlabel: str = "optimizer, ms per step",
     ylabel: str = "training loss",
     title: str = "",
-) -> None:
+) -> Path:
     """Draw loss against price, a labelled point a setting; settings that no other beats in both are joined.
 
     Parameters
@@ -263,6 +211,10 @@ def plot_pareto(
     path : PNG, SVG or PDF to write
     points : setting -> (milliseconds, loss)
     xlabel, ylabel, title : texts
+
+    Returns
+    -------
+    The path.
     """
     if not points:
         raise InputError("there is no setting to draw")
@@ -271,22 +223,22 @@ def plot_pareto(
         for xy in points.values()
         if not any(other != xy and other[0] <= xy[0] and other[1] <= xy[1] for other in points.values())
     )
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.4, 4.8), layout="constrained")
         axis = figure.subplots()
         axis.step(*zip(*front, strict=True), where="post", color="#bbbbbb", linewidth=1.2, zorder=1)
         for name, (x, y) in points.items():
-            colour = _COLOURS[1] if name.startswith((*_OURS, "b=")) else _COLOURS[0]
+            colour = COLOURS[1] if name.startswith((*_OURS, "b=")) else COLOURS[0]
             axis.plot(x, y, "o", color=colour, markersize=6, zorder=2)
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
         axis.margins(x=0.12, y=0.12)
         if all(y > 0 for _, y in points.values()):
             axis.set_yscale("log")
-            _readable_log(axis.yaxis, *axis.get_ylim())
-        _readable_log(axis.xaxis, *axis.get_xlim())
+            _number(axis.yaxis)
+        _number(axis.xaxis)
         axis.grid(alpha=0.3, which="both")
         _place_labels(figure, axis, points)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _place_labels(figure: Figure, axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
@@ -335,7 +287,7 @@ def _place_labels(figure: Figure, axis: Axes, points: Mapping[str, tuple[float, 
         taken.append((box.x0, box.y0, box.x1, box.y1))
 
 
-def plot_monitor(path: str | Path, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def plot_monitor(path: str | Path, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
     """Draw what a monitor saw of each layer: how ill-conditioned its blocks are, and how far from diagonal.
 
     Parameters
@@ -344,11 +296,15 @@ def plot_monitor(path: str | Path, records: Mapping[str, Sequence[Mapping[str, A
     records : layer -> records with the keys ``step``, ``condition`` (of the blocks), ``off_diagonal`` (share of a
         block's norm, 0..1), ``oscillation`` (change of the preconditioner) and ``low`` and ``high`` (range of effective
         learning rates); None where a quantity does not exist
+
+    Returns
+    -------
+    The path.
     """
     if not any(records.values()):
         raise InputError("the monitor has recorded nothing; record at least one step before drawing")
-    look = _look(list(records))
-    with mpl.rc_context(_STYLE):
+    look = looks(list(records))
+    with drawing():
         figure = Figure(figsize=(9.6, 6.4), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(2, 2, sharex=True).ravel())
         titles = {
@@ -380,8 +336,8 @@ def plot_monitor(path: str | Path, records: Mapping[str, Sequence[Mapping[str, A
             axis.grid(alpha=0.3)
         for axis in axes[2:]:
             axis.set_xlabel("step")
-        _legend_below(figure, axes)
-        _save(figure, path)
+        legend_outside(figure, axes, below=True)
+        return save_figure(figure, path)
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -395,28 +351,32 @@ def _positive(records: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> b
     return bool(values) and min(values) > 0
 
 
-def plot_history(path: str | Path, history: Sequence[Mapping[str, float | int]]) -> None:
+def plot_history(path: str | Path, history: Sequence[Mapping[str, float | int]]) -> Path:
     """Draw the training loss and the learning rate of each epoch.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     history : a dict an epoch with ``epoch``, ``loss`` and ``learning_rate``
+
+    Returns
+    -------
+    The path.
     """
     if not history:
         raise InputError("the training has no epoch to draw")
     epochs = [line["epoch"] for line in history]
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.4, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for axis, key, label in ((left, "loss", "training loss"), (right, "learning_rate", "learning rate")):
             values = [line[key] for line in history]
-            axis.plot(epochs, values, marker="." if len(epochs) < 30 else "", color="#0072b2")
+            axis.plot(epochs, values, marker="." if len(epochs) < 30 else "", color=COLOURS[0])
             axis.set(xlabel="epoch", ylabel=label)
             axis.grid(alpha=0.3)
         if min(line["loss"] for line in history) > 0:
             left.set_yscale("log")
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_spectrum(
@@ -424,7 +384,7 @@ def plot_spectrum(
     spectra: Mapping[str, Float[np.ndarray, "blocks size"]],
     *,
     off_diagonal: Mapping[str, float] | None = None,
-) -> None:
+) -> Path:
     """Draw how the eigenvalues of each layer's second-moment blocks are distributed, relative to each block's largest.
 
     A layer whose line falls far has blocks that are worth more than their diagonal.
@@ -434,11 +394,15 @@ def plot_spectrum(
     path : PNG, SVG or PDF to write
     spectra : layer -> (blocks, size) eigenvalues, in any order
     off_diagonal : layer -> share of the norm off the diagonal, written into the legend
+
+    Returns
+    -------
+    The path.
     """
     if not spectra:
         raise InputError("there is no layer with blocks to draw; the state holds diagonal second moments only")
-    look = _look(list(spectra))
-    with mpl.rc_context(_STYLE):
+    look = looks(list(spectra))
+    with drawing():
         figure = Figure(figsize=(7.4, 4.6), layout="constrained")
         axis = figure.subplots()
         for name, eigenvalues in spectra.items():
@@ -463,14 +427,5 @@ def plot_spectrum(
         if max(np.shape(values)[1] for values in spectra.values()) <= 16:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        _legend_below(figure, [axis])
-        _save(figure, path)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            # No date in the file: the same run gives the same bytes.
-            figure.savefig(temporary, metadata={"Date": None} if temporary.suffix in {".svg", ".pdf"} else {})
-        except ValueError as error:
-            raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf") from error
+        legend_outside(figure, [axis], below=True)
+        return save_figure(figure, path)

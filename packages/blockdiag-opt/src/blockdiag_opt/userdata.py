@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib
 import inspect
 import math
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 
 from blockdiag_opt.tasks import Metric, Task
 from shared_core.errors import InputError
+from shared_core.objects import load_function, one_line
 
-__all__ = ["Schema", "Table", "build_model", "load_factory", "read_shapes", "read_table", "table_task"]
+__all__ = ["Schema", "Table", "build_model", "read_shapes", "read_table", "table_task"]
 
 Kind = Literal["regression", "classification", "reconstruction"]
 _MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
@@ -284,50 +283,13 @@ class Schema:
         return replace(found, kind="regression", target_offset=mean, target_factor=1 / spread)
 
 
-def load_factory(name: str) -> Callable[..., Any]:
-    """Import ``package.module:function``; modules in the current folder are found too.
-
-    Parameters
-    ----------
-    name : what to import
-
-    Returns
-    -------
-    The function or class.
-
-    Raises
-    ------
-    InputError
-        When there is no such module or attribute.
-    """
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise InputError(f"'{name}' is not a model; write package.module:function, which returns a torch.nn.Module")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(
-            f"{name}: cannot import '{module}' ({error}); is it installed, or in the current folder?"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise InputError(f"{name}: module '{module}' has no '{attribute}'")
-        found = getattr(found, part)
-    if not callable(found):
-        raise InputError(f"{name}: '{attribute}' is a {type(found).__name__}, not a function that makes a model")
-    return found
-
-
 def build_model(name: str, inputs: int, outputs: int, seed: int, shape: tuple[int, ...] | None = None) -> nn.Module:
     """Build a model: ``mlp:64,32``, ``linear``, ``cnn``, ``ae:32,8``, or a user's ``package.module:function``.
 
     Parameters
     ----------
-    name : the model; a user's function is called with those of ``inputs``, ``outputs`` and ``shape`` that it has as
-        parameters
+    name : the model; a user's function, in a module or in a file (``file.py:function``), is called with those of
+        ``inputs``, ``outputs`` and ``shape`` that it has as parameters
     inputs, outputs : numbers of a row, and of its prediction
     seed : of the initial weights
     shape : shape of a row, for convolutions
@@ -356,7 +318,7 @@ def build_model(name: str, inputs: int, outputs: int, seed: int, shape: tuple[in
             if min(sizes) < 1:
                 raise InputError(f"model '{name}': a layer has at least one unit")
             return _own_model(kind, inputs, outputs, sizes, shape)
-        model = _call(load_factory(name), {"inputs": inputs, "outputs": outputs, "shape": shape}, name)
+        model = _call(load_function(name), {"inputs": inputs, "outputs": outputs, "shape": shape}, name)
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model.train()
@@ -374,7 +336,7 @@ def _call(factory: Callable[..., Any], known: Mapping[str, Any], name: str) -> A
         return factory(**chosen)
     except TypeError as error:
         raise InputError(
-            f"{name}{tuple(chosen)}: {error}; it is called with those of 'inputs', 'outputs' and 'shape' that it has"
+            f"{name}{tuple(chosen)} fails: {one_line(error)}; it is called with those of {', '.join(known)} that it has"
         ) from error
 
 
