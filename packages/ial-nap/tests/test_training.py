@@ -134,8 +134,8 @@ def test_verdicts_move_what_was_trained_to_obey():
     """The right prediction moves the right way, with weights as they are: a short training is enough for that."""
     train = shift_task(300, shift=2.0, seed=0)
     test = shift_task(500, shift=0.0, seed=1, like=train)
-    made = FeatureNAP.of(train, hidden=12, latent=2)
-    Training(made, Episodic(made), train, epochs=40, batch=100, lr=1e-2).run()
+    made = FeatureNAP.of(train, hidden=8, latent=2)
+    Training(made, Episodic(made, per_batch=4), train, epochs=20, batch=100, lr=2e-2).run()
     weights = hash_of(made)
 
     def loss(context):
