@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from shared_core.runs import Summary
+from shared_core.testing import Caller
 from spectral_mf import Ising, generate, read_model
 from spectral_mf.cli import line
 from spectral_mf.formats import read_mar, read_pr
@@ -25,39 +25,18 @@ def brute(A: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            line.main([str(arg) for arg in args])
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(args, stop.value.code, printed.out, printed.err)
-
-    return run
+def call(tmp_path):
+    return Caller(line, tmp_path)
 
 
 @pytest.fixture
 def done(call):
-    def run(*args: object) -> Summary:
-        result = call(*args, "--json")
-        assert result.returncode == 0, result.stderr
-        return Summary.model_validate_json(result.stdout)
-
-    return run
+    return call.done
 
 
 @pytest.fixture
 def wrong(call):
-    def run(*args: object) -> str:
-        result = call(*args)
-        assert result.returncode == 2, (result.stdout, result.stderr)
-        assert result.stdout == ""
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        return result.stderr
-
-    return run
+    return call.wrong
 
 
 @pytest.fixture

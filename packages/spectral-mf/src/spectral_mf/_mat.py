@@ -16,8 +16,9 @@ import numpy as np
 from scipy import sparse
 
 from shared_core.errors import InputError
+from shared_core.objects import one_line
 
-__all__ = ["LARGEST", "MatFile", "checked_csr", "first_line", "real_array"]
+__all__ = ["LARGEST", "MatFile", "checked_csr", "real_array"]
 
 # A few kilobytes of ZIP can declare terabytes; what a file may unpack to stays below what kills a process.
 LARGEST = 2**33
@@ -136,7 +137,7 @@ def real_array(where: str, name: str, values: Any) -> np.ndarray:
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{where}{name} must be numbers in a regular array: {first_line(error)}") from error
+        raise InputError(f"{where}{name} must be numbers in a regular array: {one_line(error)}") from error
     if array.dtype.kind not in "fiub":
         raise InputError(f"{where}{name} must hold real numbers, it holds {array.dtype}")
     array = array.astype(np.float64)
@@ -146,7 +147,3 @@ def real_array(where: str, name: str, values: Any) -> np.ndarray:
         place = f"[{','.join(map(str, at))}]" if at else ""
         raise InputError(f"{where}{name}{place} is {array[at]}; every entry must be finite")
     return array
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

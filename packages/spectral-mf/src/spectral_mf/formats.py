@@ -22,8 +22,9 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 
 from shared_core.errors import InputError
+from shared_core.objects import one_line
 from shared_core.runs import atomic_path
-from spectral_mf._mat import LARGEST, MatFile, checked_csr, first_line, real_array
+from spectral_mf._mat import LARGEST, MatFile, checked_csr, real_array
 
 __all__ = [
     "ModelArrays",
@@ -703,7 +704,7 @@ def _npz_arrays(path: Path, data: bytes) -> dict[str, np.ndarray]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path} is not a readable NPZ file: {first_line(error)}") from error
+        raise InputError(f"{path} is not a readable NPZ file: {one_line(error)}") from error
     return {name: _npy_array(path, name, content) for name, content in raw.items()}
 
 
@@ -718,7 +719,7 @@ def _npy_array(path: Path, name: str, content: bytes) -> np.ndarray:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: array '{name}' is damaged: {first_line(error)}") from error
+        raise InputError(f"{path}: array '{name}' is damaged: {one_line(error)}") from error
     if dtype.hasobject:
         raise InputError(f"{path}: array '{name}' holds Python objects, which are never unpickled; save numbers")
     body = content[stream.tell() :]
@@ -752,7 +753,7 @@ def _read_safetensors(path: Path, data: bytes) -> ModelArrays:
         arrays = safetensors.load(data)
     except Exception as error:
         raise InputError(
-            f"{path} is not a readable safetensors file of float16, float32 or float64 arrays: {first_line(error)}"
+            f"{path} is not a readable safetensors file of float16, float32 or float64 arrays: {one_line(error)}"
         ) from error
     return _assemble(path, arrays)
 

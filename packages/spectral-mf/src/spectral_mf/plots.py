@@ -5,34 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+import shared_core.plots as core
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path
+from shared_core.plots import COLOURS, drawing, looks, save_figure
+from shared_core.runs import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Opinion", "plot_comparison", "plot_curves", "plot_marginals", "plot_model", "plot_opinions"]
 
-# Okabe and Ito's colours, which stay apart for readers who do not see all colours.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99", "#666666"]
-_MARKERS = "osD^vPX<>"
-_STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.dpi": 100,
-    "font.size": 10,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "spectral-mf",
-}
+_OURS = ("spectral", "modes", "ais-modes")
+# Errors of methods that are exact where they can be: nothing would be seen of others beside 0 or rounding.
+_SMALLEST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ def plot_opinions(
     *,
     certain: Mapping[str, tuple[float, float]] | None = None,
     truth: Mapping[str, float] | None = None,
-) -> None:
+) -> Path:
     """Draw what each method says of one log Z, the certified interval, and the truth where it is known.
 
     Parameters
@@ -61,11 +52,15 @@ def plot_opinions(
     panels : model -> opinions
     certain : model -> (lower, upper), drawn as a band
     truth : model -> exact log Z
+
+    Returns
+    -------
+    The path.
     """
     if not panels or not any(panels.values()):
         raise InputError("there is no estimate to draw")
     certain, truth = certain or {}, truth or {}
-    with mpl.rc_context(_STYLE):
+    with drawing():
         tallest = max(len(opinions) for opinions in panels.values())
         figure = Figure(figsize=(5.4 * len(panels), 1.5 + 0.27 * tallest), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, len(panels), squeeze=False)[0])
@@ -78,11 +73,11 @@ def plot_opinions(
             left, right = _window([o.value for o in opinions], low, high, centre)
             if np.isfinite(low) and np.isfinite(high):
                 axis.axvspan(
-                    max(low, left), min(high, right), color="#009E73", alpha=0.13, label="certain: log Z is in here"
+                    max(low, left), min(high, right), color=COLOURS[2], alpha=0.13, label="certain: log Z is in here"
                 )
                 for end in (low, high):
                     if left <= end <= right:
-                        axis.axvline(end, color="#009E73", linewidth=1)
+                        axis.axvline(end, color=COLOURS[2], linewidth=1)
             if centre is not None:
                 axis.axvline(centre, color="black", linewidth=1, linestyle="--", label="exact")
             for place, opinion in enumerate(ordered):
@@ -90,8 +85,8 @@ def plot_opinions(
                 outside = x != opinion.value
                 marker = "<" if opinion.value < left else ">" if opinion.value > right else "o"
                 if opinion.std_error and not outside:
-                    axis.errorbar(x, place, xerr=1.96 * opinion.std_error, color=_COLOURS[0], capsize=2, linewidth=1)
-                axis.plot(x, place, marker, color=_COLOURS[1 if outside else 0], markersize=5)
+                    axis.errorbar(x, place, xerr=1.96 * opinion.std_error, color=COLOURS[0], capsize=2, linewidth=1)
+                axis.plot(x, place, marker, color=COLOURS[1 if outside else 0], markersize=5)
                 if outside:
                     axis.annotate(
                         f"{opinion.value:.1f}",
@@ -101,7 +96,7 @@ def plot_opinions(
                         ha="left" if marker == "<" else "right",
                         va="center",
                         fontsize="small",
-                        color=_COLOURS[1],
+                        color=COLOURS[1],
                     )
             axis.set_yticks(range(len(ordered)), [o.method for o in ordered])
             margin = 0.03 * (right - left)
@@ -110,7 +105,7 @@ def plot_opinions(
             axis.grid(axis="x", alpha=0.3)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(loc="lower left", bbox_to_anchor=(0, 1.08), ncols=2, fontsize="small")
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _middle(opinions: Sequence[Opinion]) -> float:
@@ -136,7 +131,7 @@ def plot_curves(
     floor: float | None = None,
     log_x: bool = True,
     title: str | None = None,
-) -> None:
+) -> Path:
     """Draw a line a method: error against coupling strength, or seconds against the number of spins.
 
     Parameters
@@ -146,24 +141,28 @@ def plot_curves(
     xlabel, ylabel, title : texts
     floor : smaller values are drawn here
     log_x : logarithmic x axis
+
+    Returns
+    -------
+    The path.
     """
     if not curves:
         raise InputError("there is no curve to draw")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axis = figure.subplots()
-        for place, (name, (x, y)) in enumerate(curves.items()):
+        look = looks([*curves])
+        for name, (x, y) in curves.items():
             values = np.asarray(y, dtype=np.float64)
             if floor is not None:
                 values = np.maximum(values, floor)
-            ours = name.startswith(("spectral", "modes"))
             axis.plot(
                 x,
                 values,
-                marker=_MARKERS[place % len(_MARKERS)],
-                color=_COLOURS[place % len(_COLOURS)],
-                linestyle="-" if place < len(_COLOURS) else "--",
-                linewidth=2.2 if ours else 1.2,
+                marker=look[name].marker,
+                color=look[name].colour,
+                linestyle=look[name].dash,
+                linewidth=2.2 if name.startswith(_OURS) else 1.2,
                 markersize=4,
                 label=name,
             )
@@ -174,54 +173,31 @@ def plot_curves(
             axis.set_xscale("log")
         axis.grid(alpha=0.3, which="major")
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
-def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
-    """Draw every method's mean with its 95 % interval, best on top, a panel for each data set and metric.
+def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
+    """Draw every method's mean with its 95 % interval, best on top: a row for each data set, a column for each metric.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     results : rows of a run's summary
+
+    Returns
+    -------
+    The path.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for row in results:
-        groups.setdefault((row.dataset, row.metric), []).append(row)
-    if not groups:
-        raise InputError("the run has no results to draw")
-    with mpl.rc_context(_STYLE):
-        columns = min(len(groups), 3)
-        lines = -(-len(groups) // columns)
-        tallest = max(len(rows) for rows in groups.values())
-        figure = Figure(figsize=(4.6 * columns, (1.1 + 0.3 * tallest) * lines), layout="constrained")
-        axes = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axis in axes[len(groups) :]:
-            axis.set_axis_off()
-        for axis, ((dataset, metric), rows) in zip(axes, groups.items(), strict=False):
-            ordered = sorted(rows, key=lambda row: row.mean, reverse=rows[0].better == "lower")
-            positive = metric.startswith("error") and max(row.mean for row in rows) > 20 * (
-                min(row.mean for row in rows) + 1e-3
-            )
-            for place, row in enumerate(ordered):
-                colour = _COLOURS[1] if row.method.startswith(("spectral", "modes", "ais-modes")) else _COLOURS[0]
-                mean = max(row.mean, 1e-4) if positive else row.mean
-                if row.low is not None and row.high is not None:
-                    low = max(row.low, 1e-4) if positive else row.low
-                    axis.plot([low, max(row.high, low)], [place, place], color=colour, linewidth=2, alpha=0.6)
-                axis.plot(mean, place, "o", color=colour)
-            axis.set_yticks(range(len(ordered)), [row.method for row in ordered])
-            axis.set(title=dataset, xlabel=f"{metric}, {rows[0].unit} ({rows[0].better} is better)")
-            if positive:
-                axis.set_xscale("log")
-            axis.margins(y=0.1)
-            axis.grid(axis="x", alpha=0.3)
-        _save(figure, path)
+    drawn = [
+        row.model_copy(update={"mean": max(row.mean, _SMALLEST)}) if row.metric.startswith("error") else row
+        for row in results
+    ]
+    return core.plot_comparison(path, drawn, ours=lambda name: name.startswith(_OURS))
 
 
 def plot_model(
     path: str | Path, A: Float[np.ndarray, "n n"], b: Float[np.ndarray, " n"], names: Sequence[str] | None = None
-) -> None:
+) -> Path:
     """Draw couplings as a matrix and fields beside it.
 
     Parameters
@@ -230,8 +206,12 @@ def plot_model(
     A : (n, n) couplings
     b : (n,) fields
     names : of the spins
+
+    Returns
+    -------
+    The path.
     """
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.4, 5.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[5, 1.3])
         size = float(np.abs(A).max()) or 1.0
@@ -240,7 +220,7 @@ def plot_model(
         left.set(title="couplings", xlabel="spin", ylabel="spin")
         figure.colorbar(image, ax=left, shrink=0.8, label="A_ij")
         n = len(b)
-        right.barh(range(n), b, color=np.where(b >= 0, _COLOURS[1], _COLOURS[0]))
+        right.barh(range(n), b, color=np.where(b >= 0, COLOURS[1], COLOURS[0]))
         right.axvline(0, color="black", linewidth=0.8)
         right.set_ylim(n - 0.5, -0.5)
         right.set(title="fields", xlabel="b_i")
@@ -249,32 +229,28 @@ def plot_model(
             left.set_xticks(range(n), names, fontsize="x-small", rotation=90)
             left.set(xlabel="", ylabel="")
             right.set_yticks([])
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
-def plot_marginals(path: str | Path, means: Mapping[str, Float[np.ndarray, " n"]]) -> None:
+def plot_marginals(path: str | Path, means: Mapping[str, Float[np.ndarray, " n"]]) -> Path:
     """Draw E[x_i] by spin, a series a method.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     means : method -> (n,) means
+
+    Returns
+    -------
+    The path.
     """
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axis = figure.subplots()
-        for place, (name, values) in enumerate(means.items()):
-            axis.plot(values, _MARKERS[place], color=_COLOURS[place], markersize=4, label=name)
+        look = looks([*means])
+        for name, values in means.items():
+            axis.plot(values, look[name].marker, color=look[name].colour, markersize=4, label=name)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel="spin", ylabel="E[x]", ylim=(-1.05, 1.05))
         axis.legend()
-        _save(figure, path)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            # No date in the file: the same run gives the same bytes.
-            figure.savefig(temporary, metadata={"Date": None} if temporary.suffix in {".svg", ".pdf"} else {})
-        except ValueError as error:
-            raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf") from error
+        return save_figure(figure, path)
