@@ -94,7 +94,7 @@ def test_no_order_is_better_than_that_of_a_linear_model_s_contributions():
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel", "regression"])
 def test_contributions_are_more_faithful_than_chance_and_their_opposite_less(all_kinds, kind):
     model = all_kinds[kind]
-    found = faithfulness(model, X, lengths=LENGTHS)
+    found = faithfulness(model, X, lengths=LENGTHS, points=6, draws=2)
     assert found.deletion_gain > 0
     assert found.insertion_gain > 0
     # Both ends are the whole and nothing, in whichever order.
@@ -106,9 +106,11 @@ def test_contributions_are_more_faithful_than_chance_and_their_opposite_less(all
         parts = model.model_.contributions(model.series(X, lengths=LENGTHS).x, torch.as_tensor(LENGTHS))
         sign = parts.cells.sum((1, 2, 3)).sign()
         assert found.deletion[0] == pytest.approx(float((logits * sign).mean().detach()), abs=1e-6)
-        worst = faithfulness(model, X, lengths=LENGTHS, worth=-(parts.cells[..., 0] * sign.view(-1, 1, 1)).detach())
+        worst = faithfulness(
+            model, X, lengths=LENGTHS, points=6, draws=2, worth=-(parts.cells[..., 0] * sign.view(-1, 1, 1)).detach()
+        )
         assert worst.deletion_gain < 0 < found.deletion_gain
-    assert found.deletion.tolist() == faithfulness(model, X, lengths=LENGTHS).deletion.tolist()
+    assert found.deletion.tolist() == faithfulness(model, X, lengths=LENGTHS, points=6, draws=2).deletion.tolist()
 
 
 def test_too_few_points_are_refused(model):
