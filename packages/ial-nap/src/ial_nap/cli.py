@@ -578,7 +578,7 @@ def _change(before: ScoreReport, after: ScoreReport) -> str:
     if bounds[0] <= 0 <= bounds[1]:
         return f"{text}: no clear change"
     worse = (new.value < old.value) == (new.better == "higher")
-    return f"{text}: WORSE; 'ial-nap update --replace' with fewer verdicts takes it back" if worse else text
+    return f"{text}: WORSE, unless these series share the shortcut; --replace takes verdicts back" if worse else text
 
 
 class UpdateConfig(ModelOptions):
@@ -1103,7 +1103,7 @@ def report(config: ReportConfig, session: Session) -> Outcome:
         )
     notes += [
         f"{one.feature} at {estimator.series_.steps[one.step]}: {one.verdicts} verdicts move predictions {one.size:.3g}"
-        for one in moved[:_SHOWN]
+        for one in moved[: _SHOWN // 2]
     ]
     worst = max(certificate.gradient, certificate.garbage)
     claims = [
@@ -1126,7 +1126,7 @@ def report(config: ReportConfig, session: Session) -> Outcome:
             f"Checked on {certificate.instances} instances; network {certificate.network}.",
         ),
     )
-    pool, held = (series, None) if split is None else (split.train, split.validation)
+    pool, held = series if split is None else split.train, None if series.y is None else series
     page = report_of(
         estimator, pool, held, said, instances=config.instances, facts={"data": name, "model": str(config.model)},
         certificate=certified,

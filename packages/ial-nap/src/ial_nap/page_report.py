@@ -265,7 +265,9 @@ def _scores(report: Report) -> str:
         "<section><h2>Held-out scores, without verdicts and with them</h2>"
         '<table class="plain"><thead><tr><th>metric</th><th class="n">without</th><th class="n">with</th>'
         '<th class="n">change</th><th class="n">95 % interval of the change</th><th></th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></section>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+        '<p class="muted">Series that share a shortcut with the training flatter a model that uses it: without it, a'
+        " lower score on them may be the honest one.</p></section>"
     )
 
 

@@ -592,7 +592,7 @@ def plot_faithfulness(path: str | Path, curves: Mapping[str, Mapping[str, ArrayL
             axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.grid(alpha=0.25)
-        axes[0].set_ylabel("mean prediction")
+        axes[0].set_ylabel("mean output for what is predicted")
         legend_outside(figure, [axes[0]], 4)
         save_figure(figure, path)
 
