@@ -15,8 +15,18 @@ if TYPE_CHECKING:
     from ial_nap.attention import Uncertain as Uncertain
     from ial_nap.context import Context as Context
     from ial_nap.context import Shift as Shift
+    from ial_nap.data import load_data as load_data
+    from ial_nap.dataset import Dataset as Dataset
+    from ial_nap.dataset import Split as Split
+    from ial_nap.dataset import plant as plant
     from ial_nap.episodes import Episodes as Episodes
+    from ial_nap.estimator import Annotations as Annotations
+    from ial_nap.estimator import Attention as Attention
+    from ial_nap.estimator import NAPClassifier as NAPClassifier
+    from ial_nap.estimator import NAPRegressor as NAPRegressor
+    from ial_nap.estimator import ScoreReport as ScoreReport
     from ial_nap.gated import GatedModel as GatedModel
+    from ial_nap.gated import wrap as wrap
     from ial_nap.influence import HeadInfluence as HeadInfluence
     from ial_nap.influence import Influence as Influence
     from ial_nap.influence import ModelInfluence as ModelInfluence
@@ -31,6 +41,18 @@ if TYPE_CHECKING:
     from ial_nap.ranking import Ranked as Ranked
     from ial_nap.ranking import counterfactual as counterfactual
     from ial_nap.release import ReleaseNAP as ReleaseNAP
+    from ial_nap.reports import Certificate as Certificate
+    from ial_nap.reports import Faithfulness as Faithfulness
+    from ial_nap.reports import Moved as Moved
+    from ial_nap.reports import Stability as Stability
+    from ial_nap.reports import Worth as Worth
+    from ial_nap.reports import certify as certify
+    from ial_nap.reports import faithfulness as faithfulness
+    from ial_nap.reports import stability as stability
+    from ial_nap.reports import tax as tax
+    from ial_nap.reports import value_of_information as value_of_information
+    from ial_nap.reports import who_moved as who_moved
+    from ial_nap.saving import load as load
     from ial_nap.series import Scaling as Scaling
     from ial_nap.series import Series as Series
     from ial_nap.series import make_series as make_series
@@ -46,6 +68,8 @@ if TYPE_CHECKING:
     from ial_nap.training import Plain as Plain
     from ial_nap.training import Training as Training
     from ial_nap.training import finetune as finetune
+    from ial_nap.web.model import ModelWorkbench as ModelWorkbench
+    from ial_nap.web.model import serve as serve
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -53,17 +77,35 @@ __getattr__, __dir__, __all__ = attach(
         "annotations": ["Annotation", "read_jsonl"],
         "attention": ["Contributions", "Retain", "Uncertain"],
         "context": ["Context", "Shift"],
+        "data": ["load_data"],
+        "dataset": ["Dataset", "Split", "plant"],
         "episodes": ["Episodes"],
-        "gated": ["GatedModel"],
+        "estimator": ["Annotations", "Attention", "NAPClassifier", "NAPRegressor", "ScoreReport"],
+        "gated": ["GatedModel", "wrap"],
         "influence": ["HeadInfluence", "Influence", "ModelInfluence", "influence_on"],
         "metrics": ["Difference", "compare", "measure"],
         "nap": ["ContextEncoder", "FeatureNAP", "Predicted"],
         "ranking": ["CER", "Ranked", "counterfactual"],
         "release": ["ReleaseNAP"],
+        "reports": [
+            "Certificate",
+            "Faithfulness",
+            "Moved",
+            "Stability",
+            "Worth",
+            "certify",
+            "faithfulness",
+            "stability",
+            "tax",
+            "value_of_information",
+            "who_moved",
+        ],
+        "saving": ["load"],
         "series": ["Scaling", "Series", "make_series"],
         "simulation": ["Method", "Oracle", "Round", "Setting", "simulate"],
         "store": ["AnnotationStore"],
         "toys": ["shift_mask", "shift_task"],
         "training": ["Episodic", "Plain", "Training", "finetune"],
+        "web.model": ["ModelWorkbench", "serve"],
     },
 )
