@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +142,35 @@ class Served:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+
+
+class Threaded:
+    """The page of `planted` in a thread of this process, which is there sooner; stopped at the end."""
+
+    def __init__(self, path: Path, people: Sequence[str] = ("ann", "bob")) -> None:
+        import uvicorn
+
+        from ial_nap.store import AnnotationStore
+        from ial_nap.web.app import create_app
+        from ial_nap.web.linear import planted
+
+        bench = planted()
+        self.store = AnnotationStore(path, bench.features, len(bench.steps), units=bench.units)
+        self.tokens = {name: self.store.token(name) for name in people}
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.links = {name: f"{self.address}/?token={token}" for name, token in self.tokens.items()}
+        app = create_app(bench, self.store, list(people), port=self.port)
+        self.server = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="off", log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
+        self.thread.start()
+
+    def kill(self) -> None:
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join()
+        self.listener.close()
+        self.store.close()
 
 
 def browser(width: int = 1280, height: int = 800, *, dark: bool = False):

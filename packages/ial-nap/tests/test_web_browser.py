@@ -9,7 +9,7 @@ import threading
 from urllib.parse import urlsplit
 
 import pytest
-from nap_served import Served, browser, resize
+from nap_served import Served, Threaded, browser, resize
 
 from ial_nap.store import AnnotationStore
 from ial_nap.web.linear import planted
@@ -24,8 +24,10 @@ from selenium.webdriver.common.keys import Keys
 
 
 @pytest.fixture
-def served(tmp_path):
-    server = Served(tmp_path / "verdicts.db")
+def served(request, tmp_path):
+    # Only what is to be killed outright needs a process of its own.
+    dies = any(word in request.node.name for word in ("killed", "outlives"))
+    server = (Served if dies else Threaded)(tmp_path / "verdicts.db")
     yield server
     server.kill()
 
@@ -328,7 +330,7 @@ def test_foreign_names_are_refused_on_the_wire(served, header, value):
 
 def test_text_of_strangers_stays_text(driver, tmp_path):
     name = "<img src=x onerror=alert(1)>"
-    served = Served(tmp_path / "verdicts.db", people=name)
+    served = Threaded(tmp_path / "verdicts.db", [name])
     try:
         page = Page(driver, served.links[name])
         page.cell(0, 0).click()
