@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from cib_ite.data import NAMES
 from cib_ite.estimator import CIB
 from shared_core.cli import Outcome
 from shared_core.runs import Run, Summary, read_summary
+from shared_core.testing import Caller
 
 FAST = ("--members", 2, "--width", 8, "--latent", 2, "--device", "cpu")
 COLUMNS = ("--treatment", "arm", "--outcome", "days", "--exclude", "id")
@@ -48,37 +46,18 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def call(home):
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
-        printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-        with contextlib.chdir(home), printed[0], printed[1], pytest.raises(SystemExit) as stop:
-            line.main([str(arg) for arg in args])
-        return subprocess.CompletedProcess(args, stop.value.code, out.getvalue(), err.getvalue())
-
-    return run
+def call(home) -> Caller:
+    return Caller(line, home)
 
 
 @pytest.fixture(scope="module")
 def done(call):
-    def run(*args: object) -> Summary:
-        result = call(*args, "--json")
-        assert result.returncode == 0, result.stderr
-        return Summary.model_validate_json(result.stdout)
-
-    return run
+    return call.done
 
 
 @pytest.fixture(scope="module")
 def wrong(call):
-    def run(*args: object) -> str:
-        result = call(*args)
-        assert result.returncode == 2, (result.stdout, result.stderr)
-        assert result.stdout == ""
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        return result.stderr
-
-    return run
+    return call.wrong
 
 
 def patients(n: int = 240, seed: int = 0) -> pd.DataFrame:

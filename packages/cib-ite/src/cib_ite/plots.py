@@ -1,6 +1,7 @@
 """Every picture: effects, withholding, calibration, overlap, deferral, comparisons, training, sweeps over beta.
 
-Each function writes one file, whose ending says what kind (PNG, SVG, PDF); the same arguments give the same bytes.
+Each function writes one file, whose ending says what kind (PNG, SVG, PDF), and returns its path; the same arguments
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from cib_ite.estimator import EffectInference
 from cib_ite.evaluate import CalibrationCurve
 from cib_ite.metrics import DeferralCurve, Sparsification
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path
+from shared_core.plots import COLOURS, MARKERS, QUIET, drawing, looks, save_figure
+from shared_core.plots import plot_comparison as _plot_comparison
+from shared_core.runs import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,32 +37,16 @@ __all__ = [
     "plot_withholding",
 ]
 
-# Okabe and Ito's colours, which stay apart for readers who do not see all colours.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99"]
-_DECISIONS = {"control": "#D55E00", "defer": "#8A8A8A", "treat": "#0072B2"}
-_ARMS = ("#D55E00", "#0072B2")
-_MARKERS = "osD^vPX<"
-_STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.h_pad": 0.07,
-    "figure.constrained_layout.w_pad": 0.07,
-    "figure.dpi": 100,
-    "font.size": 10,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "cib-ite",
-}
-_UNDATED: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+_DECISIONS = {"control": COLOURS[1], "defer": "#8A8A8A", "treat": COLOURS[0]}
+_ARMS = (COLOURS[1], COLOURS[0])
 _POINTS_AS_VECTORS = 2000
 _WORDS = {word: word.upper() for word in ("ate", "att", "auc", "ause", "cate", "crps", "ite", "nll", "pehe")}
-_WORDS |= {"sqrt": "√"}
+_WORDS |= {"sqrt": "root"}
 
 
 def plot_effects(
     path: str | Path, inference: EffectInference, decision: ArrayLike, *, cost: float = 0.0, unit: str = ""
-) -> None:
+) -> Path:
     """Draw the effect of every row with its interval, in order and coloured by decision; beside it, how they spread.
 
     Parameters
@@ -70,11 +56,15 @@ def plot_effects(
     decision : (n,) treat, control or defer
     cost : of treating; a line is drawn there
     unit : of the outcome, for the label
+
+    Returns
+    -------
+    The path.
     """
     made = np.asarray(decision)
     order = np.argsort(inference.effect, kind="stable")
     effect, place = inference.effect[order], np.arange(1, len(order) + 1)
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(7.6, 3.8), layout="constrained")
         axis, side = cast("Sequence[Axes]", figure.subplots(1, 2, sharey=True, width_ratios=[3.2, 1]))
         level = round(100 * (1 - inference.alpha))
@@ -113,7 +103,7 @@ def plot_effects(
         side.hist(stacks, bins=bins.tolist(), orientation="horizontal", stacked=True, color=list(_DECISIONS.values()))
         side.set(xlabel="rows")
         side.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_withholding(
@@ -122,7 +112,7 @@ def plot_withholding(
     *,
     ylabel: str = "root PEHE of the rows kept",
     title: str = "",
-) -> None:
+) -> Path:
     """Draw how the error of the rows kept falls as the most uncertain are withheld.
 
     One method is drawn between chance and the oracle, which withholds the rows of largest error. Several are drawn in
@@ -134,16 +124,21 @@ def plot_withholding(
     curves : method -> curve
     ylabel : what the error is
     title : over the picture
+
+    Returns
+    -------
+    The path.
     """
     if not curves:
         raise InputError("there is no withholding curve to draw; the model gives no uncertainty")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(4.8, 3.6), layout="constrained")
         axis = figure.subplots()
         alone = len(curves) == 1
-        for place, (name, found) in enumerate(curves.items()):
+        colours = {name: look.colour for name, look in looks([*curves]).items()}
+        for name, found in curves.items():
             keep = found.fractions <= 0.95
-            x, colour = found.fractions[keep], _COLOURS[place % len(_COLOURS)]
+            x, colour = found.fractions[keep], colours[name]
             whole = 1.0 if alone or found.curve[0] <= 0 else float(found.curve[0])
             curve, oracle = found.curve[keep] / whole, found.oracle[keep] / whole
             if alone:
@@ -161,12 +156,12 @@ def plot_withholding(
         axis.set(xlabel="share of rows withheld", ylabel=ylabel, title=title, xlim=(0, 0.95), ylim=(0, None))
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _legend_beside(figure, axis, inside=alone)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_calibration(
     path: str | Path, curves: Mapping[str, CalibrationCurve], *, ylabel: str = "share of true effects covered"
-) -> None:
+) -> Path:
     """Draw how often intervals cover against how often they say they do, a line for each method.
 
     Parameters
@@ -174,32 +169,31 @@ def plot_calibration(
     path : PNG, SVG or PDF to write
     curves : method -> coverage
     ylabel : what is covered
+
+    Returns
+    -------
+    The path.
     """
     if not curves:
         raise InputError("there is no coverage to draw; it needs intervals and true effects")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(4.2 if len(curves) == 1 else 5.6, 3.8), layout="constrained")
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], "--", color="black", linewidth=1, label="exact")
-        for place, (name, found) in enumerate(curves.items()):
-            axis.plot(
-                found.nominal,
-                found.measured,
-                marker=_MARKERS[place % len(_MARKERS)],
-                color=_COLOURS[place % len(_COLOURS)],
-                markersize=4,
-                label=name,
-            )
+        looked = looks([*curves])
+        for name, found in curves.items():
+            colour, marker, dash = looked[name]
+            axis.plot(found.nominal, found.measured, dash, marker=marker, color=colour, markersize=4, label=name)
         axis.set(xlabel="nominal level", ylabel=ylabel, xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
         for line in (axis.xaxis, axis.yaxis):
             line.set_major_formatter(PercentFormatter(1, decimals=0))
         if len(curves) > 1:
             _legend_beside(figure, axis, inside=False)
         else:
-            note: Any = {"color": "#555555", "fontsize": 9}
+            note: Any = {"color": QUIET, "fontsize": 9}
             axis.text(0.97, 0.03, "below the line:\ntoo sure of itself", ha="right", va="bottom", **note)
             axis.text(0.03, 0.97, "above:\ntoo cautious", ha="left", va="top", **note)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_overlap(
@@ -210,7 +204,7 @@ def plot_overlap(
     no_overlap: ArrayLike | None = None,
     rate_percentile: ArrayLike | None = None,
     bounds: tuple[float, float] = (0.05, 0.95),
-) -> None:
+) -> Path:
     """Draw the propensities of both arms back to back and, beside them, how unusual each row is.
 
     Parameters
@@ -221,10 +215,14 @@ def plot_overlap(
     no_overlap : (n,) flagged rows, marked in the right panel; some are flagged for a corner that only a forest sees
     rate_percentile : (n,) percentile of the rate among training rows; None draws the left panel only
     bounds : propensities outside are flagged, and shaded
+
+    Returns
+    -------
+    The path.
     """
     score, arm = np.asarray(propensity, dtype=np.float64), np.asarray(treatment)
     flagged = np.zeros(len(score), dtype=np.bool_) if no_overlap is None else np.asarray(no_overlap, dtype=np.bool_)
-    with mpl.rc_context(_STYLE):
+    with drawing():
         panels = 1 if rate_percentile is None else 2
         figure = Figure(figsize=(4.4 * panels, 3.6), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, panels, squeeze=False)[0])
@@ -271,10 +269,10 @@ def plot_overlap(
                 axis.axvspan(low, high, color="#E69F00", alpha=0.18, linewidth=0, zorder=0)
             axis.set_xlim(0, 1)
             _legend_above(axis)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
-def plot_deferral(path: str | Path, curves: Mapping[str, DeferralCurve], *, title: str = "") -> None:
+def plot_deferral(path: str | Path, curves: Mapping[str, DeferralCurve], *, title: str = "") -> Path:
     """Draw the share of wrong decisions as the most doubtful rows are deferred, a line for each method.
 
     Parameters
@@ -282,14 +280,20 @@ def plot_deferral(path: str | Path, curves: Mapping[str, DeferralCurve], *, titl
     path : PNG, SVG or PDF to write
     curves : method -> curve
     title : over the picture
+
+    Returns
+    -------
+    The path.
     """
     if not curves:
         raise InputError("there is no deferral curve to draw; it needs an uncertainty and true effects")
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(4.8 if len(curves) == 1 else 5.8, 3.6), layout="constrained")
         axis = figure.subplots()
-        for place, (name, found) in enumerate(curves.items()):
-            axis.plot(found.fractions, found.wrong_rate, color=_COLOURS[place % len(_COLOURS)], linewidth=2, label=name)
+        looked = looks([*curves])
+        for name, found in curves.items():
+            look = looked[name]
+            axis.plot(found.fractions, found.wrong_rate, look.dash, color=look.colour, linewidth=2, label=name)
         highest = max(float(found.wrong_rate.max()) for found in curves.values())
         axis.set(xlabel="share of rows deferred", ylabel="wrong decisions among the rest", title=title)
         axis.set(
@@ -299,86 +303,35 @@ def plot_deferral(path: str | Path, curves: Mapping[str, DeferralCurve], *, titl
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if highest > 0.06 else 1))
         if len(curves) > 1:
             _legend_beside(figure, axis, inside=False)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
-def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
-    """Draw every method's mean with its 95 % interval, best on top: a row for each data set, a column for each metric.
+def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
+    """Draw every method's mean with its 95 % interval, best on top; see :func:`shared_core.plots.plot_comparison`.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     results : rows of a run's summary; methods whose name starts with ``cib`` are highlighted
+
+    Returns
+    -------
+    The path.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for row in results:
-        groups.setdefault((row.dataset, row.metric), []).append(row)
-    if not groups:
-        raise InputError("the run has no results to draw")
-    datasets, names = ([*dict.fromkeys(key[place] for key in groups)] for place in (0, 1))
-    keys: list[tuple[str, str] | None] = [
-        (data, metric) if (data, metric) in groups else None for data in datasets for metric in names
-    ]
-    columns = len(names)
-    if len(datasets) == 1 or columns > 4:
-        keys = list(groups)
-        columns = min(len(keys), 3) if len(keys) != 4 else 2
-    lines = -(-len(keys) // columns)
-    tallest = max(len(rows) for rows in groups.values())
-    longest = max(len(row.method) for row in results)
-    with mpl.rc_context(_STYLE):
-        size = ((2.9 + 0.075 * longest) * columns, (1.15 + 0.26 * tallest) * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = cast("Sequence[Axes]", figure.subplots(lines, columns, squeeze=False).ravel())
-        for axis, key in zip(axes, [*keys, *[None] * (len(axes) - len(keys))], strict=True):
-            if key is None:
-                axis.set_axis_off()
-                continue
-            _panel(axis, groups[key], title=key[0] if len(datasets) > 1 else "")
-        if len(datasets) == 1:
-            figure.suptitle(datasets[0], fontsize="medium")
-        _save(figure, path)
+    return _plot_comparison(path, results, ours=lambda name: name.lower().startswith("cib"), words=_WORDS)
 
 
-def _panel(axis: Axes, rows: Sequence[Result], *, title: str) -> None:
-    better = rows[0].better
-    ordered = sorted(rows, key=lambda row: row.mean, reverse=better == "lower")
-    for place, row in enumerate(ordered):
-        ours = row.method.lower().startswith("cib")
-        colour = _COLOURS[1] if ours else _COLOURS[0]
-        if row.low is not None and row.high is not None:
-            axis.plot(
-                [row.low, row.high], [place, place], color=colour, linewidth=2.4, alpha=0.55, solid_capstyle="butt"
-            )
-        axis.plot(row.mean, place, "D" if ours else "o", color=colour, markersize=5.5)
-    axis.set_yticks(range(len(ordered)), [row.method for row in ordered])
-    for label, row in zip(axis.get_yticklabels(), ordered, strict=True):
-        if row.method.lower().startswith("cib"):
-            label.set_fontweight("bold")
-    spread = [row.mean for row in ordered]
-    spread += [end for row in ordered for end in (row.low, row.high) if end is not None]
-    means = np.array([row.mean for row in ordered])
-    # One method far off, on a heavy-tailed data set, must not press all others into one spot.
-    if means.min() > 0 and min(spread) > 0 and means.max() > 20 * float(np.median(means)):
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-    unit = f" [{rows[0].unit}]" if rows[0].unit not in {"1", ""} else ""
-    axis.set_title(title)
-    words = [_WORDS.get(word, word) for word in rows[0].metric.split("_")]
-    axis.set_xlabel(f"{' '.join(words).replace('√ ', '√')}{unit} ({better} is better)")
-    axis.set_ylim(-0.6, len(ordered) - 0.4)
-    axis.grid(axis="x", alpha=0.3)
-
-
-def plot_history(path: str | Path, history: Sequence[Mapping[str, float]]) -> None:
+def plot_history(path: str | Path, history: Sequence[Mapping[str, float]]) -> Path:
     """Draw the losses at each validation, the validation loss on its own panel.
 
     Parameters
     ----------
     path : PNG, SVG or PDF to write
     history : one mapping a validation with ``step``, ``validation`` and the terms of the loss, as in ``history_``
+
+    Returns
+    -------
+    The path.
     """
     if not history:
         raise InputError("no validation was logged, so there is no history to draw")
@@ -392,7 +345,7 @@ def plot_history(path: str | Path, history: Sequence[Mapping[str, float]]) -> No
         "discriminator": "discriminator",
     }
     drawn |= {name: words.get(name, name) for name in terms if any(line.get(name) for line in history)}
-    with mpl.rc_context(_STYLE):
+    with drawing():
         columns = min(len(drawn), 3)
         lines = -(-len(drawn) // columns)
         figure = Figure(figsize=(3.3 * columns, 2.3 * lines), layout="constrained")
@@ -404,17 +357,17 @@ def plot_history(path: str | Path, history: Sequence[Mapping[str, float]]) -> No
             name = list(drawn)[place]
             points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
             x, y = np.array(points).T
-            axis.plot(x, y, color=_COLOURS[place % len(_COLOURS)], linewidth=1.6)
+            axis.plot(x, y, color=COLOURS[place % len(COLOURS)], linewidth=1.6)
             if name == "validation":
                 best = int(np.argmin(y))
-                axis.plot(x[best], y[best], "o", color=_COLOURS[1], markersize=5)
+                axis.plot(x[best], y[best], "o", color=COLOURS[1], markersize=5)
                 drawn[name] += f" (least at step {int(x[best])})"
             axis.set_title(drawn[name], fontsize=9)
             axis.yaxis.set_major_locator(MaxNLocator(4))
             if place + columns >= len(drawn):
                 axis.set_xlabel("step")
                 axis.tick_params(labelbottom=True)
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_sweep(
@@ -425,7 +378,7 @@ def plot_sweep(
     risk: ArrayLike,
     probe_auc: ArrayLike,
     risk_label: str = "root R-risk",
-) -> None:
+) -> Path:
     """Draw what compression does: kept information, error and what z tells of the treatment, against beta.
 
     Parameters
@@ -436,16 +389,20 @@ def plot_sweep(
     risk : (k,) errors, such as root R-risks
     probe_auc : (k,) areas under the ROC curve of a fresh probe that tells the treatment from z
     risk_label : what `risk` is
+
+    Returns
+    -------
+    The path.
     """
     x = np.asarray(beta, dtype=np.float64)
     if not len(x) or x.min() <= 0:
         raise InputError("beta: a sweep is drawn on a logarithmic axis; give at least one value, all positive")
     order = np.argsort(x)
-    with mpl.rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(9.6, 3.1), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, 3))
         rows = ((rate, "rate, nats"), (risk, risk_label), (probe_auc, "probe's AUC for the treatment"))
-        for axis, (values, label), colour, marker in zip(axes, rows, _COLOURS, _MARKERS, strict=False):
+        for axis, (values, label), colour, marker in zip(axes, rows, COLOURS, MARKERS, strict=False):
             y = np.asarray(values, dtype=np.float64)
             axis.plot(x[order], y[order], marker=marker, color=colour, markersize=5)
             axis.set(xscale="log", xlabel="β", ylabel=label)
@@ -467,7 +424,7 @@ def plot_sweep(
             va="top",
             fontsize=8,
         )
-        _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _span(values: NDArray[np.float64], centre: NDArray[np.float64]) -> tuple[float, float]:
@@ -499,12 +456,3 @@ def _legend_beside(figure: Figure, axis: Axes, *, inside: bool) -> None:
     width, height = figure.get_size_inches()
     figure.set_size_inches(width + 1.2, height)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            # No date in the file: the same run gives the same bytes.
-            figure.savefig(temporary, metadata=_UNDATED.get(temporary.suffix, {}))
-        except ValueError as error:
-            raise InputError(f"{path}: cannot draw into this kind of file; use .png, .svg or .pdf") from error

@@ -233,7 +233,7 @@ def _table(head: str, lines: Sequence[str], *, kind: str = "") -> str:
     return f'<div class="wide">{opening}{head}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _picture(draw: Callable[[Path], None], description: str, caption: str) -> str:
+def _picture(draw: Callable[[Path], object], description: str, caption: str) -> str:
     """Draw into a file for a moment, and put the picture into the page itself."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.svg"
