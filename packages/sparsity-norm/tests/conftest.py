@@ -1,38 +1,8 @@
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import jaxtyping
-import pytest
-import torch
-
 import sparsity_norm
+from shared_core.testing import check_shapes
+from shared_core.testing import data_folder as data_folder
+from shared_core.testing import unchecked as unchecked
 
-# Inherited by child processes: with threads that only wait for each other, networks as small as the tests' train many
-# times slower on busy cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
-
-# All but cli.py, whose annotations name things that only its commands import.
-modules = [
-    path.stem for path in Path(next(iter(sparsity_norm.__path__))).glob("*.py") if path.stem not in {"__init__", "cli"}
-]
-jaxtyping.install_import_hook([f"sparsity_norm.{name}" for name in modules], typechecker="beartype.beartype")
-
-
-@pytest.fixture
-def unchecked():
-    """Switch run-time checks of annotations off: bad input must meet the function's own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="session")
-def data_folder() -> Path:
-    """The folder of real data sets, or a skip that says how to get it."""
-    folder = os.environ.get("SHARED_CORE_DATA")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("needs real data: set SHARED_CORE_DATA to a folder that holds the official files")
-    return Path(folder)
+check_shapes(sparsity_norm)

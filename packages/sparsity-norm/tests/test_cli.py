@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,54 +12,26 @@ import pytest
 import torch
 from scipy import sparse
 
-from shared_core.runs import Run, Summary
+from shared_core.runs import Run
+from shared_core.testing import Caller
 from sparsity_norm.cli import line
 from sparsity_norm.models import RatingGraph, TableModel, graph_of, load_model
 from sparsity_norm.recommend import AutoRecRecommender
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            line.main([str(arg) for arg in args])
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(args, stop.value.code, printed.out, printed.err)
-
-    return run
+def call(tmp_path):
+    return Caller(line, tmp_path)
 
 
 @pytest.fixture
 def done(call):
-    def run(*args: object) -> Summary:
-        result = call(*args, "--json")
-        assert result.returncode == 0, result.stderr
-        return Summary.model_validate_json(result.stdout)
-
-    return run
+    return call.done
 
 
 @pytest.fixture
 def wrong(call):
-    def run(*args: object) -> str:
-        result = call(*args)
-        assert result.returncode == 2, (result.stdout, result.stderr)
-        assert result.stdout == ""
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        return result.stderr
-
-    return run
+    return call.wrong
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from torch.nn import functional
 from torch.optim.adam import adam
 
 from shared_core.errors import InputError
+from shared_core.objects import one_line
 from sparsity_norm.functional import Anything, masked_linear, sparsity_scale
 from sparsity_norm.ratings import Number
 
@@ -777,8 +778,7 @@ class AutoRecTrainer:
             self.epoch, self.best_epoch = int(state["epoch"]), int(state["best_epoch"])
             self.best_rmse = float(state["best_rmse"])
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"state: it does not fit this training run ({reason}); start afresh") from error
+            raise InputError(f"state: it does not fit this training run ({one_line(error)}); start afresh") from error
 
 
 def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shared_core.device import resolve_device
 from shared_core.errors import InputError
+from shared_core.objects import one_line
 from sparsity_norm.autorec import AutoRec, AutoRecTrainer, EpochReport, SparseRows
 from sparsity_norm.autorec import Path as TrainingPath
 from sparsity_norm.factorization import rating_offsets
@@ -684,8 +685,9 @@ class AutoRecRecommender(Recommender):
             ]
             n_epochs = int(config["n_epochs"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{folder}: it is not a saved recommender, or it is damaged ({reason})") from error
+            raise InputError(
+                f"{folder}: it is not a saved recommender, or it is damaged ({one_line(error)})"
+            ) from error
         return recommender._serve(model.to(resolve_device(recommender.device)), ratings, offsets, history, n_epochs)
 
     def _check_options(self) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from shared_core.device import resolve_device
 from shared_core.errors import InputError
+from shared_core.objects import one_line
 from shared_core.runs import atomic_path, load_tree, write_json
 from sparsity_norm._csr import tensor_of
 from sparsity_norm.export import export_graph
@@ -730,8 +731,7 @@ class _SNEstimator(BaseEstimator):
         except InputError:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{folder} holds no saved {cls.__name__}, or a damaged one ({reason})") from error
+            raise InputError(f"{folder} holds no saved {cls.__name__}, or a damaged one ({one_line(error)})") from error
         estimator.network_.eval()
         return estimator
 
