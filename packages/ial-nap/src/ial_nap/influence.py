@@ -91,8 +91,8 @@ class HeadInfluence:
 
     Parameters
     ----------
-    solution : ``(H + damping I)^-1 g``, ``(r + 1, c)``, the bias last
-    hessian : H, ``((r + 1) c, (r + 1) c)``
+    solution : ``(H + damping I)^-1 g``, ``(f, c)`` with f = r + 1 features, the bias last
+    hessian : H, ``(p, p)`` with p = f c
     count : training instances N
     kind : of the task
     """
