@@ -255,7 +255,7 @@ def test_two_annotators_at_once_see_each_other(page, driver, served):
         other.press("0")
         other.quiet()
         assert "≠" in other.cell(0, 0).text
-        assert "Annotators disagree on 1 cell" in other.text("splithead")
+        other.until(lambda: "Annotators disagree on 1 cell" in other.text("splithead"))
         driver.switch_to.window(first)
         assert page.text("who") == "ann"
         page.until(lambda: "≠ bo✕" in page.cell(0, 0).text)

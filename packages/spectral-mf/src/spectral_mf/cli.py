@@ -451,7 +451,7 @@ def marginals(config: MarginalsConfig, session: Session) -> Outcome:
     if config.pairs:
         computed["pairs"] = to_numpy(pair_moments(model, method=config.method, generator=random))
     with atomic_path(session.run.artifact("marginals.npz")) as temporary:
-        np.savez(temporary, allow_pickle=False, **computed)
+        np.savez(temporary, **computed)
     lines = ["spin,mean,probability_up", *(f"{i},{m:.10g},{(1 + m) / 2:.10g}" for i, m in enumerate(means))]
     _write_text(session, "marginals.csv", lines)
     write_mar(session.run.artifact(f"{config.model.stem}.MAR"), (1 + means) / 2, evidence=arrays.evidence)
