@@ -392,7 +392,7 @@ class Influence:
 
     Parameters
     ----------
-    of : maps series with labels to their scores
+    of : maps series with labels to their scores, ``(n,)``
     damping : that was used
     """
 
