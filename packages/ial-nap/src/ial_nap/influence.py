@@ -302,7 +302,7 @@ class ModelInfluence:
 
     Parameters
     ----------
-    logits : of some series, as a function of the parameters
+    logits : of some series, ``(n, c)``, as a function of the parameters
     parameters : in which
     train, validation : series with labels
     l2 : weight of half the squared weights (not of vectors and numbers) in the training objective

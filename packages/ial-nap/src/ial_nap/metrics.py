@@ -147,7 +147,7 @@ def measure(series: Series, predicted: Float[np.ndarray, "n c"]) -> dict[str, fl
     Parameters
     ----------
     series : with labels
-    predicted : probabilities, or standardised predictions
+    predicted : probabilities, or standardised predictions, ``(n, c)``
     """
     y, p = _pair(series, predicted)
     return {metric.name: metric.of(y, p) for metric in METRICS.values() if series.kind in metric.kinds}
@@ -168,7 +168,7 @@ def compare(
     Parameters
     ----------
     series : with labels
-    before, after : probabilities, or standardised predictions
+    before, after : probabilities, or standardised predictions, ``(n, c)``
     metric : one of :data:`METRICS` that fits the task; None is its main one
     draws : of the bootstrap
     level : of the interval
