@@ -37,6 +37,12 @@ class Page:
     def text(self, name) -> str:
         return self.one(f"#{name}").text
 
+    def texts(self, selector) -> list[str]:
+        """Read all at one moment: the page may put others in their place before the second of them."""
+        return self.driver.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map((part) => part.textContent)", selector
+        )
+
     def cells(self):
         return self.all("#map td[data-step]")
 

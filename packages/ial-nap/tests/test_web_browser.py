@@ -56,7 +56,7 @@ def log(served, tmp_path):
 
 def test_the_queue_is_there_with_reasons_and_progress(page):
     assert len(page.all("#items button")) == 10
-    assert all("uncertain" in reason.text for reason in page.all("#items .why"))
+    assert all("uncertain" in reason for reason in page.texts("#items .why"))
     assert page.text("done") == "0 of 10 judged"
     assert len(page.cells()) == 8 * 4
     assert page.one("#items button[aria-current='true'] b").text in page.text("title")
