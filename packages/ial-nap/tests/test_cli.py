@@ -111,9 +111,9 @@ def updated(said, call) -> Summary:
 
 
 def test_names_that_need_no_torch_are_those_of_the_method():
-    assert set(choices.METHODS) == set(get_args(simulation.Method))
-    assert set(get_args(choices.InstanceBy)) == set(get_args(ranking.InstanceRanker))
-    assert set(get_args(choices.FeatureBy)) == set(get_args(ranking.FeatureRanker))
+    assert set(choices.METHODS) == set(get_args(simulation.Method)) == set(simulation._ARMS)
+    assert set(get_args(choices.InstanceRanker)) == set(get_args(ranking.InstanceRanker))
+    assert set(get_args(choices.FeatureRanker)) == set(get_args(ranking.FeatureRanker))
 
 
 # ---- one model, from a table to predictions

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
-from ial_nap.metrics import compare, expected_calibration_error, measure
+from ial_nap.metrics import expected_calibration_error, measure
+from ial_nap.resampling import compare
 from ial_nap.series import make_series
 from shared_core.errors import InputError
 

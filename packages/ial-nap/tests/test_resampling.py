@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ial_nap import resampling
-from ial_nap.metrics import METRICS, compare, measure
-from ial_nap.resampling import resampled
+from ial_nap.metrics import METRICS, measure
+from ial_nap.resampling import compare, resampled
 from ial_nap.series import make_series
 from shared_core.errors import InputError
 
@@ -52,6 +52,12 @@ def test_differences_are_of_the_same_instances():
     low, high = resampled(series, better, draws=400)["auroc"].gain_over(resampled(series, p, draws=400)["auroc"])
     paired = compare(series, p, better, draws=400)
     assert (low, high) == pytest.approx((paired.low, paired.high), abs=1e-9)
+    # The same by instances, drawn one resample after the other.
+    random = np.random.default_rng(0)
+    drawn = [random.integers(0, N, N).tolist() for _ in range(50)]
+    gains = [np.subtract(*(measure(series.part(at), q[at])["auroc"] for q in (better, p))) for at in drawn]
+    fewer = compare(series, p, better, draws=50, level=0.9)
+    assert (fewer.low, fewer.high) == pytest.approx(np.nanquantile(gains, [0.05, 0.95]).tolist(), abs=1e-9)
     same = resampled(series, p, draws=50)["brier"]
     assert same.gain_over(same) == (0, 0)
 

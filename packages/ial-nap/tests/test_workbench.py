@@ -12,9 +12,10 @@ from sklearn.metrics import roc_auc_score
 from ial_nap.annotations import Annotation
 from ial_nap.context import Context
 from ial_nap.estimator import NAPClassifier
-from ial_nap.metrics import compare, measure
+from ial_nap.metrics import measure
 from ial_nap.nap import FeatureNAP, probabilities
 from ial_nap.ranking import CER
+from ial_nap.resampling import compare
 from ial_nap.series import make_series
 from ial_nap.web.model import ModelWorkbench, Resampled, serve
 from shared_core.errors import InputError, UnknownKeyError

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from ial_nap.influence import Influence as Influence
     from ial_nap.influence import ModelInfluence as ModelInfluence
     from ial_nap.influence import influence_on as influence_on
-    from ial_nap.metrics import Difference as Difference
-    from ial_nap.metrics import compare as compare
     from ial_nap.metrics import measure as measure
     from ial_nap.nap import ContextEncoder as ContextEncoder
     from ial_nap.nap import FeatureNAP as FeatureNAP
@@ -52,6 +50,8 @@ if TYPE_CHECKING:
     from ial_nap.reports import tax as tax
     from ial_nap.reports import value_of_information as value_of_information
     from ial_nap.reports import who_moved as who_moved
+    from ial_nap.resampling import Difference as Difference
+    from ial_nap.resampling import compare as compare
     from ial_nap.saving import load as load
     from ial_nap.series import Scaling as Scaling
     from ial_nap.series import Series as Series
@@ -83,7 +83,8 @@ __getattr__, __dir__, __all__ = attach(
         "estimator": ["Annotations", "Attention", "NAPClassifier", "NAPRegressor", "ScoreReport"],
         "gated": ["GatedModel", "wrap"],
         "influence": ["HeadInfluence", "Influence", "ModelInfluence", "influence_on"],
-        "metrics": ["Difference", "compare", "measure"],
+        "metrics": ["measure"],
+        "resampling": ["Difference", "compare"],
         "nap": ["ContextEncoder", "FeatureNAP", "Predicted"],
         "ranking": ["CER", "Ranked", "counterfactual"],
         "release": ["ReleaseNAP"],

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 from shared_core.errors import InputError
 
 __all__ = [
     "METHODS",
     "ExportFormat",
-    "FeatureBy",
-    "InstanceBy",
+    "FeatureRanker",
+    "InstanceRanker",
+    "Method",
     "Picture",
     "TaskKind",
     "chosen_methods",
 ]
 
 TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
-InstanceBy = Literal["uncertainty", "influence", "error", "entropy", "margin", "random"]
-FeatureBy = Literal["counterfactual", "uncertainty", "influence", "random"]
+InstanceRanker: TypeAlias = Literal["uncertainty", "influence", "error", "entropy", "margin", "random"]
+"""How instances are ranked."""
+
+FeatureRanker: TypeAlias = Literal["counterfactual", "uncertainty", "influence", "random"]
+"""How features of an instance are ranked."""
+
 ExportFormat = Literal["csv", "label-studio", "html", "jsonl"]
 Picture = Literal["attention", "contributions", "curve", "reliability", "history", "comparison", "agreement"]
 
-METHODS = (
+Method: TypeAlias = Literal[
     "retain",
     "random-retain",
     "if-retain",
@@ -37,8 +42,11 @@ METHODS = (
     "ial-nap:influence-uncertainty",
     "ial-nap:influence-influence",
     "ial-nap:influence-counterfactual",
-)
-"""Ways to learn from verdicts, by name; the baselines first."""
+]
+"""Ways to learn from verdicts (spec 3), the baselines first; "retain" does not learn from them."""
+
+METHODS: tuple[Method, ...] = get_args(Method)
+"""All of them."""
 
 
 def chosen_methods(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ial_nap.choices import FeatureBy, InstanceBy
+from ial_nap.choices import FeatureRanker, InstanceRanker
 
 if TYPE_CHECKING:
     from ial_nap.estimator import NAPClassifier, NAPRegressor
@@ -85,8 +85,8 @@ class RankingFields(_Fields):
     3
     """
 
-    instance: InstanceBy = Field("uncertainty", description="how instances are ranked")
-    feature: FeatureBy = Field("counterfactual", description="how features of an instance are ranked")
+    instance: InstanceRanker = Field("uncertainty", description="how instances are ranked")
+    feature: FeatureRanker = Field("counterfactual", description="how features of an instance are ranked")
     k: int = Field(10, ge=1, description="instances to look at")
     f: int = Field(8, ge=1, description="features of each to show first")
     order: Literal["harmful", "abs"] = Field(

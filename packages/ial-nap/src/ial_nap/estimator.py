@@ -27,9 +27,10 @@ from ial_nap.attention import Contributions
 from ial_nap.context import Context, Shift, check_masks
 from ial_nap.episodes import Episodes, Imagined
 from ial_nap.instances import Reads
-from ial_nap.metrics import Difference, compare, measure
+from ial_nap.metrics import measure
 from ial_nap.nap import FeatureNAP, Predicted
 from ial_nap.ranking import CER, Ranked
+from ial_nap.resampling import Difference, compare
 from ial_nap.series import ArrayLike, Kind, Series, find_name, make_series
 from ial_nap.training import Episodic, Epoch, Training, finetune
 from shared_core.device import one_thread, resolve_device

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ial_nap.series import Kind, Series
 from shared_core.errors import InputError
 
-__all__ = ["METRICS", "Difference", "Metric", "compare", "expected_calibration_error", "measure"]
+__all__ = ["METRICS", "Metric", "expected_calibration_error", "fitting", "in_unit", "measure"]
 
 Array: TypeAlias = "Float[np.ndarray, 'n c']"
 
@@ -97,33 +97,20 @@ METRICS: dict[str, Metric] = {
 """Scores by name; the first that fits a kind of task is its main one."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A score before and after, and what is known of their difference.
+def in_unit(series: Series, predicted: np.ndarray) -> tuple[Float[np.ndarray, "n l"], Float[np.ndarray, "n c"]]:
+    """Return labels and predictions as scores read them; those of a regression in the target's unit.
 
     Parameters
     ----------
-    metric : its name
-    before, after : scores
-    low, high : interval of ``after - before``
-    level : of the interval
+    series : with labels
+    predicted : probabilities, or standardised predictions, ``(n, c)``
+
+    Raises
+    ------
+    InputError
+        For predictions of another shape.
     """
-
-    metric: str
-    before: float
-    after: float
-    low: float
-    high: float
-    level: float
-
-    @property
-    def is_clear(self) -> bool:
-        """The interval leaves 0 out."""
-        return self.low > 0 or self.high < 0
-
-
-def _pair(series: Series, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    y = series.targets.double().numpy().reshape(len(series), -1)
+    y = series.targets.double().cpu().numpy().reshape(len(series), -1)
     p = np.asarray(predicted, dtype=np.float64)
     if p.shape != (len(series), series.outputs):
         raise InputError(f"predictions have shape {p.shape}: expected ({len(series)}, {series.outputs})")
@@ -133,12 +120,24 @@ def _pair(series: Series, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return y, p
 
 
-def _fitting(kind: Kind, name: str | None) -> Metric:
-    fitting = [metric for metric in METRICS.values() if kind in metric.kinds]
-    for metric in fitting:
+def fitting(kind: Kind, name: str | None) -> Metric:
+    """Return the metric of a name, or the main one.
+
+    Parameters
+    ----------
+    kind : of the task
+    name : of a metric; None is the main one
+
+    Raises
+    ------
+    InputError
+        When it does not fit the task.
+    """
+    known = [metric for metric in METRICS.values() if kind in metric.kinds]
+    for metric in known:
         if name in {None, metric.name}:
             return metric
-    raise InputError(f"no metric '{name}' for a {kind} task: choose {', '.join(m.name for m in fitting)}")
+    raise InputError(f"no metric '{name}' for a {kind} task: choose {', '.join(m.name for m in known)}")
 
 
 def measure(series: Series, predicted: Float[np.ndarray, "n c"]) -> dict[str, float]:
@@ -149,47 +148,5 @@ def measure(series: Series, predicted: Float[np.ndarray, "n c"]) -> dict[str, fl
     series : with labels
     predicted : probabilities, or standardised predictions, ``(n, c)``
     """
-    y, p = _pair(series, predicted)
+    y, p = in_unit(series, predicted)
     return {metric.name: metric.of(y, p) for metric in METRICS.values() if series.kind in metric.kinds}
-
-
-def compare(
-    series: Series,
-    before: Float[np.ndarray, "n c"],
-    after: Float[np.ndarray, "n c"],
-    *,
-    metric: str | None = None,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Difference:
-    """Compare two predictions of the same instances, by a bootstrap that draws instances with both.
-
-    Parameters
-    ----------
-    series : with labels
-    before, after : probabilities, or standardised predictions, ``(n, c)``
-    metric : one of :data:`METRICS` that fits the task; None is its main one
-    draws : of the bootstrap
-    level : of the interval
-    seed : of the draws
-
-    Raises
-    ------
-    InputError
-        For a metric that does not fit, or predictions of another shape.
-    """
-    chosen = _fitting(series.kind, metric)
-    y, old = _pair(series, before)
-    _, new = _pair(series, after)
-    random = np.random.default_rng(seed)
-
-    def gain(at: Int64[np.ndarray, " n"]) -> float:
-        return chosen.of(y[at], new[at]) - chosen.of(y[at], old[at])
-
-    gains = np.array([gain(random.integers(0, len(y), len(y))) for _ in range(draws)])
-    gains = gains[np.isfinite(gains)]
-    if not len(gains):
-        raise InputError(f"{chosen.name} has no value on these {len(y)} instances: give more, or both outcomes")
-    low, high = np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(chosen.name, chosen.of(y, old), chosen.of(y, new), float(low), float(high), level)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from ial_nap.choices import FeatureRanker, InstanceRanker
 from ial_nap.influence import Influence, influence_on
 from ial_nap.nap import FeatureNAP, Predicted, probabilities
 from ial_nap.series import Kind, Series
@@ -29,12 +30,6 @@ __all__ = [
     "prediction_error",
     "uncertainty",
 ]
-
-InstanceRanker: TypeAlias = Literal["uncertainty", "influence", "error", "entropy", "margin", "random"]
-"""How instances are ranked."""
-
-FeatureRanker: TypeAlias = Literal["counterfactual", "uncertainty", "influence", "random"]
-"""How features of an instance are ranked."""
 
 _ROWS = 16384
 

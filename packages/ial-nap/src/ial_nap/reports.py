@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ial_nap.attention import Retain
 from ial_nap.estimator import NAPClassifier, NAPRegressor
-from ial_nap.metrics import Difference, compare
 from ial_nap.nap import probabilities
+from ial_nap.resampling import Difference, compare
 from ial_nap.series import ArrayLike, Series
 from ial_nap.training import Plain, Training, losses
 from shared_core.device import one_thread

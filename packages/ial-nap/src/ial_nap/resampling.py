@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from ial_nap.metrics import METRICS
+from ial_nap.metrics import METRICS, fitting, in_unit
 from ial_nap.series import Series
 from shared_core.errors import InputError
 
-__all__ = ["Resampled", "resampled"]
+__all__ = ["Difference", "Resampled", "compare", "resampled"]
 
 # Counts of this many instances are held at once.
 _MOST = 4_000_000
@@ -59,6 +59,31 @@ class Resampled:
         return _bounds(self.draws - other.draws, level)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A score before and after, and what is known of their difference.
+
+    Parameters
+    ----------
+    metric : its name
+    before, after : scores
+    low, high : interval of ``after - before``
+    level : of the interval
+    """
+
+    metric: str
+    before: float
+    after: float
+    low: float
+    high: float
+    level: float
+
+    @property
+    def is_clear(self) -> bool:
+        """The interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
 def _bounds(values: Float[np.ndarray, " draws"], level: float) -> tuple[float, float] | None:
     finite = values[np.isfinite(values)]
     if not len(finite):
@@ -98,13 +123,7 @@ def resampled(
     """
     if draws < 0:
         raise InputError(f"draws must be 0 or more, got {draws}")
-    p = np.asarray(predicted, dtype=np.float64)
-    if p.shape != (len(series), series.outputs):
-        raise InputError(f"predictions have shape {p.shape}: expected ({len(series)}, {series.outputs})")
-    y = series.targets.double().cpu().numpy().reshape(len(series), -1)
-    if series.kind == "regression":
-        scaling = series.scaling
-        y, p = (v * scaling.target_deviation + scaling.target_mean for v in (y, p))
+    y, p = in_unit(series, predicted)
     n, random = len(y), np.random.default_rng(seed)
     parts = [_scores(series.kind, y, p, np.ones((1, n)))]
     for first in range(0, draws, size := max(1, _MOST // n)):
@@ -114,6 +133,40 @@ def resampled(
     return {
         name: Resampled(name, METRICS[name].better, float(values[0]), values[1:]) for name, values in together.items()
     }
+
+
+def compare(
+    series: Series,
+    before: Float[np.ndarray, "n c"],
+    after: Float[np.ndarray, "n c"],
+    *,
+    metric: str | None = None,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """Compare two predictions of the same instances, by a bootstrap that draws instances with both.
+
+    Parameters
+    ----------
+    series : with labels
+    before, after : probabilities, or standardised predictions, ``(n, c)``
+    metric : one of :data:`METRICS` that fits the task; None is its main one
+    draws : of the bootstrap
+    level : of the interval
+    seed : of the draws
+
+    Raises
+    ------
+    InputError
+        For a metric that does not fit, or predictions of another shape.
+    """
+    chosen = fitting(series.kind, metric).name
+    old, new = (resampled(series, each, draws=draws, seed=seed)[chosen] for each in (before, after))
+    bounds = new.gain_over(old, level)
+    if bounds is None:
+        raise InputError(f"{chosen} has no value on these {len(series)} instances: give more, or both outcomes")
+    return Difference(chosen, old.value, new.value, *bounds, level)
 
 
 def _scores(kind: str, y: np.ndarray, p: np.ndarray, counts: Float[np.ndarray, "b n"]) -> dict[str, np.ndarray]:

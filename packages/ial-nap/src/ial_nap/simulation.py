@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Generic, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import ClassVar, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int8
@@ -24,6 +24,7 @@ from ial_nap.baselines import (
     masked_logits,
     right_reasons,
 )
+from ial_nap.choices import METHODS, Method
 from ial_nap.context import Context
 from ial_nap.episodes import Episodes
 from ial_nap.influence import HeadInfluence
@@ -34,24 +35,6 @@ from ial_nap.training import Episodic, Plain, Training, finetune, losses
 from shared_core.errors import InputError
 
 __all__ = ["Method", "Oracle", "Round", "Setting", "Trained", "score", "simulate", "tuned"]
-
-Method: TypeAlias = Literal[
-    "retain",
-    "random-retain",
-    "if-retain",
-    "random-ua",
-    "random-nap",
-    "aila",
-    "rrr",
-    "drop",
-    "gate-only",
-    "ial-nap",
-    "ial-nap-finetuned",
-    "ial-nap:influence-uncertainty",
-    "ial-nap:influence-influence",
-    "ial-nap:influence-counterfactual",
-]
-"""Ways to learn from verdicts (spec 3); "retain" does not."""
 
 Trained: TypeAlias = "dict[str, tuple[nn.Module, float]]"
 """Models as they are before any verdict, and the seconds their training took; by what they are and their seed."""
@@ -294,8 +277,8 @@ _RATES = (1e-3, 3e-3, 3e-4, 1e-2, 1e-4, 2e-3, 5e-4, 5e-3, 2e-4)
 
 
 def _check(method: Method, setting: Setting) -> None:
-    if method not in get_args(Method):
-        raise InputError(f"unknown method '{method}': choose {', '.join(get_args(Method))}")
+    if method not in METHODS:
+        raise InputError(f"unknown method '{method}': choose {', '.join(METHODS)}")
     if setting.rounds < 1:
         raise InputError(f"rounds must be 1 or more, got {setting.rounds}")
 
