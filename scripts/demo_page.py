@@ -57,7 +57,8 @@ class Shown:
     @property
     def pictures(self) -> list[Path]:
         """The demo's pictures, the telling one first."""
-        return [self.run / name for name in self.summary.get("artifacts", []) if name.endswith(".png")]
+        named = [self.run / name for name in self.summary.get("artifacts", []) if name.endswith(".png")]
+        return [path for path in named if path.exists()]
 
     @property
     def verdict(self) -> str:
@@ -147,11 +148,15 @@ def claims(found: Sequence[dict]) -> str:
     return f'<ul class="claims">{"".join(items)}</ul>'
 
 
+def embedded(png: bytes) -> str:
+    """Return an address that is the picture itself."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
 def picture(path: Path, name: str, *, first: bool) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
     alt = f"{name}: {path.stem.replace('-', ' ').replace('_', ' ')}"
     kind = "lead" if first else "more"
-    return f'<img class="{kind}" loading="lazy" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    return f'<img class="{kind}" loading="lazy" alt="{escape(alt)}" src="{embedded(path.read_bytes())}">'
 
 
 def section(shown: Shown) -> str:
@@ -161,7 +166,7 @@ def section(shown: Shown) -> str:
         return (
             f'{head}<p class="failed">This demo failed: {escape(shown.failure or "it left no summary")}</p></section>'
         )
-    pictures = [picture(path, shown.package, first=not k) for k, path in enumerate(shown.pictures) if path.exists()]
+    pictures = [picture(path, shown.package, first=not k) for k, path in enumerate(shown.pictures)]
     found = list(tables(shown.summary["results"]))
     heads = "".join(table for _, table in found[:1])
     rest = "".join(table for _, table in found[1:])
@@ -188,15 +193,14 @@ def section(shown: Shown) -> str:
 
 
 def card(shown: Shown) -> str:
-    pictures = [path for path in shown.pictures if path.exists()]
     image = ""
-    if pictures:
+    if pictures := shown.pictures:
         with Image.open(pictures[0]) as whole:
             small = whole.convert("RGB")
         small.thumbnail((480, 300))
         held = io.BytesIO()
         small.save(held, "PNG", optimize=True)
-        image = f'<img alt="" src="data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}">'
+        image = f'<img alt="" src="{embedded(held.getvalue())}">'
     state = "failed" if shown.failure or not shown.summary else shown.verdict
     name = escape(shown.package)
     return (

@@ -3,8 +3,9 @@ from __future__ import annotations
 import os
 
 import jaxtyping
-import pytest
 import torch
+
+from shared_core.testing import unchecked as unchecked
 
 # Inherited by child processes: with threads that only wait for each other, networks as small as the tests' train many
 # times slower on busy cores.
@@ -18,11 +19,3 @@ jaxtyping.install_import_hook(
     ],
     typechecker="beartype.beartype",
 )
-
-
-@pytest.fixture
-def unchecked():
-    """Switch run-time checks of annotations off: bad input must meet the function's own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
