@@ -447,7 +447,7 @@ def marginals(config: MarginalsConfig, session: Session) -> Outcome:
     model = _placed(model, session)
     random = _generator(config.seed)
     means = to_numpy(means_of(model, method=config.method, generator=random))
-    computed = {"means": means}
+    computed: dict[str, Any] = {"means": means}
     if config.pairs:
         computed["pairs"] = to_numpy(pair_moments(model, method=config.method, generator=random))
     with atomic_path(session.run.artifact("marginals.npz")) as temporary:

@@ -179,7 +179,8 @@ def glyphs(
         if cache:
             # A cache folder that cannot be written costs only time.
             with contextlib.suppress(InputError), atomic_path(path) as temporary:
-                np.savez(temporary, **made)
+                arrays: dict[str, Any] = dict(made)
+                np.savez(temporary, **arrays)
     names = tuple(map(chr, made["characters"].tolist()))
     labels = np.repeat(np.arange(len(names)), instances)
     notes = f"matplotlib {versions[0]}, Pillow {versions[1]}, seed {seed}"
