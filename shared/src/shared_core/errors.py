@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["InputError", "UnknownKeyError", "no_such", "not_installed"]
+
+_LISTED = 30
+
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one line that says where, what, and what to do.
@@ -24,3 +31,46 @@ class UnknownKeyError(InputError, KeyError):
     def __str__(self) -> str:
         """Return the message as it is: ``KeyError`` would put it in quotes."""
         return str(self.args[0]) if self.args else ""
+
+
+def no_such(kind: str, name: object, known: Iterable[object], *, where: str = "") -> UnknownKeyError:
+    """Return the error that says a name is not known, and which one may have been meant.
+
+    Parameters
+    ----------
+    kind : what the name would be of: "method", "column", "data set"
+    name : what was given
+    known : the names there are, in the order to list them; the closest alone is given where they are very many
+    where : the file and the place in it, put in front
+
+    Examples
+    --------
+    >>> print(no_such("method", "stampp", ["stamp", "random", "l1"]))
+    no method 'stampp'; did you mean 'stamp'? there are stamp, random, l1
+    >>> print(no_such("column", "age", [], where="patients.csv"))
+    patients.csv: no column 'age'; there is none
+    """
+    names = [str(each) for each in known]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    more = f", ... ({len(names)} in all)" if len(names) > _LISTED else ""
+    listed = f"there are {', '.join(names[:_LISTED])}{more}" if names else "there is none"
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return UnknownKeyError(f"{where + ': ' if where else ''}no {kind} {str(name)!r}; {meant}{listed}")
+
+
+def not_installed(what: str, needs: str, install: str) -> InputError:
+    """Return the error that says a package is missing, and how to get it.
+
+    Parameters
+    ----------
+    what : what cannot be done without it
+    needs : name of the package
+    install : what to give to ``pip install``: an extra, such as ``stamp[onnx]``
+
+    Examples
+    --------
+    >>> print(not_installed("export to ONNX", "onnxscript", "stamp[onnx]"))
+    export to ONNX needs onnxscript, which is not installed: pip install 'stamp[onnx]'
+    """
+    quoted = f"'{install}'" if set("[>< ") & set(install) else install
+    return InputError(f"{what} needs {needs}, which is not installed: pip install {quoted}")
