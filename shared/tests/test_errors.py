@@ -13,7 +13,8 @@ def test_long_lists_are_cut_and_counted():
 
 def test_it_is_an_input_error_and_a_key_error():
     error = no_such("method", "foo", ["bar"])
-    assert isinstance(error, InputError) and isinstance(error, KeyError)
+    assert isinstance(error, InputError)
+    assert isinstance(error, KeyError)
     assert str(error) == "no method 'foo'; there are bar"
 
 
