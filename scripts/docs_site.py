@@ -91,19 +91,40 @@ class Pages:
         """Return what the README has for a page."""
         return "".join(self.links(text, page) for heading, text in self.parts if page_of(heading) == page)
 
-    def reference(self) -> str:
-        """Return the page of all public names, by the module they come from."""
-        source = self.folder / "src"
-        tree = ast.parse((source / self.name.replace("-", "_") / "__init__.py").read_text(encoding="utf-8"))
+    def file(self, module: str) -> Path:
+        """Return the source of a module."""
+        stem = (self.folder / "src").joinpath(*module.split("."))
+        return stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+
+    def public(self, module: str) -> dict[str, list[str]]:
+        """Return a module's public names, by the module they come from; of submodules that are public whole, theirs."""
+        tree = ast.parse(self.file(module).read_text(encoding="utf-8"))
         homes: dict[str, list[str]] = {}
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(self.name.replace("-", "_")):
-                homes.setdefault(node.module, []).extend(alias.name for alias in node.names)
+            match node:
+                case ast.ImportFrom(module=str(home), names=names) if home.startswith(f"{module}."):
+                    homes.setdefault(home, []).extend(alias.name for alias in names)
+                case ast.Call(func=ast.Name("attach"), args=[_, ast.Dict(keys, values)]):
+                    for key, value in zip(keys, values, strict=True):
+                        if isinstance(key, ast.Constant) and isinstance(value, ast.List) and not value.elts:
+                            homes |= self.listed(f"{module}.{key.value}")
+                case _:
+                    pass
+        return homes
+
+    def listed(self, module: str) -> dict[str, list[str]]:
+        """Return what a module's ``__all__`` has, or where that is put together from submodules, theirs."""
+        for node in ast.parse(self.file(module).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                return {module: ast.literal_eval(node.value)}
+        return self.public(module)
+
+    def reference(self) -> str:
+        """Return the page of all public names, by the module they come from."""
+        homes = self.public(self.name.replace("-", "_"))
         lines = [f"# Reference of {self.name}", ""]
         for module in sorted(homes):
-            stem = source.joinpath(*module.split("."))
-            file = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
-            document = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+            document = ast.get_docstring(ast.parse(self.file(module).read_text(encoding="utf-8"))) or ""
             lines += [f"## {module}", "", *document.strip().splitlines()[:1], ""]
             lines += [f"::: {module}.{name}\n" for name in homes[module]]
         return "\n".join(lines)
