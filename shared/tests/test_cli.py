@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from shared_core.cli import CommandConfig, CommandLine, Outcome, argument
 from shared_core.runs import Run, Summary
+from shared_core.testing import Caller
 
 TOY = textwrap.dedent('''
     import os, signal, time
@@ -100,6 +102,20 @@ def test_help_and_version_and_bare_call(toy):
     shown = toy("fit", "--help").stdout
     for text in ("--epochs", "--fast", "--no-fast", "user|item", "[default: 0.5]", "--resume", "TABLE"):
         assert text in shown
+
+
+def test_help_names_a_default_only_where_there_is_one(tmp_path):
+    line = CommandLine("shared-core", help="Two commands.")
+
+    class Config(CommandConfig):
+        source: str | None = argument("a file", None)
+        kind: str = argument("its kind", "table")
+
+    line.command(Config, name="first")(lambda config, session: Outcome())
+    line.command(CommandConfig, name="second")(lambda config, session: Outcome())
+    shown = Caller(line, tmp_path)("first", "--help").stdout
+    assert "[default: table]" in shown
+    assert "None" not in shown
 
 
 def test_json_is_one_document_of_the_schema_and_the_file_is_the_same(toy, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,45 @@ def test_a_run_stores_what_comes_back_and_asks_for_nothing_twice(tmp_path):
     assert again.once("2", lambda: pytest.fail("stored already")) == [2, "here"]
 
 
+@pytest.mark.parametrize("workers", [None, Workers(), Workers(2)])
+def test_each_piece_is_told_once_and_comes_back_in_order(tmp_path, workers):
+    run = run_in(tmp_path / "a", workers=workers)
+    run.once("1", lambda: "here")
+    told: list[tuple[str, object]] = []
+    found = run.each({str(k): (lambda k=k: k**2) for k in range(3)}, lambda key, value: told.append((key, value)))
+    assert list(found.items()) == [("0", 0), ("1", "here"), ("2", 4)]
+    assert sorted(told) == list(found.items())
+    assert run.each({"2": lambda: pytest.fail("done already")}) == {"2": 4}
+
+
+def test_pieces_that_share_something_are_done_in_one_process(tmp_path):
+    run = run_in(tmp_path / "a", workers=Workers(2))
+    assert run.once("1/b", lambda: "here") == "here"
+    made: list[int] = []
+
+    def part(run: Run, seed: int) -> None:
+        # What they share: made when the first of the pieces asks for it.
+        shared = cache(lambda: (seed, len(made), made.append(seed), os.getpid()))
+        for name in ("a", "b"):
+            run.once(f"{seed}/{name}", lambda name=name: [name, *shared()])
+
+    told: list[str] = []
+    run.spread_parts({str(seed): partial(part, seed=seed) for seed in range(3)}, told.append)
+    assert sorted(told) == ["0", "1", "2"]
+    assert made == []
+    found = {key: run.once(key, lambda: pytest.fail("done already")) for key in ("0/a", "0/b", "1/a", "1/b")}
+    assert found["1/b"] == "here"
+    for key in ("0/a", "0/b", "1/a"):
+        name, seed, before, _, process = found[key]
+        assert (f"{seed}/{name}", before) == (key, 0)
+        assert process != os.getpid()
+    assert found["0/a"][-1] == found["0/b"][-1]
+
+
 def test_without_workers_nothing_is_done_ahead(tmp_path):
     for workers in (None, Workers()):
         run_in(tmp_path / "a", workers=workers, overwrite=True).spread({"a": lambda: pytest.fail("too early")})
+        run_in(tmp_path / "b", workers=workers, overwrite=True).spread_parts({"a": lambda _: pytest.fail("too early")})
 
 
 def test_a_run_in_another_process_writes_nothing(tmp_path):

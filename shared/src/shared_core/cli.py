@@ -389,14 +389,13 @@ def _parameters(config_type: type[CommandConfig], *, spread: bool = False) -> li
     for name, info in config_type.model_fields.items():
         description, flag = info.description or "", "--" + name.replace("_", "-")
         shown = None if info.is_required() or info.default in (None, ()) else _plain(info.default)
+        described = description if shown is None else f"{description} [default: {shown}]"
         if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("argument"):
-            help_text = description if info.is_required() else f"{description} [default: {shown}]"
-            arguments.append(parameter(name, str | None, typer.Argument(help=help_text, metavar=name.upper()), None))
+            arguments.append(parameter(name, str | None, typer.Argument(help=described, metavar=name.upper()), None))
         elif info.annotation is bool:
             described = f"{description} [default: {'yes' if info.default else 'no'}]"
             options.append(parameter(name, bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=described), None))
         else:
-            described = description if shown is None else f"{description} [default: {shown}]"
             described += " [required]" if info.is_required() else ""
             options.append(
                 parameter(name, str | None, typer.Option(flag, help=described, metavar=_metavar(info)), None)

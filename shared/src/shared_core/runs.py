@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -416,6 +417,11 @@ class Run:
         self.__dict__ |= state
         self._scratch = tempfile.TemporaryDirectory(prefix="shared-core-")
 
+    @property
+    def spreads(self) -> bool:
+        """Whether :meth:`spread` has somebody to give work to."""
+        return self._workers is not None and self._workers.spreads
+
     def spread(self, work: Mapping[str, Callable[[], Any]], told: Callable[[str], None] = lambda _: None) -> None:
         """Do what a loop of :meth:`once` will ask for, spread over the run's workers; without workers, do nothing.
 
@@ -428,12 +434,34 @@ class Run:
         work : functions by key, as :meth:`once` takes them; those whose value is stored are not called
         told : called with the key of each piece that is done, in the order in which they end
         """
-        if self._workers is None or not self._workers.spreads:
+        if self._workers is None or not self.spreads:
             return
         missing = {key: compute for key, compute in work.items() if key not in self._cells}
         for key, value in self._workers.each(missing) if missing else ():
             self._store(key, value)
             told(key)
+
+    def spread_parts(
+        self, parts: Mapping[str, Callable[[Run], None]], told: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Like :meth:`spread`, for pieces of which many share something costly that is not stored, such as a network.
+
+        A part makes what its pieces share, and asks the run it is given for each piece by :meth:`once`, as a loop
+        without workers does; all these values are stored. A part whose pieces are stored already is to make nothing.
+
+        Parameters
+        ----------
+        parts : functions of a run by name; each is called once, in one process
+        told : called with the name of each part that is done, in the order in which they end
+        """
+        if self._workers is None or not self.spreads or not parts:
+            return
+        work = {name: partial(_new_cells, self, part) for name, part in parts.items()}
+        for name, cells in self._workers.each(work):
+            for key, value in cells.items():
+                if key not in self._cells:
+                    self._store(key, value)
+            told(name)
 
     def once(self, key: str, compute: Callable[[], _Value]) -> _Value:
         """Return the stored value of this piece of work, or compute and store it.
@@ -444,6 +472,36 @@ class Run:
         if key not in self._cells:
             self._store(key, compute())
         return cast("_Value", self._cells[key])
+
+    def each(
+        self, work: Mapping[str, Callable[[], _Value]], told: Callable[[str, _Value], None] | None = None
+    ) -> dict[str, _Value]:
+        """Return the values of pieces of work that do not need each other: stored, or computed as workers there are.
+
+        Parameters
+        ----------
+        work : functions by key, as :meth:`spread` and :meth:`once` take them
+        told : called with the key and the value of each piece as soon as it is there, once
+
+        Returns
+        -------
+        The values by key, in the order of `work`.
+        """
+
+        def tell(key: str) -> None:
+            if told is not None:
+                told(key, cast("_Value", self._cells[key]))
+
+        for key in work:
+            if key in self._cells:
+                tell(key)
+        missing = {key: compute for key, compute in work.items() if key not in self._cells}
+        self.spread(missing, tell)
+        for key, compute in missing.items():
+            if key not in self._cells:
+                self.once(key, compute)
+                tell(key)
+        return {key: cast("_Value", self._cells[key]) for key in work}
 
     def _store(self, key: str, value: object) -> None:
         self._cells[key] = json.loads(json.dumps(value, allow_nan=False))
@@ -467,6 +525,13 @@ class Run:
             for name in (_CHECKPOINT, _CELLS):
                 (self.folder / name).unlink(missing_ok=True)
         return summary
+
+
+def _new_cells(run: Run, part: Callable[[Run], None]) -> dict[str, Any]:
+    """Do a part with a copy of a run, and return what it stored."""
+    known = set(run._cells)  # pyright: ignore[reportPrivateUsage]
+    part(run)
+    return {key: value for key, value in run._cells.items() if key not in known}  # pyright: ignore[reportPrivateUsage]
 
 
 def read_summary(path: str | Path) -> Summary:
