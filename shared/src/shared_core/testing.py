@@ -23,9 +23,9 @@ import pytest
 import torch
 
 from shared_core.cli import CommandLine
-from shared_core.runs import Summary
+from shared_core.runs import Result, Summary
 
-__all__ = ["Caller", "check_shapes", "data_folder", "unchecked"]
+__all__ = ["Caller", "check_shapes", "data_folder", "figures", "unchecked"]
 
 
 def check_shapes(package: ModuleType, *, leave_out: Collection[str] = ()) -> None:
@@ -67,6 +67,16 @@ def data_folder() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real data: set SHARED_CORE_DATA to a folder that holds the official files")
     return Path(folder)
+
+
+def figures(summary: Summary) -> list[Result]:
+    """Return the results of a run without their times: equal where two runs found the same.
+
+    Parameters
+    ----------
+    summary : of the run
+    """
+    return [row.model_copy(update={"seconds": 0.0}) for row in summary.results]
 
 
 class Caller:
