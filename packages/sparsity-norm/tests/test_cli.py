@@ -13,7 +13,7 @@ import torch
 from scipy import sparse
 
 from shared_core.runs import Run
-from shared_core.testing import Caller
+from shared_core.testing import Caller, figures
 from sparsity_norm.cli import line
 from sparsity_norm.models import RatingGraph, TableModel, graph_of, load_model
 from sparsity_norm.recommend import AutoRecRecommender
@@ -112,12 +112,12 @@ def test_one_missing_category_counts_as_one_missing_column(done, table, tmp_path
 def test_same_seed_same_predictions_and_another_seed_others(done, table, tmp_path):
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         done("fit", table, "--target", "level", "--exclude", "died", "--out", out, "--seed", seed, *FAST_TABLE)
-    first, second, third = ((tmp_path / out / "model/weights.safetensors").read_bytes() for out in "abc")
+    first, second, third = ((tmp_path / out / "model/model.safetensors").read_bytes() for out in "abc")
     assert first == second != third
 
 
 def test_compare_on_ones_own_table(done, table):
-    args = ("--target", "died", "--exclude", "level", "--arms", "zero,sn,mean", "--model", "linear", "--seeds", 2)
+    args = ("--target", "died", "--exclude", "level", "--methods", "zero,sn,mean", "--model", "linear", "--seeds", 2)
     found = done("compare", table, *args, "--out", "c")
     rows = {(row.metric, row.method): row for row in found.results}
     assert rows["accuracy", "sn"].n == 2
@@ -126,10 +126,16 @@ def test_compare_on_ones_own_table(done, table):
     assert {claim.text.split(":")[0] for claim in found.claims} == {"patients"}
 
 
+def test_workers_do_not_change_a_comparison(done, table):
+    args = ("--target", "died", "--exclude", "level", "--methods", "zero,sn", "--model", "linear", "--seeds", 2)
+    one, two = (done("compare", table, *args, "--workers", n, "--out", f"w{n}") for n in (1, 2))
+    assert figures(one) == figures(two)
+
+
 def test_compare_keeps_groups_together_and_removes_entries(done, table):
     frame = pd.read_csv(table).assign(hospital=np.arange(200) // 20)
     frame.to_csv(table, index=False)
-    args = ("--target", "level", "--exclude", "died", "--group", "hospital", "--arms", "sn", "--model", "linear")
+    args = ("--target", "level", "--exclude", "died", "--group", "hospital", "--methods", "sn", "--model", "linear")
     assert done("compare", table, *args, "--rates", "0.2,0.8", "--seeds", 1, "--folds", 5, "--out", "c").results
 
 
@@ -208,7 +214,7 @@ def test_ratings_in_every_form_give_the_same_matrix(done, ratings, tmp_path):
 
 
 def test_compare_and_diagnose_ratings(done, ratings):
-    args = ("--arms", "autorec-sn,autorec-zero,baseline-only", "--seeds", 1, "--epochs", 3, "--hidden", 4)
+    args = ("--methods", "autorec-sn,autorec-zero,baseline-only", "--seeds", 1, "--epochs", 3, "--hidden", 4)
     found = done("compare", ratings, *args, "--out", "c")
     assert {row.metric for row in found.results} == {"rmse", "mae", "count correlation gap"}
     assert len(found.claims) == 3
@@ -263,7 +269,7 @@ def test_an_interrupted_fit_resumes_to_the_same_weights(call, table, ratings, tm
     assert "sparsity-norm fit --resume --out part" in stopped.stderr
     assert len((tmp_path / "part/metrics.jsonl").read_text().splitlines()) == 4
     assert call("fit", "--resume", "--out", "part").returncode == 0
-    for name in ("model/weights.safetensors", "metrics.jsonl"):
+    for name in ("model/model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
 
 
@@ -287,7 +293,7 @@ def test_wrong_ratings_say_where(wrong, tmp_path):
 
 def test_wrong_models_and_ids(wrong, done, ratings, table, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "holds no fitted model" in wrong("predict", "empty", table)
+    assert "has no model.json; give the run folder of 'sparsity-norm fit'" in wrong("predict", "empty", table)
     assert "none: No such file" in wrong("evaluate", "none", table)
     done("fit", ratings, "--out", "m", *FAST_RATINGS)
     (tmp_path / "ids.csv").write_text("user,item\n100,3\n9999,3\n")
@@ -304,16 +310,16 @@ def test_wrong_models_and_ids(wrong, done, ratings, table, tmp_path):
     assert "50" in wrong("recommend", "m", "--ratings", "mine.csv")
     done("fit", table, "--target", "died", "--exclude", "level", "--out", "t", *FAST_TABLE)
     assert "is a model of a table" in wrong("recommend", "t")
-    weights = tmp_path / "t/model/weights.safetensors"
+    weights = tmp_path / "t/model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
     assert "damaged" in wrong("predict", "t", table)
-    (tmp_path / "m/model/config.json").write_text("{")
+    (tmp_path / "m/model/model.json").write_text("{")
     assert "m" in wrong("predict", "m", "ids.csv")
 
 
 def test_wrong_tables_and_options(wrong, table, tmp_path):
     assert "no column 'dead'" in wrong("fit", table, "--target", "dead")
-    assert "no arm 'nonsense'" in wrong("compare", table, "--target", "died", "--arms", "nonsense")
+    assert "no method for tables 'nonsense'" in wrong("compare", table, "--target", "died", "--methods", "nonsense")
     assert "named table" in wrong("compare", "digits", "--target", "y")
     assert "--rates" in wrong("compare", table, "--target", "died", "--rates", "0.9,0.1")
     assert "--count" in wrong("diagnose", table, "--prediction", "level")
@@ -322,7 +328,9 @@ def test_wrong_tables_and_options(wrong, table, tmp_path):
     assert "a single class, '2'" in wrong("fit", "one.csv", "--target", "y")
     (tmp_path / "gone.csv").write_text("a,b,y\n,,1.5\n,,2.5\n,,3.5\n")
     assert "gone.csv" in wrong("fit", "gone.csv", "--target", "y")
-    assert "unknown" in wrong("fit", table, "--target", "level", "--exclude", "died", "--input", "nonsense")
+    assert "no method 'nonsense'" in wrong(
+        "fit", table, "--target", "level", "--exclude", "died", "--input", "nonsense"
+    )
 
 
 def test_a_data_set_that_is_not_there_says_where_it_should_be(wrong, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from shared_core.errors import UnknownKeyError
 from shared_core.runs import Run
 from sparsity_norm.data import Table, latent_level, load_table, photograph
 from sparsity_norm.experiments import (
-    RATING_ARMS,
+    RATING_METHODS,
     OutOfFold,
     compare_ratings,
     compare_tables,
@@ -51,32 +51,32 @@ def test_every_row_is_predicted_once_and_groups_stay_together():
 
 
 @pytest.mark.parametrize(
-    ("arm", "model"), [("sn", "linear"), ("sn", "network"), ("mean", "network"), ("tree", "network")]
+    ("method", "model"), [("sn", "linear"), ("sn", "network"), ("mean", "network"), ("tree", "network")]
 )
-def test_test_targets_do_not_reach_the_model(arm, model):
+def test_test_targets_do_not_reach_the_model(method, model):
     """Change the targets of the test rows: predictions stay, errors move."""
-    before = out_of_fold(SMALL, arm, seed=0, model=model)
+    before = out_of_fold(SMALL, method, seed=0, model=model)
     spoiled = SMALL.y.copy()
     spoiled[before.rows] += 100
-    after = out_of_fold(Table("t", SMALL.x, spoiled, "regression"), arm, seed=0, model=model)
+    after = out_of_fold(Table("t", SMALL.x, spoiled, "regression"), method, seed=0, model=model)
     np.testing.assert_array_equal(after.scores, before.scores)
     assert np.abs(after.truth - before.truth).min() > 99
 
 
-@pytest.mark.parametrize("arm", ["sn", "sn-center", "mean", "knn", "softimpute"])
-def test_test_inputs_do_not_reach_what_is_fitted(arm):
-    before = out_of_fold(SMALL, arm, seed=0, model="linear")
+@pytest.mark.parametrize("method", ["sn", "sn-center", "mean", "knn", "softimpute"])
+def test_test_inputs_do_not_reach_what_is_fitted(method):
+    before = out_of_fold(SMALL, method, seed=0, model="linear")
     row = before.rows[0]
     spoiled = SMALL.x.copy()
     spoiled[before.rows[1:]] *= 1000
-    after = out_of_fold(Table("t", spoiled, SMALL.y, "regression"), arm, seed=0, model="linear")
+    after = out_of_fold(Table("t", spoiled, SMALL.y, "regression"), method, seed=0, model="linear")
     assert after.rows[0] == row
     np.testing.assert_allclose(after.scores[0], before.scores[0], rtol=1e-9)
 
 
-def test_all_arms_see_the_same_removals_and_splits():
+def test_all_methods_see_the_same_removals_and_splits():
     table = load_table("breast_cancer")
-    cells = [table_cell(table, arm, seed=1, model="linear", rates=(0.1, 0.9)) for arm in ("zero", "mean")]
+    cells = [table_cell(table, method, seed=1, model="linear", rates=(0.1, 0.9)) for method in ("zero", "mean")]
     assert cells[0]["true_correlation"] == cells[1]["true_correlation"]
     assert cells[0]["drift"][0] == cells[1]["drift"][0]
 
@@ -95,8 +95,8 @@ def test_metrics_are_scikit_learns():
     np.testing.assert_array_equal(found.target, truth)
 
 
-def test_same_budget_for_every_tuned_arm():
-    assert {len(arm.settings) for name, arm in RATING_ARMS.items() if name != "global-mean"} == {5}
+def test_same_budget_for_every_tuned_method():
+    assert {len(method.settings) for name, method in RATING_METHODS.items() if name != "global-mean"} == {5}
 
 
 def test_comparison_of_tables_resumes_to_the_same_results(run):
@@ -109,7 +109,7 @@ def test_comparison_of_tables_resumes_to_the_same_results(run):
                 raise KeyboardInterrupt
 
         found = compare_tables(
-            run(resume, name), SMALL, arms=["zero", "sn"], seeds=[0, 1], model="linear", advance=advance
+            run(resume, name), SMALL, methods=["zero", "sn"], seeds=[0, 1], model="linear", advance=advance
         )
         return [row.model_dump(exclude={"seconds"}) for row in found[0]], found[1]
 
@@ -120,22 +120,22 @@ def test_comparison_of_tables_resumes_to_the_same_results(run):
 
 
 def test_comparison_of_ratings_has_rows_and_claims(run, ratings, tmp_path):
-    arms = ["autorec-sn", "autorec-zero", "baseline-only", "global-mean", "item-knn", "biased-mf"]
+    methods = ["autorec-sn", "autorec-zero", "baseline-only", "global-mean", "item-knn", "biased-mf"]
     options = {"hidden": 3, "epochs": 2, "device": "cpu"}
-    results, claims = compare_ratings(run(), ratings, name="toy", arms=arms, seeds=[0, 1], options=options)
+    results, claims = compare_ratings(run(), ratings, name="toy", methods=methods, seeds=[0, 1], options=options)
     assert {(row.metric, row.method) for row in results} == {
-        (metric, arm) for metric in ("rmse", "mae", "count correlation gap") for arm in arms
+        (metric, method) for metric in ("rmse", "mae", "count correlation gap") for method in methods
     }
     assert len(claims) == 5
     plot_comparison(tmp_path / "c.png", results)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_unknown_arms_are_named(run, ratings):
-    with pytest.raises(UnknownKeyError, match="no arm 'x' for tables; there are: sn,"):
+def test_unknown_methods_are_named(run, ratings):
+    with pytest.raises(UnknownKeyError, match="no method for tables 'x'; there are sn,"):
         out_of_fold(SMALL, "x", seed=0)
-    with pytest.raises(UnknownKeyError, match="no method 'x' for ratings; there are: autorec-sn"):
-        compare_ratings(run(), ratings, name="toy", arms=["x"], seeds=[0])
+    with pytest.raises(UnknownKeyError, match="no method for ratings 'x'; there are autorec-sn"):
+        compare_ratings(run(), ratings, name="toy", methods=["x"], seeds=[0])
     with pytest.raises(UnknownKeyError, match="no table 'x'"):
         load_table("x")
 

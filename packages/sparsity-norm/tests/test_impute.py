@@ -13,7 +13,7 @@ from torch import nn
 
 from shared_core.errors import InputError, UnknownKeyError
 from sparsity_norm.impute import (
-    ARMS,
+    METHODS,
     BatchNormInput,
     CompleteImputer,
     InputTransformer,
@@ -26,7 +26,7 @@ from sparsity_norm.impute import (
 )
 from sparsity_norm.nn import SparsityNorm
 
-FIXED = [name for name in ARMS if name != "sn-learn"]
+FIXED = [name for name in METHODS if name != "sn-learn"]
 
 
 def table(seed, rows=60, features=5, rate=0.6):
@@ -36,7 +36,7 @@ def table(seed, rows=60, features=5, rate=0.6):
     return x
 
 
-# ---- every arm by its definition, in NumPy
+# ---- every method by its definition, in NumPy
 
 
 def by_definition(name, train, test):
@@ -61,11 +61,11 @@ def by_definition(name, train, test):
     base["l2norm"] = zero / np.maximum(np.linalg.norm(zero, axis=1, keepdims=True), 1e-12) * norms[norms > 0].mean()
     base["batchnorm"] = (zero - train_zero.mean(0)) / np.sqrt(train_zero.var(0) + 1e-5)
     base["layernorm"] = (zero - zero.mean(1, keepdims=True)) / np.sqrt(zero.var(1, keepdims=True) + 1e-5)
-    arm, _, appended = name.partition("+")
-    return np.hstack([base[arm], mask]) if appended else base[arm]
+    method, _, appended = name.partition("+")
+    return np.hstack([base[method], mask]) if appended else base[method]
 
 
-@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.layer and name != "sn-learn"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.layer and name != "sn-learn"])
 def test_layer_and_transformer_are_the_definition(name):
     train, test = table(0), table(1, rows=20)
     test[3] = np.nan
@@ -80,7 +80,7 @@ def test_layer_and_transformer_are_the_definition(name):
     np.testing.assert_allclose(masked.numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.layer])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.layer])
 def test_layer_state_round_trip(name):
     x = torch.from_numpy(table(0)).float()
     fitted, empty = make_input(name).fit(x).eval(), make_input(name).eval()
@@ -89,7 +89,7 @@ def test_layer_state_round_trip(name):
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_every_arm_feeds_a_linear_model_and_survives_what_training_never_showed(name):
+def test_every_method_feeds_a_linear_model_and_survives_what_training_never_showed(name):
     train, y = table(0), np.arange(60.0)
     train[:, 4] = np.nan
     test = table(1, rows=10)
@@ -193,14 +193,14 @@ class TestFirstLayers:
         layer = PromissingLinear(5, 3).double()
         joined = torch.cat([layer.weight, layer.bias[:, None]], dim=1)
         torch.testing.assert_close(nn.functional.linear(PromissingInput()(x), joined), layer(x))
-        assert not ARMS["promissing"].first_bias
+        assert not METHODS["promissing"].first_bias
 
     def test_partial_linear_is_normalization_with_all_features_as_k(self):
         x = torch.from_numpy(table(0))
         layer = PartialLinear(5, 3).double()
         torch.testing.assert_close(layer(x), nn.functional.linear(SparsityNorm(K=5.0)(x), layer.weight, layer.bias))
 
-    def test_options_override_the_arm(self):
+    def test_options_override_the_method(self):
         assert make_input("sn", power=0.3).power == 0.3
         assert make_transformer("knn", n_neighbors=2).imputer.n_neighbors == 2
         assert make_transformer("sn", tau=2.0).fit(table(0)).layer_.tau == 2
@@ -216,7 +216,7 @@ def test_scikit_learn_checks(unchecked, estimator, check):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make_input("nope"), "unknown arm 'nope'; choose one of sn, "),
+        (lambda: make_input("nope"), "no method 'nope'; there are sn, "),
         (lambda: make_input("knn"), r"use make_transformer\('knn'\)"),
         (lambda: make_transformer("sn-learn").fit(table(0)), "'sn-learn' learns together with a network"),
         (lambda: make_transformer("mean").fit(np.full((3, 2), np.nan)), "no entry is observed"),

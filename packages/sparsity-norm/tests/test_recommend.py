@@ -384,9 +384,9 @@ def test_what_is_loaded_predicts_what_was_saved(tmp_path, options):
     np.testing.assert_array_equal(loaded.fold_in({"i02": 4}).scores, saved.fold_in({"i02": 4}).scores)
     assert (loaded.n_epochs_, len(loaded.history_)) == (saved.n_epochs_, len(saved.history_))
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
-        "config.json",
         "ids.json",
-        "weights.safetensors",
+        "model.json",
+        "model.safetensors",
     ]
 
 
@@ -405,7 +405,7 @@ def damage(path, kind):
         path.mkdir()
 
 
-@pytest.mark.parametrize("name", ["config.json", "ids.json", "weights.safetensors"])
+@pytest.mark.parametrize("name", ["model.json", "ids.json", "model.safetensors"])
 @pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "noise", "directory"])
 def test_a_damaged_folder_is_refused_by_name(tmp_path, name, kind):
     fit().save(tmp_path)
@@ -422,16 +422,16 @@ def rewrite(path, **changes):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"format": "other"}, "not the configuration of a saved recommender"),
-        ("config.json", {"format_version": 99}, "format version 99 is not 1"),
-        ("config.json", {"params": {"mode": "sideways"}}, "mode: 'sideways'"),
-        ("config.json", {"params": {"hidden": 3}}, "damaged"),
-        ("config.json", {"params": {"surprise": 3}}, "damaged"),
-        ("config.json", {"params": None}, "damaged"),
-        ("config.json", {"scale": [2, 3]}, "outside the scale"),
-        ("config.json", {"scale": "wide"}, "damaged"),
-        ("config.json", {"mean": None}, "damaged"),
-        ("config.json", {"history": 7}, "damaged"),
+        ("model.json", {"format": "other"}, "not the configuration of a saved recommender"),
+        ("model.json", {"format_version": 99}, "format version 99 is not 1"),
+        ("model.json", {"params": {"mode": "sideways"}}, "mode: 'sideways'"),
+        ("model.json", {"params": {"hidden": 3}}, "damaged"),
+        ("model.json", {"params": {"surprise": 3}}, "damaged"),
+        ("model.json", {"params": None}, "damaged"),
+        ("model.json", {"scale": [2, 3]}, "outside the scale"),
+        ("model.json", {"scale": "wide"}, "damaged"),
+        ("model.json", {"mean": None}, "damaged"),
+        ("model.json", {"history": 7}, "damaged"),
         ("ids.json", {"users": ["a"]}, "has no id"),
         ("ids.json", {"users": None}, "damaged"),
     ],

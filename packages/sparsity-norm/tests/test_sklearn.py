@@ -20,7 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from shared_core.errors import InputError
 from shared_core.runs import save_tree
 from sparsity_norm.functional import sparsity_normalize
-from sparsity_norm.impute import ARMS, Arm
+from sparsity_norm.impute import METHODS, Method
 from sparsity_norm.nn import SparsityNorm
 from sparsity_norm.sklearn import SNClassifier, SNRegressor, SparsityNormalizer
 
@@ -155,18 +155,18 @@ class TestTraining:
         assert torch.equal(one._raw(x), other._raw(x))
         assert not torch.equal(one._raw(x), different._raw(x))
 
-    @pytest.mark.parametrize("arm", list(ARMS))
-    def test_every_arm_trains_saves_and_predicts_what_was_never_seen(self, arm, tmp_path):
+    @pytest.mark.parametrize("method", list(METHODS))
+    def test_every_method_trains_saves_and_predicts_what_was_never_seen(self, method, tmp_path):
         x, y = table()
         x[:, 5] = np.nan
         test = table(1, rows=20)[0]
         test[0] = np.nan
-        model = quick(input=arm).fit(x, y)
+        model = quick(input=method).fit(x, y)
         predicted = model.predict(test)
         assert np.isfinite(predicted).all()
         model.save(tmp_path)
         assert np.array_equal(SNRegressor.load(tmp_path).predict(test), predicted)
-        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "weights.safetensors"}
+        assert {path.name for path in tmp_path.iterdir()} == {"model.json", "model.safetensors"}
 
     @pytest.mark.parametrize("kind", [SNRegressor, SNClassifier])
     @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ class TestTraining:
         class Live(SparsityNorm):
             static = False
 
-        monkeypatch.setitem(ARMS, "live", Arm("live", "", "method", Live))
+        monkeypatch.setitem(METHODS, "live", Method("live", "", "method", Live))
         live = quick(epochs=3, input="live").fit(x, y)
         for name, value in cached.network_.body.state_dict().items():
             assert torch.equal(live.network_.body.state_dict()[name], value)
@@ -303,10 +303,10 @@ class TestEstimators:
         x = 3 + z[:, None] + rng.normal(size=(600, 30))
         x[rng.random(x.shape) > rng.uniform(0.1, 1, (600, 1))] = np.nan
         scores = {
-            arm: SNRegressor(hidden=(16,), input=arm, epochs=60, lr=0.01, random_state=0, device="cpu")
+            method: SNRegressor(hidden=(16,), input=method, epochs=60, lr=0.01, random_state=0, device="cpu")
             .fit(x[:400], z[:400])
             .score(x[400:], z[400:])
-            for arm in ("sn", "zero")
+            for method in ("sn", "zero")
         }
         assert scores["sn"] > 0.65
         assert scores["zero"] < scores["sn"] - 0.3
@@ -365,20 +365,20 @@ class TestEstimators:
             SNClassifier.load(tmp_path)
         with pytest.raises(InputError, match=r"cannot read .*nowhere"):
             SNRegressor.load(tmp_path / "nowhere")
-        weights = (tmp_path / "weights.safetensors").read_bytes()
-        config = (tmp_path / "config.json").read_text()
+        weights = (tmp_path / "model.safetensors").read_bytes()
+        config = (tmp_path / "model.json").read_text()
         for name, content in (
-            ("weights.safetensors", weights[:100]),
-            ("config.json", config[:40].encode()),
-            ("config.json", json.dumps({**json.loads(config), "params": {"hidden": [3], "nonsense": 1}}).encode()),
-            ("config.json", json.dumps({**json.loads(config), "n_features_in": 9}).encode()),
+            ("model.safetensors", weights[:100]),
+            ("model.json", config[:40].encode()),
+            ("model.json", json.dumps({**json.loads(config), "params": {"hidden": [3], "nonsense": 1}}).encode()),
+            ("model.json", json.dumps({**json.loads(config), "n_features_in": 9}).encode()),
         ):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(InputError) as caught:
                 SNRegressor.load(tmp_path)
             assert "\n" not in str(caught.value)
-            (tmp_path / "weights.safetensors").write_bytes(weights)
-            (tmp_path / "config.json").write_text(config)
+            (tmp_path / "model.safetensors").write_bytes(weights)
+            (tmp_path / "model.json").write_text(config)
         SNRegressor.load(tmp_path)
         (tmp_path / "file").touch()
         with pytest.raises(InputError, match="cannot write"):
@@ -394,14 +394,14 @@ class TestEstimators:
         with pytest.raises(InputError, match="imputes outside the network"):
             quick(input="knn").fit(x, y).graph()
 
-    @pytest.mark.parametrize("arm", ["sn", "sn-center+mask", "promissing"])
-    def test_onnx_runs_elsewhere(self, unchecked, arm, tmp_path):
+    @pytest.mark.parametrize("method", ["sn", "sn-center+mask", "promissing"])
+    def test_onnx_runs_elsewhere(self, unchecked, method, tmp_path):
         for name in ("onnx", "onnxscript"):
             pytest.importorskip(name)
         runtime = pytest.importorskip("onnxruntime")
         x, y = table()
         x[2] = np.nan
-        model = quick(SNClassifier, input=arm).fit(x, labels(y))
+        model = quick(SNClassifier, input=method).fit(x, labels(y))
         model.export_onnx(tmp_path / "model.onnx")
         session = runtime.InferenceSession(tmp_path / "model.onnx")
         for rows in (1, 120):
@@ -412,7 +412,7 @@ class TestEstimators:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            (lambda x, y: quick(input="magic").fit(x, y), "unknown arm 'magic'"),
+            (lambda x, y: quick(input="magic").fit(x, y), "no method 'magic'"),
             (lambda x, y: quick(dropout=1.0).fit(x, y), "dropout is 1"),
             (lambda x, y: quick(input_dropout=-0.1).fit(x, y), "input_dropout is -0.1"),
             (lambda x, y: quick(input="knn", input_dropout=0.1).fit(x, y), "'knn' imputes before it"),

@@ -154,20 +154,20 @@ def latent_level(seed):
 
 
 class TestLatentLevel:
-    ARMS = ("zero", "sqrt", "zero+mask", "mean", "sn", "sn-center")
+    METHODS = ("zero", "sqrt", "zero+mask", "mean", "sn", "sn-center")
 
     @pytest.mark.parametrize("seed", range(5))
     def test_normalization_comes_close_to_the_bayes_predictor(self, seed):
         x, count, z = latent_level(seed)
         train, test = slice(2000), slice(2000, None)
         rmse, drift = {}, {}
-        for arm in self.ARMS:
-            transformer = make_transformer(arm).fit(x[train])
+        for method in self.METHODS:
+            transformer = make_transformer(method).fit(x[train])
             model = Ridge(1.0).fit(transformer.transform(x[train]), z[train])
             predicted = model.predict(transformer.transform(x[test]))
-            rmse[arm] = np.sqrt(np.mean((predicted - z[test]) ** 2))
-            if arm in ("zero", "sn"):
-                drift[arm] = vsp_report(predicted, count[test], z[test], n_resamples=50)
+            rmse[method] = np.sqrt(np.mean((predicted - z[test]) ** 2))
+            if method in ("zero", "sn"):
+                drift[method] = vsp_report(predicted, count[test], z[test], n_resamples=50)
         bayes = np.sqrt(np.mean((np.nansum(x[test] - 3, axis=1) / (count[test] + 1) - z[test]) ** 2))
 
         assert rmse["sn"] < 1.15 * bayes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from shared_core.cli import Advance, CommandConfig, CommandLine, Outcome, Session, argument
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ line = CommandLine(
 )
 main = line.main
 
-_TABLE_ARMS = ("sn", "sn-center", "sqrt", "zero", "zero+mask", "mean", "mean+mask", "median", "knn", "iterative",
+_TABLE_METHODS = ("sn", "sn-center", "sqrt", "zero", "zero+mask", "mean", "mean+mask", "median", "knn", "iterative",
                "softimpute", "l2norm", "batchnorm", "layernorm", "partial", "promissing", "tree")  # fmt: skip
-_RATING_ARMS = ("autorec-sn", "autorec-zero", "global-mean", "baseline-only", "biased-mf", "item-knn")
+_RATING_METHODS = ("autorec-sn", "autorec-zero", "global-mean", "baseline-only", "biased-mf", "item-knn")
 
 
 class DataOptions(CommandConfig):
@@ -56,10 +56,10 @@ class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
     seeds: int = Field(3, ge=1, description="repetitions with different removals, splits and initial weights")
-    arms: tuple[str, ...] = Field(("zero", "zero+mask", "mean", "sn", "sn-center"), description="inputs to compare")
+    methods: tuple[str, ...] = Field(("zero", "zero+mask", "mean", "sn", "sn-center"), description="inputs to compare")
 
 
-@line.command(DemoConfig)
+@line.command(DemoConfig, spread=True)
 def demo(config: DemoConfig, session: Session) -> Outcome:
     """Show what Sparsity Normalization does, and where it does not help, on two real data sets (under a minute)."""
     from sparsity_norm.data import load_table
@@ -72,12 +72,12 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     results: list[Result] = []
     claims: list[Claim] = []
     panels: dict[str, Any] = {}
-    with session.progress("demo", len(tables) * len(config.arms) * config.seeds) as advance:
+    with session.progress("demo", len(tables) * len(config.methods) * config.seeds) as advance:
         for table in tables:
             rows, found, curves = compare_tables(
                 session.run,
                 table,
-                arms=config.arms,
+                methods=config.methods,
                 seeds=_seeds(config.seed, config.seeds),
                 folds=1 if len(table.x) > 2000 else 5,
                 rates=(0.05, 1.0),
@@ -103,7 +103,7 @@ class CompareConfig(DataOptions):
         "file (CSV, TSV, Parquet, NPZ; ratings without --target), or a name: latent, photograph, digits, breast_cancer,"
         " diabetes, wine, physionet2012, movielens-100k, movielens-1m, movielens-10m"
     )
-    arms: tuple[str, ...] = Field((), description="methods (default: the main ones for this kind of data)")
+    methods: tuple[str, ...] = Field((), description="methods (default: the main ones for this kind of data)")
     seeds: int = Field(5, ge=1, description="repetitions with different splits")
     model: Literal["network", "linear"] = Field("network", description="what follows the input (tables)")
     folds: int = Field(1, ge=1, le=20, description="1 tests on a fifth of the rows, more on every row once (tables)")
@@ -120,7 +120,7 @@ class CompareConfig(DataOptions):
     batch_size: int = Field(256, ge=1, description="instances in a step of AutoRec")
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Compare Sparsity Normalization with its baselines, every method tuned alike, over several splits."""
     from sparsity_norm.data import TABLES
@@ -129,19 +129,23 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
 
     seeds = _seeds(config.seed, config.seeds)
     is_table = config.data in TABLES or config.target is not None
-    arms = config.arms or (_TABLE_ARMS if is_table else _RATING_ARMS)
+    methods = config.methods or (_TABLE_METHODS if is_table else _RATING_METHODS)
     if is_table:
         table = _named_or_own_table(config)
         rates = _pair(config.rates, "--rates")
         if rates is None and config.data in TABLES and config.data not in {"latent", "physionet2012"}:
             rates = None if config.native else (0.05, 1.0)
         if config.model == "linear":
-            arms = tuple(arm for arm in arms if arm not in {"tree", "sn-learn"}) if not config.arms else arms
-        with session.progress("compare", len(arms) * len(seeds)) as advance:
+            methods = (
+                tuple(method for method in methods if method not in {"tree", "sn-learn"})
+                if not config.methods
+                else methods
+            )
+        with session.progress("compare", len(methods) * len(seeds)) as advance:
             results, claims, curves = compare_tables(
                 session.run,
                 table,
-                arms=arms,
+                methods=methods,
                 seeds=seeds,
                 model=config.model,
                 folds=config.folds,
@@ -154,12 +158,12 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     else:
         ratings = _ratings(config.data, config)
         options = {name: getattr(config, name) for name in ("hidden", "epochs", "lr", "batch_size")}
-        with session.progress("compare", len(arms) * len(seeds)) as advance:
+        with session.progress("compare", len(methods) * len(seeds)) as advance:
             results, claims = compare_ratings(
                 session.run,
                 ratings,
                 name=Path(config.data).stem if Path(config.data).suffix else config.data,
-                arms=arms,
+                methods=methods,
                 seeds=seeds,
                 mode=config.mode,
                 options=options | {"device": str(session.device)},
@@ -460,7 +464,7 @@ def _id_columns(frame: pd.DataFrame, wanted: Sequence[str], source: str) -> list
     for name in wanted:
         column = next((c for c in frame.columns if c.lower().removesuffix("id").rstrip("_") == name), None)
         if column is None:
-            raise InputError(f"{source}: no column '{name}'; there are: {', '.join(frame.columns[:20])}")
+            raise no_such("column", name, frame.columns, where=source)
         if frame[column].isna().any():
             row = int(frame[column].isna().to_numpy().argmax())
             raise InputError(f"{source}: row {row + 1}: the {name} is missing")
@@ -523,7 +527,7 @@ def _new_users(frame: pd.DataFrame, source: str) -> dict[str, dict[str, float]]:
     columns = _id_columns(frame, ("user", "item") if several else ("item",), source)
     rating = next((name for name in frame.columns if name.lower() == "rating"), None)
     if rating is None:
-        raise InputError(f"{source}: no column 'rating'; there are: {', '.join(frame.columns[:20])}")
+        raise no_such("column", "rating", frame.columns, where=source)
     values = np.asarray(pd.to_numeric(frame[rating], errors="coerce"), dtype=np.float64)
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values)))
@@ -551,7 +555,7 @@ class DiagnoseConfig(DataOptions):
     mode: Literal["item", "user"] = Field("user", description="who is an instance (ratings)")
 
 
-@line.command(DiagnoseConfig)
+@line.command(DiagnoseConfig, spread=True)
 def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
     """Tell whether predictions depend on how much is known, before and after Sparsity Normalization, with a picture."""
     from sparsity_norm.experiments import diagnose_predictions, diagnose_ratings, diagnose_table
@@ -623,7 +627,7 @@ def ampute(config: AmputeConfig, session: Session) -> Outcome:
     frame = read_table(config.data)
     for name in config.exclude:
         if name not in frame.columns:
-            raise InputError(f"{source}: no column '{name}' to exclude; there are: {', '.join(frame.columns[:20])}")
+            raise no_such("column to exclude", name, frame.columns, where=source)
     names = [name for name in frame.columns if name not in config.exclude]
     x = np.column_stack(numeric_columns(frame, names, source))
     kept = remove(x, config.rate_low, config.rate_high, mechanism=config.mechanism, random_state=config.seed)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from shared_core.data import ImageData, RatingData, SeriesData, TableData, load, read_ratings
-from shared_core.errors import UnknownKeyError
+from shared_core.errors import no_such
 from shared_core.tables import Scale, read_sparse, read_table
 from sparsity_norm.ratings import Duplicates, RatingMatrix
 
@@ -146,7 +146,7 @@ def load_table(name: str) -> Table:
         When the set is not embedded and not in the data folder.
     """
     if name not in TABLES:
-        raise UnknownKeyError(f"no table '{name}'; there are: {', '.join(TABLES)}")
+        raise no_such("table", name, TABLES)
     return TABLES[name]()
 
 

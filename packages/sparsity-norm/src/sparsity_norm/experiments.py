@@ -1,8 +1,9 @@
 """Data to models to metrics: what ``demo``, ``compare`` and ``diagnose`` run.
 
-Every arm of a comparison gets the same splits, the same number of candidate settings and the same way to choose among
-them: by error on a validation part of the training data. The test part is looked at once. Each repetition goes through
-``run.once``, so that an interrupted comparison repeats only the piece it was in.
+Every method of a comparison gets the same splits, the same number of candidate settings and the same way to choose
+among them: by error on a validation part of the training data. The test part is looked at once. Each repetition goes
+through ``run.each``, so that an interrupted comparison repeats only the piece it was in, and workers can share the
+pieces.
 """
 
 from __future__ import annotations
@@ -10,27 +11,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 from jaxtyping import Float, Int64
 
 from shared_core.device import one_thread
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, Run, interval, summarize
 from shared_core.tables import learn_scale
 from sparsity_norm.ampute import ampute
 from sparsity_norm.audit import VSPReport, vsp_curve, vsp_report
 from sparsity_norm.data import Table
 from sparsity_norm.factorization import BaselineOnly, BiasedMF, GlobalMean, ItemKNN
-from sparsity_norm.impute import ARMS, make_transformer
+from sparsity_norm.impute import METHODS, make_transformer
 from sparsity_norm.plots import Curve
 from sparsity_norm.ratings import RatingMatrix, split_ratings
 from sparsity_norm.recommend import AutoRecRecommender
 from sparsity_norm.serving import Recommender
 
 __all__ = [
-    "RATING_ARMS",
+    "RATING_METHODS",
     "TREE",
     "Diagnosis",
     "OutOfFold",
@@ -116,26 +118,26 @@ class OutOfFold:
 
 
 def out_of_fold(
-    table: Table, arm: str, *, seed: int, model: Model = "network", folds: int = 1, device: str = "auto"
+    table: Table, method: str, *, seed: int, model: Model = "network", folds: int = 1, device: str = "auto"
 ) -> OutOfFold:
-    """Train an arm on part of a table and predict the rest.
+    """Train a method on part of a table and predict the rest.
 
     Parameters
     ----------
     table : what to learn; NaN is missing
-    arm : a name in :data:`sparsity_norm.impute.ARMS`, or ``tree`` (gradient boosting with native missing values)
+    method : a name in :data:`sparsity_norm.impute.METHODS`, or ``tree`` (gradient boosting with native missing values)
     seed : of the split and of everything random in the model
-    model : what follows the arm: a network of two hidden layers, or a linear model
+    model : what follows the method: a network of two hidden layers, or a linear model
     folds : 1 tests on one random fifth, k > 1 on every row once
     device : where networks train
 
     Raises
     ------
     UnknownKeyError
-        For an arm that does not exist.
+        For a method that does not exist.
     """
-    if arm not in ARMS and arm != TREE:
-        raise UnknownKeyError(f"no arm '{arm}' for tables; there are: {', '.join([*ARMS, TREE])}")
+    if method not in METHODS and method != TREE:
+        raise no_such("method for tables", method, [*METHODS, TREE])
     started = time.perf_counter()
     rows: list[np.ndarray] = []
     scores: list[np.ndarray] = []
@@ -144,7 +146,7 @@ def out_of_fold(
         for train, test in _folds(table, folds, seed):
             offset, factor = learn_scale(table.x[train], table.scale)
             x = (table.x - offset) * factor
-            predict, setting = _fit_arm(arm, x[train], table.y[train], table.task, model, seed, device)
+            predict, setting = _fit_method(method, x[train], table.y[train], table.task, model, seed, device)
             rows.append(test)
             scores.append(predict(x[test]))
             settings.append(setting)
@@ -178,28 +180,28 @@ def _folds(table: Table, folds: int, seed: int) -> list[tuple[Int64[np.ndarray, 
 _Predict = Callable[[np.ndarray], np.ndarray]
 
 
-def _fit_arm(
-    arm: str, x: np.ndarray, y: np.ndarray, task: str, model: Model, seed: int, device: str
+def _fit_method(
+    method: str, x: np.ndarray, y: np.ndarray, task: str, model: Model, seed: int, device: str
 ) -> tuple[_Predict, dict[str, Any]]:
-    if arm == TREE:
+    if method == TREE:
         return _fit_best(_trees(task, seed), x, y, task, seed, watch=False)
     if model == "linear":
-        return _fit_linear(arm, x, y, task)
-    if ARMS[arm].imputer is None:
-        return _fit_best(_networks(arm, task, seed, device), x, y, task, seed, watch=True)
+        return _fit_linear(method, x, y, task)
+    if METHODS[method].imputer is None:
+        return _fit_best(_networks(method, task, seed, device), x, y, task, seed, watch=True)
     # Once for all candidates: on large tables the imputer costs more than the networks.
-    imputer = make_transformer(arm).fit(x)
+    imputer = make_transformer(method).fit(x)
     predict, setting = _fit_best(_networks("zero", task, seed, device), imputer.transform(x), y, task, seed, watch=True)
     return lambda rows: predict(imputer.transform(rows)), setting
 
 
-def _networks(arm: str, task: str, seed: int, device: str) -> list[tuple[dict[str, Any], Any]]:
+def _networks(method: str, task: str, seed: int, device: str) -> list[tuple[dict[str, Any], Any]]:
     from sparsity_norm.sklearn import SNClassifier, SNRegressor
 
     make: Any = SNClassifier if task == "classification" else SNRegressor
     common: dict[str, Any] = {
         "hidden": (64, 64),
-        "input": arm,
+        "input": method,
         "lr": 3e-3,
         "batch_size": 128,
         "epochs": 60,
@@ -247,7 +249,7 @@ def _fit_best(
     return best[1], best[2]
 
 
-def _fit_linear(arm: str, x: np.ndarray, y: np.ndarray, task: str) -> tuple[_Predict, dict[str, Any]]:
+def _fit_linear(method: str, x: np.ndarray, y: np.ndarray, task: str) -> tuple[_Predict, dict[str, Any]]:
     from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
@@ -255,10 +257,10 @@ def _fit_linear(arm: str, x: np.ndarray, y: np.ndarray, task: str) -> tuple[_Pre
     if task == "classification":
         grid = {"C": np.logspace(-3, 3, 7)}
         search: Any = GridSearchCV(LogisticRegression(max_iter=1000), grid, cv=3, scoring="neg_log_loss")
-        fitted = make_pipeline(make_transformer(arm), search).fit(x, y.astype(np.int64))
+        fitted = make_pipeline(make_transformer(method), search).fit(x, y.astype(np.int64))
         return _scorer(fitted, True, int(y.max()) + 1), {"C": float(search.best_params_["C"])}
     last = RidgeCV(np.logspace(-3, 4, 15))
-    fitted = make_pipeline(make_transformer(arm), last).fit(x, y)
+    fitted = make_pipeline(make_transformer(method), last).fit(x, y)
     return _scorer(fitted, False, 0), {"alpha": float(cast("float", last.alpha_))}
 
 
@@ -281,7 +283,7 @@ def _log_loss(probability: np.ndarray, y: np.ndarray) -> float:
 
 
 class TableCell(TypedDict):
-    """What one arm did in one repetition; plain JSON."""
+    """What one method did in one repetition; plain JSON."""
 
     metrics: dict[str, float]
     correlation: float
@@ -293,7 +295,7 @@ class TableCell(TypedDict):
 
 def table_cell(
     table: Table,
-    arm: str,
+    method: str,
     *,
     seed: int,
     model: Model = "network",
@@ -305,14 +307,14 @@ def table_cell(
 
     Parameters
     ----------
-    table, arm, model, folds, device : as in :func:`out_of_fold`
+    table, method, model, folds, device : as in :func:`out_of_fold`
     seed : of the removal, the split and the model
     rates : keep each observed entry with the instance's own probability, uniform in this range; None removes nothing
     """
     if rates is not None:
         x, _ = ampute(table.x, *rates, random_state=seed)
         table = Table(table.name, x, table.y, table.task, table.groups, table.scale)
-    found = out_of_fold(table, arm, seed=seed, model=model, folds=folds, device=device)
+    found = out_of_fold(table, method, seed=seed, model=model, folds=folds, device=device)
     drift = drift_curve(found.prediction, found.count, found.target)
     return {
         "metrics": table_metrics(found, table.task),
@@ -360,7 +362,7 @@ def compare_tables(
     run: Run,
     table: Table,
     *,
-    arms: Sequence[str],
+    methods: Sequence[str],
     seeds: Sequence[int],
     model: Model = "network",
     folds: int = 1,
@@ -368,43 +370,44 @@ def compare_tables(
     device: str = "auto",
     advance: Callable[[str], None] = _silent,
 ) -> tuple[list[Result], list[Claim], dict[str, Curve]]:
-    """Compare arms on a table over several repetitions.
+    """Compare methods on a table over several repetitions.
 
     Parameters
     ----------
     run : where finished pieces are kept
     table, model, folds, rates, device : as in :func:`table_cell`
-    arms : names in :data:`sparsity_norm.impute.ARMS`, or ``tree``
-    seeds : one repetition each; all arms see the same removals and splits
+    methods : names in :data:`sparsity_norm.impute.METHODS`, or ``tree``
+    seeds : one repetition each; all methods see the same removals and splits
     advance : called with a short note after each piece
 
     Returns
     -------
-    Results, claims, and for each arm the mean of prediction minus truth against the observed count.
+    Results, claims, and for each method the mean of prediction minus truth against the observed count.
     """
+    fixed: dict[str, Any] = {"model": model, "folds": folds, "rates": rates, "device": device}
+    pairs = {
+        f"{table.name}/{model}/{folds}/{rates}/{method}/{seed}": (method, seed) for method in methods for seed in seeds
+    }
+    work = {key: partial(table_cell, table, method, seed=seed, **fixed) for key, (method, seed) in pairs.items()}
+
+    def tell(key: str, cell: TableCell) -> None:
+        metric, value = next(iter(cell["metrics"].items()))
+        advance(f"{pairs[key][0]}: {metric} {value:.4f}")
+
     cells: dict[str, list[TableCell]] = {}
-    for arm in arms:
-        for seed in seeds:
-            key = f"{table.name}/{model}/{folds}/{rates}/{arm}/{seed}"
-
-            def compute(arm: str = arm, seed: int = seed) -> TableCell:
-                return table_cell(table, arm, seed=seed, model=model, folds=folds, rates=rates, device=device)
-
-            cell = run.once(key, compute)
-            cells.setdefault(arm, []).append(cell)
-            metric, value = next(iter(cell["metrics"].items()))
-            advance(f"{arm}: {metric} {value:.4f}")
+    for key, cell in run.each(work, tell).items():
+        cells.setdefault(pairs[key][0], []).append(cell)
     results: list[Result] = []
     first = next(iter(cells.values()))[0]
     for metric in [*first["metrics"], "count correlation gap"]:
-        for arm, found in cells.items():
+        for method, found in cells.items():
             values = [_table_metric(cell, metric) for cell in found]
             better: Literal["lower", "higher"] = "higher" if metric in {"accuracy", "auroc"} else "lower"
             seconds = sum(cell["seconds"] for cell in found)
             results.append(
-                summarize(values, dataset=table.name, method=arm, metric=metric, better=better, seconds=seconds)
+                summarize(values, dataset=table.name, method=method, metric=metric, better=better, seconds=seconds)
             )
-    curves = {arm: _mean_curve(found) for arm, found in cells.items()}
+    curves = {method: _mean_curve(found) for method, found in cells.items()}
     return results, _table_claims(cells, table.name), curves
 
 
@@ -432,8 +435,8 @@ def _gap_claim(name: str, ours: Sequence[float], rival: Sequence[float]) -> Clai
 
 
 def _table_claims(cells: Mapping[str, Sequence[TableCell]], name: str) -> list[Claim]:
-    def values(arm: str, of: str) -> list[float]:
-        return [_table_metric(cell, of) for cell in cells[arm]]
+    def values(method: str, of: str) -> list[float]:
+        return [_table_metric(cell, of) for cell in cells[method]]
 
     metrics = next(iter(cells.values()))[0]["metrics"]
     metric = "auroc" if "auroc" in metrics else next(iter(metrics))
@@ -449,7 +452,7 @@ def _table_claims(cells: Mapping[str, Sequence[TableCell]], name: str) -> list[C
             text = f"{name}: {ours} is better than {rival} in {metric}"
             claims.append(_gain_claim(text, source, [sign * (a - b) for a, b in pairs]))
     if {"sn", "zero"} <= set(cells):
-        gaps = (values(arm, "count correlation gap") for arm in ("sn", "zero"))
+        gaps = (values(method, "count correlation gap") for method in ("sn", "zero"))
         claims.append(_gap_claim(name, *gaps))
     return claims
 
@@ -458,25 +461,25 @@ def _table_claims(cells: Mapping[str, Sequence[TableCell]], name: str) -> list[C
 
 
 @dataclass(frozen=True)
-class RatingArm:
+class RatingMethod:
     """A method of the comparison: how to build it, and the five settings it is tuned over."""
 
     build: Callable[[Mapping[str, Any], Mapping[str, Any]], Recommender]
     settings: Sequence[Mapping[str, Any]]
 
 
-def _autorec(**fixed: Any) -> RatingArm:
+def _autorec(**fixed: Any) -> RatingMethod:
     def build(setting: Mapping[str, Any], common: Mapping[str, Any]) -> Recommender:
         return AutoRecRecommender(**fixed, **setting, **common)
 
-    return RatingArm(build, [{"reg": reg} for reg in (1.0, 2.0, 5.0, 10.0, 20.0)])
+    return RatingMethod(build, [{"reg": reg} for reg in (1.0, 2.0, 5.0, 10.0, 20.0)])
 
 
-def _baseline(make: Callable[..., Recommender], settings: Sequence[Mapping[str, Any]]) -> RatingArm:
-    return RatingArm(lambda setting, _: make(**setting), settings)
+def _baseline(make: Callable[..., Recommender], settings: Sequence[Mapping[str, Any]]) -> RatingMethod:
+    return RatingMethod(lambda setting, _: make(**setting), settings)
 
 
-RATING_ARMS: dict[str, RatingArm] = {
+RATING_METHODS: dict[str, RatingMethod] = {
     "autorec-sn": _autorec(power=1.0),
     "autorec-zero": _autorec(power=0.0),
     "autorec-sqrt": _autorec(power=0.5),
@@ -507,14 +510,14 @@ class RatingCell(TypedDict):
 
 
 def rating_cell(
-    ratings: RatingMatrix, arm: str, *, seed: int, mode: Mode = "item", options: Mapping[str, Any] | None = None
+    ratings: RatingMatrix, method: str, *, seed: int, mode: Mode = "item", options: Mapping[str, Any] | None = None
 ) -> RatingCell:
     """Split, tune on validation ratings, train on all training ratings, test once.
 
     Parameters
     ----------
     ratings : all ratings; 10 % become the test part, 10 % of the rest the validation part
-    arm : a name in :data:`RATING_ARMS`
+    method : a name in :data:`RATING_METHODS`
     seed : of the split and of everything random in the method
     mode : whether items or users are the instances of AutoRec; also whose counts predictions are correlated with
     options : hidden, lr, batch_size, epochs, device of AutoRec
@@ -522,10 +525,10 @@ def rating_cell(
     Raises
     ------
     UnknownKeyError
-        For an arm that does not exist.
+        For a method that does not exist.
     """
     started = time.perf_counter()
-    model, test, setting = tuned_recommender(ratings, arm, seed=seed, mode=mode, options=options)
+    model, test, setting = tuned_recommender(ratings, method, seed=seed, mode=mode, options=options)
     seconds = time.perf_counter() - started
     found = model.evaluate(test)
     counts, predicted, true = _instance_means(model, test, mode)
@@ -540,30 +543,30 @@ def rating_cell(
 
 
 def tuned_recommender(
-    ratings: RatingMatrix, arm: str, *, seed: int, mode: Mode = "item", options: Mapping[str, Any] | None = None
+    ratings: RatingMatrix, method: str, *, seed: int, mode: Mode = "item", options: Mapping[str, Any] | None = None
 ) -> tuple[Recommender, RatingMatrix, dict[str, Any]]:
     """Hold out a test part, choose a setting on validation ratings, and train on all that is left.
 
     Parameters are those of :func:`rating_cell`; returns the fitted recommender, the test part and the setting chosen.
     """
     with one_thread(len(ratings) < _MANY_RATINGS):
-        return _tuned_recommender(ratings, arm, seed=seed, mode=mode, options=options)
+        return _tuned_recommender(ratings, method, seed=seed, mode=mode, options=options)
 
 
 def _tuned_recommender(
-    ratings: RatingMatrix, arm: str, *, seed: int, mode: Mode, options: Mapping[str, Any] | None
+    ratings: RatingMatrix, method: str, *, seed: int, mode: Mode, options: Mapping[str, Any] | None
 ) -> tuple[Recommender, RatingMatrix, dict[str, Any]]:
-    if arm not in RATING_ARMS:
-        raise UnknownKeyError(f"no method '{arm}' for ratings; there are: {', '.join(RATING_ARMS)}")
-    method = RATING_ARMS[arm]
+    if method not in RATING_METHODS:
+        raise no_such("method for ratings", method, RATING_METHODS)
+    candidates = RATING_METHODS[method]
     train, test = split_ratings(ratings, test_fraction=0.1, seed=seed)
     fit_part, validation_part = split_ratings(train, test_fraction=0.1, seed=seed)
     common = {"mode": mode, "random_state": seed, **(options or {})}
     errors: list[float] = []
     epochs: list[int] = []
-    for setting in method.settings if len(method.settings) > 1 else []:
+    for setting in candidates.settings if len(candidates.settings) > 1 else []:
         # AutoRec holds the same part out by itself, to find its number of epochs.
-        model = method.build(setting, common | {"validation": 0.1, "refit": False})
+        model = candidates.build(setting, common | {"validation": 0.1, "refit": False})
         if isinstance(model, AutoRecRecommender):
             model.fit(train)
             epochs.append(model.n_epochs_)
@@ -571,9 +574,9 @@ def _tuned_recommender(
             model.fit(fit_part)
         errors.append(model.evaluate(validation_part).rmse)
     best = int(np.argmin(errors)) if errors else 0
-    chosen = dict(method.settings[best])
+    chosen = dict(candidates.settings[best])
     final = common | {"validation": 0.0} | ({"epochs": max(epochs[best], 1)} if epochs else {})
-    model = method.build(chosen, final).fit(train)
+    model = candidates.build(chosen, final).fit(train)
     return model, test, chosen | ({"epochs": final["epochs"]} if epochs else {})
 
 
@@ -597,7 +600,7 @@ def compare_ratings(
     ratings: RatingMatrix,
     *,
     name: str,
-    arms: Sequence[str],
+    methods: Sequence[str],
     seeds: Sequence[int],
     mode: Mode = "item",
     options: Mapping[str, Any] | None = None,
@@ -610,34 +613,33 @@ def compare_ratings(
     run : where finished pieces are kept
     ratings, mode, options : as in :func:`rating_cell`
     name : what to call the data in results
-    arms : names in :data:`RATING_ARMS`
+    methods : names in :data:`RATING_METHODS`
     seeds : one split each; all methods see the same splits
     advance : called with a short note after each piece
 
     Returns
     -------
     Results (rmse, mae, and how far the correlation with the observed count is from the truth's), and the paper's claims
-    where both arms it speaks of are there.
+    where both methods it speaks of are there.
     """
+    pairs = {f"{name}/{mode}/{method}/{seed}": (method, seed) for method in methods for seed in seeds}
+    work = {
+        key: partial(rating_cell, ratings, method, seed=seed, mode=mode, options=options)
+        for key, (method, seed) in pairs.items()
+    }
     cells: dict[str, list[RatingCell]] = {}
-    for arm in arms:
-        for seed in seeds:
-            # The key names everything that decides the result, so that a resumed run cannot mix settings.
-            key = f"{name}/{mode}/{arm}/{seed}"
-            cell = run.once(
-                key, lambda arm=arm, seed=seed: rating_cell(ratings, arm, seed=seed, mode=mode, options=options)
-            )
-            cells.setdefault(arm, []).append(cell)
-            advance(f"{arm}: rmse {cell['rmse']:.4f}")
+    found = run.each(work, lambda key, cell: advance(f"{pairs[key][0]}: rmse {cell['rmse']:.4f}"))
+    for key, cell in found.items():
+        cells.setdefault(pairs[key][0], []).append(cell)
     dataset = f"{name}, {mode}s as instances"
     results: list[Result] = []
     for metric, unit in (("rmse", "rating"), ("mae", "rating"), ("count correlation gap", "1")):
-        for arm, found in cells.items():
-            values = [_rating_metric(cell, metric) for cell in found]
-            seconds = sum(cell["seconds"] for cell in found)
+        for method, of_method in cells.items():
+            values = [_rating_metric(cell, metric) for cell in of_method]
+            seconds = sum(cell["seconds"] for cell in of_method)
             results.append(
                 summarize(
-                    values, dataset=dataset, method=arm, metric=metric, unit=unit, better="lower", seconds=seconds
+                    values, dataset=dataset, method=method, metric=metric, unit=unit, better="lower", seconds=seconds
                 )
             )
     return results, _rating_claims(cells, dataset)
@@ -664,8 +666,8 @@ def _rating_claims(cells: Mapping[str, Sequence[RatingCell]], dataset: str) -> l
         text = f"{dataset}: Sparsity Normalization lowers AutoRec's RMSE, each at its own best penalty"
         claims.append(_gain_claim(text, PAPER, gains("autorec-zero")))
         gaps = (
-            [_rating_metric(cell, "count correlation gap") for cell in cells[arm]]
-            for arm in ("autorec-sn", "autorec-zero")
+            [_rating_metric(cell, "count correlation gap") for cell in cells[method]]
+            for method in ("autorec-sn", "autorec-zero")
         )
         claims.append(_gap_claim(dataset, *gaps))
     for rival in ("baseline-only", "biased-mf", "item-knn"):
@@ -754,19 +756,19 @@ def _verdict_claim(text: str, report: VSPReport) -> Claim:
     return Claim(text=text, source="this run", holds=problem, value=value, threshold=report.tolerance)
 
 
-def _diagnose_arms(name: str, found: Mapping[str, _Predictions], before: str, after: str) -> Diagnosis:
+def _diagnose_methods(name: str, found: Mapping[str, _Predictions], before: str, after: str) -> Diagnosis:
     results: list[Result] = []
     notes: list[str] = []
     reports: dict[str, VSPReport] = {}
     curves: dict[str, Curve] = {}
-    for arm, data in found.items():
+    for method, data in found.items():
         prediction, count, truth = (np.asarray(data[key]) for key in ("prediction", "count", "truth"))
-        reports[arm] = report = vsp_report(prediction, count, truth)
-        curves[arm] = drift_curve(prediction, count, truth)
-        results.append(_dependence_row(report, name, arm, data["seconds"]))
+        reports[method] = report = vsp_report(prediction, count, truth)
+        curves[method] = drift_curve(prediction, count, truth)
+        results.append(_dependence_row(report, name, method, data["seconds"]))
         rmse = float(np.sqrt(np.mean((prediction - truth) ** 2)))
-        results.append(summarize([rmse], dataset=name, method=arm, metric="rmse", better="lower"))
-        notes.append(f"{arm}: {report.verdict}: {report.message}")
+        results.append(summarize([rmse], dataset=name, method=method, metric="rmse", better="lower"))
+        notes.append(f"{method}: {report.verdict}: {report.message}")
     claims = [
         _verdict_claim(
             f"{name}: with {before} predictions depend on how much is known, beyond the truth", reports[before]
@@ -774,9 +776,9 @@ def _diagnose_arms(name: str, found: Mapping[str, _Predictions], before: str, af
         _verdict_claim(f"{name}: with {after} they still do", reports[after]),
     ]
     errors = {row.method: row.mean for row in results if row.metric == "rmse"}
-    best = min(errors, key=lambda arm: errors[arm])
+    best = min(errors, key=lambda method: errors[method])
     notes.append(f"smallest error on rows the model had not seen: {best} (rmse {errors[best]:.4g})")
-    audits: dict[str, Any] = {arm: report.to_dict() for arm, report in reports.items()}
+    audits: dict[str, Any] = {method: report.to_dict() for method, report in reports.items()}
     return Diagnosis(sorted(results, key=lambda row: row.metric), claims, notes, audits, curves)
 
 
@@ -791,21 +793,21 @@ def diagnose_table(
     table, seed, folds, device : as in :func:`out_of_fold`
     advance : called with a short note after each piece
     """
-    found: dict[str, _Predictions] = {}
-    for arm in ("zero", "sn", "sn-center"):
+    keys = {f"{table.name}/{folds}/{method}/{seed}": method for method in ("zero", "sn", "sn-center")}
+    fixed: dict[str, Any] = {"seed": seed, "folds": folds, "device": device}
+    work = {key: partial(_predict_table, table, method, **fixed) for key, method in keys.items()}
+    found = run.each(work, lambda key, _: advance(keys[key]))
+    return _diagnose_methods(table.name, {keys[key]: part for key, part in found.items()}, "zero", "sn")
 
-        def compute(arm: str = arm) -> _Predictions:
-            part = out_of_fold(table, arm, seed=seed, folds=folds, device=device)
-            return {
-                "prediction": part.prediction.tolist(),
-                "count": part.count.tolist(),
-                "truth": part.target.tolist(),
-                "seconds": part.seconds,
-            }
 
-        found[arm] = run.once(f"{table.name}/{folds}/{arm}/{seed}", compute)
-        advance(arm)
-    return _diagnose_arms(table.name, found, "zero", "sn")
+def _predict_table(table: Table, method: str, *, seed: int, folds: int, device: str) -> _Predictions:
+    part = out_of_fold(table, method, seed=seed, folds=folds, device=device)
+    return {
+        "prediction": part.prediction.tolist(),
+        "count": part.count.tolist(),
+        "truth": part.target.tolist(),
+        "seconds": part.seconds,
+    }
 
 
 def diagnose_ratings(
@@ -828,21 +830,21 @@ def diagnose_ratings(
     device : where to train
     advance : called with a short note after each piece
     """
-    found: dict[str, _Predictions] = {}
+    keys = {f"{name}/{mode}/{method}/{seed}": method for method in ("autorec-zero", "autorec-sn")}
+    fixed: dict[str, Any] = {"seed": seed, "mode": mode, "device": device}
+    work = {key: partial(_predict_ratings, ratings, method, **fixed) for key, method in keys.items()}
+    found = run.each(work, lambda key, _: advance(keys[key]))
+    return _diagnose_methods(name, {keys[key]: part for key, part in found.items()}, "autorec-zero", "autorec-sn")
+
+
+def _predict_ratings(ratings: RatingMatrix, method: str, *, seed: int, mode: Mode, device: str) -> _Predictions:
+    started = time.perf_counter()
     options = {"hidden": 100, "lr": 3e-3, "epochs": 200, "device": device}
-    for arm in ("autorec-zero", "autorec-sn"):
-
-        def compute(arm: str = arm) -> _Predictions:
-            started = time.perf_counter()
-            model, test, _ = tuned_recommender(ratings, arm, seed=seed, mode=mode, options=options)
-            counts, predicted, true = _instance_means(model, test, mode)
-            return {
-                "prediction": predicted.tolist(),
-                "count": counts.tolist(),
-                "truth": true.tolist(),
-                "seconds": time.perf_counter() - started,
-            }
-
-        found[arm] = run.once(f"{name}/{mode}/{arm}/{seed}", compute)
-        advance(arm)
-    return _diagnose_arms(name, found, "autorec-zero", "autorec-sn")
+    model, test, _ = tuned_recommender(ratings, method, seed=seed, mode=mode, options=options)
+    counts, predicted, true = _instance_means(model, test, mode)
+    return {
+        "prediction": predicted.tolist(),
+        "count": counts.tolist(),
+        "truth": true.tolist(),
+        "seconds": time.perf_counter() - started,
+    }

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shared_core.errors import InputError
+from shared_core.errors import not_installed
 from shared_core.runs import atomic_path
 
 __all__ = ["export_graph"]
@@ -65,7 +65,7 @@ def _write_onnx(graph: nn.Module, example: tuple[Tensor, Tensor], dynamic: Any, 
         import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise InputError(f"{error.name} is not installed; pip install 'sparsity-norm[onnx]'") from error
+        raise not_installed("export to ONNX", str(error.name), "sparsity-norm[onnx]") from error
     with atomic_path(path) as temporary:
         torch.onnx.export(
             graph,

@@ -1,12 +1,12 @@
 """What Sparsity Normalization is compared to: imputers, rival input layers, and the registry that names them all.
 
-Every *arm* of a comparison is one entry of `ARMS`. `make_input` builds it as the first layer of a torch network,
-`make_transformer` as a scikit-learn transformer for any other model, from one definition: the transformer of an arm
+Every *method* of a comparison is one entry of `METHODS`. `make_input` builds it as the first layer of a torch network,
+`make_transformer` as a scikit-learn transformer for any other model, from one definition: the transformer of a method
 that has a layer applies that layer. Imputers that work on the whole table (``knn``, ``iterative``, ``softimpute``)
 exist as transformers only.
 
-Sources are named where the arms are defined. The paper compares to zero imputation throughout and to several imputers
-on tables; which imputers exactly could not be checked against its text, so this list is ours.
+Sources are named where the methods are defined. The paper compares to zero imputation throughout and to several
+imputers on tables; which imputers exactly could not be checked against its text, so this list is ours.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 from sparsity_norm._csr import tensor_of
 from sparsity_norm.functional import Anything, Number, Observed, observe
 from sparsity_norm.nn import InputLayer, MaskedLinear, MaskMode, NaNInput, SparsityNorm
 
 __all__ = [
-    "ARMS",
-    "Arm",
+    "METHODS",
     "BatchNormInput",
     "CompleteImputer",
     "InputTransformer",
     "L2NormInput",
     "LayerNormInput",
+    "Method",
     "PartialLinear",
     "PromissingInput",
     "PromissingLinear",
@@ -94,7 +94,7 @@ class _ZeroFilled(InputLayer):
 
 
 class BatchNormInput(_ZeroFilled):
-    """Batch normalization of the zero-imputed input, the arm ``batchnorm``.
+    """Batch normalization of the zero-imputed input, the method ``batchnorm``.
 
     Training batches are standardised by their own mean and variance, everything else by the running ones, which `fit`
     starts at those of the training set. Without scale and shift: the linear layer that follows has both.
@@ -149,7 +149,7 @@ class BatchNormInput(_ZeroFilled):
 
 
 class LayerNormInput(_ZeroFilled):
-    """Layer normalization of the zero-imputed input, the arm ``layernorm``; without scale and shift.
+    """Layer normalization of the zero-imputed input, the method ``layernorm``; without scale and shift.
 
     Examples
     --------
@@ -162,7 +162,7 @@ class LayerNormInput(_ZeroFilled):
 
 
 class L2NormInput(_ZeroFilled):
-    """Divide the zero-imputed input by its L2 norm, times the mean norm on train: the arm ``l2norm``.
+    """Divide the zero-imputed input by its L2 norm, times the mean norm on train: the method ``l2norm``.
 
     The closest lookalike of Sparsity Normalization; it removes the magnitude of an instance together with its count.
 
@@ -193,7 +193,7 @@ class L2NormInput(_ZeroFilled):
 
 
 class PromissingInput(_ZeroFilled):
-    """Zero-imputed input and the share of observed entries ``s / n0`` as a last feature: the arm ``promissing``.
+    """Zero-imputed input and the share of observed entries ``s / n0`` as a last feature: the method ``promissing``.
 
     A linear layer *without bias* on it computes ``W h0 + (s / n0) b``, the first layer of PROMISSING
     (arXiv:2206.01640, equation 3 as a public reimplementation gives it): the bias is scaled down, not the data up.
@@ -217,7 +217,7 @@ class PartialLinear(MaskedLinear):
     """Linear layer with the constant of partial convolutions: the number of inputs ``n0`` in place of K.
 
     ``n0 / s * (W (m * x)) + b``: Sparsity Normalization up to the constant factor ``n0 / K`` (arXiv:1804.07723,
-    arXiv:1811.11718 for convolutions). The arm ``partial``.
+    arXiv:1811.11718 for convolutions). The method ``partial``.
 
     Parameters
     ----------
@@ -291,7 +291,7 @@ class _NaNTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
 
 class SoftImpute(_NaNTransformer):
-    """Matrix completion by soft-thresholded singular values, the arm ``softimpute``.
+    """Matrix completion by soft-thresholded singular values, the method ``softimpute``.
 
     Iterates ``Z <- D_lambda(P_O(X) + P_notO(Z))`` down a path of lambdas, each warm-started from the last, where
     ``D_lambda`` shrinks every singular value by lambda and drops what becomes negative (Mazumder, Hastie and
@@ -461,7 +461,7 @@ class CompleteImputer(_NaNTransformer):
         table = self._table(X, reset=True)
         self.fallback_ = _fallback(table)
         with warnings.catch_warnings():
-            # A fixed number of rounds is the definition of this arm.
+            # A fixed number of rounds is the definition of this method.
             warnings.simplefilter("ignore", ConvergenceWarning)
             self.imputer_: Any = cast("Any", clone(self.imputer)).fit(table[:, np.isnan(self.fallback_)])
         return self
@@ -488,12 +488,12 @@ class CompleteImputer(_NaNTransformer):
 
 
 class InputTransformer(_NaNTransformer):
-    """An arm's layer as a scikit-learn transformer: what goes into a network goes into any other model.
+    """A method's layer as a scikit-learn transformer: what goes into a network goes into any other model.
 
     Parameters
     ----------
-    arm : str
-        A name in `ARMS` that has a layer.
+    method : str
+        A name in `METHODS` that has a layer.
     options : dict, optional
         For the layer.
 
@@ -509,8 +509,8 @@ class InputTransformer(_NaNTransformer):
            [3., 4.]])
     """
 
-    def __init__(self, arm: str, options: dict[str, Any] | None = None) -> None:
-        self.arm = arm
+    def __init__(self, method: str, options: dict[str, Any] | None = None) -> None:
+        self.method = method
         self.options = options
 
     def fit(self, X: Any, y: Any = None) -> InputTransformer:  # noqa: ARG002
@@ -526,9 +526,9 @@ class InputTransformer(_NaNTransformer):
         -------
         InputTransformer
         """
-        layer = make_input(self.arm, **(self.options or {}))
+        layer = make_input(self.method, **(self.options or {}))
         if any(True for _ in layer.parameters()):
-            raise InputError(f"the arm {self.arm!r} learns together with a network; it has no fixed transform")
+            raise InputError(f"the method {self.method!r} learns together with a network; it has no fixed transform")
         table = self._table(X, reset=True)
         self.layer_ = layer.double().fit(tensor_of(table)).eval()
         return self
@@ -550,7 +550,7 @@ class InputTransformer(_NaNTransformer):
             return self.layer_(tensor_of(self._table(X, reset=False))).numpy()
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
-        """Return a name for each output: those of the columns, then of what the arm appends.
+        """Return a name for each output: those of the columns, then of what the method appends.
 
         Parameters
         ----------
@@ -570,7 +570,7 @@ class InputTransformer(_NaNTransformer):
 
 
 @dataclass(frozen=True)
-class Arm:
+class Method:
     """One way to feed input with missing entries to a model.
 
     Attributes
@@ -584,7 +584,7 @@ class Arm:
     layer : callable or None
         Makes the torch layer.
     imputer : callable or None
-        Makes the scikit-learn imputer, for arms that have no layer.
+        Makes the scikit-learn imputer, for methods that have no layer.
     first_bias : bool
         Whether the linear layer after it has a bias of its own.
     """
@@ -620,46 +620,46 @@ class _FeatureCount(SparsityNorm):
         self.K.fill_(self.n_features)
 
 
-ARMS: dict[str, Arm] = {
-    arm.name: arm
-    for arm in (
-        Arm("sn", "Sparsity Normalization: zero-impute, times K / s", "method", SparsityNorm),
-        Arm("sn+mask", "Sparsity Normalization, mask appended", "method", partial(SparsityNorm, concat_mask=True)),
-        Arm("sqrt", "times (K / s) ** 0.5: second moment preserved", "extension", partial(SparsityNorm, power=0.5)),
-        Arm(
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("sn", "Sparsity Normalization: zero-impute, times K / s", "method", SparsityNorm),
+        Method("sn+mask", "Sparsity Normalization, mask appended", "method", partial(SparsityNorm, concat_mask=True)),
+        Method("sqrt", "times (K / s) ** 0.5: second moment preserved", "extension", partial(SparsityNorm, power=0.5)),
+        Method(
             "sn-center",
             "column means subtracted, then times K / s",
             "extension",
             partial(SparsityNorm, center="column"),
         ),
-        Arm(
+        Method(
             "sn-center+mask",
             "centred Sparsity Normalization, mask appended",
             "extension",
             partial(SparsityNorm, center="column", concat_mask=True),
         ),
-        Arm("sn-learn", "times (K / s) ** power, power learned", "extension", partial(SparsityNorm, power="learn")),
-        Arm("zero", "zero imputation", "baseline", partial(NaNInput, fill="zero")),
-        Arm(
+        Method("sn-learn", "times (K / s) ** power, power learned", "extension", partial(SparsityNorm, power="learn")),
+        Method("zero", "zero imputation", "baseline", partial(NaNInput, fill="zero")),
+        Method(
             "zero+mask", "zero imputation, mask appended", "baseline", partial(NaNInput, fill="zero", concat_mask=True)
         ),
-        Arm("mean", "column mean of observed training entries", "baseline", partial(NaNInput, fill="mean")),
-        Arm("mean+mask", "column mean, mask appended", "baseline", partial(NaNInput, fill="mean", concat_mask=True)),
-        Arm("median", "column median of observed training entries", "baseline", partial(NaNInput, fill="median")),
-        Arm(
+        Method("mean", "column mean of observed training entries", "baseline", partial(NaNInput, fill="mean")),
+        Method("mean+mask", "column mean, mask appended", "baseline", partial(NaNInput, fill="mean", concat_mask=True)),
+        Method("median", "column median of observed training entries", "baseline", partial(NaNInput, fill="median")),
+        Method(
             "median+mask",
             "column median, mask appended",
             "baseline",
             partial(NaNInput, fill="median", concat_mask=True),
         ),
-        Arm("knn", "scikit-learn KNNImputer, 5 neighbours", "baseline", imputer=_knn),
-        Arm("iterative", "scikit-learn IterativeImputer, BayesianRidge, 10 rounds", "baseline", imputer=_iterative),
-        Arm("softimpute", "soft-thresholded SVD, warm-started path", "baseline", imputer=SoftImpute),
-        Arm("batchnorm", "batch norm of the zero-imputed input", "baseline", BatchNormInput),
-        Arm("layernorm", "layer norm of the zero-imputed input", "baseline", LayerNormInput),
-        Arm("l2norm", "zero-imputed input at the mean training norm", "baseline", L2NormInput),
-        Arm("partial", "times n0 / s, the constant of partial convolutions", "baseline", _FeatureCount),
-        Arm(
+        Method("knn", "scikit-learn KNNImputer, 5 neighbours", "baseline", imputer=_knn),
+        Method("iterative", "scikit-learn IterativeImputer, BayesianRidge, 10 rounds", "baseline", imputer=_iterative),
+        Method("softimpute", "soft-thresholded SVD, warm-started path", "baseline", imputer=SoftImpute),
+        Method("batchnorm", "batch norm of the zero-imputed input", "baseline", BatchNormInput),
+        Method("layernorm", "layer norm of the zero-imputed input", "baseline", LayerNormInput),
+        Method("l2norm", "zero-imputed input at the mean training norm", "baseline", L2NormInput),
+        Method("partial", "times n0 / s, the constant of partial convolutions", "baseline", _FeatureCount),
+        Method(
             "promissing",
             "first-layer bias times s / n0 (arXiv:2206.01640)",
             "baseline",
@@ -668,24 +668,24 @@ ARMS: dict[str, Arm] = {
         ),
     )
 }
-"""Every arm by name."""
+"""Every method by name."""
 
 
-def _arm(name: str) -> Arm:
-    if name not in ARMS:
-        raise UnknownKeyError(f"unknown arm {name!r}; choose one of {', '.join(ARMS)}")
-    return ARMS[name]
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise no_such("method", name, METHODS)
+    return METHODS[name]
 
 
 def make_input(name: str, **options: Any) -> InputLayer:
-    """Build an arm as the first layer of a network.
+    """Build a method as the first layer of a network.
 
     Parameters
     ----------
     name : str
-        A name in `ARMS`.
+        A name in `METHODS`.
     **options
-        For the layer; they override the arm's own.
+        For the layer; they override the method's own.
 
     Returns
     -------
@@ -695,28 +695,28 @@ def make_input(name: str, **options: Any) -> InputLayer:
     Raises
     ------
     UnknownKeyError
-        No such arm.
+        No such method.
     InputError
-        The arm imputes whole tables and is a transformer only.
+        The method imputes whole tables and is a transformer only.
 
     Examples
     --------
     >>> make_input("sqrt").fit(torch.tensor([[1.0, float("nan"), 2.0]]))
     SparsityNorm(K=2, power=0.5)
     """
-    arm = _arm(name)
-    if arm.layer is None:
-        raise InputError(f"the arm {name!r} imputes whole tables before any network; use make_transformer({name!r})")
-    return arm.layer(**options)
+    method = _method(name)
+    if method.layer is None:
+        raise InputError(f"the method {name!r} imputes whole tables before any network; use make_transformer({name!r})")
+    return method.layer(**options)
 
 
 def make_transformer(name: str, **options: Any) -> InputTransformer | CompleteImputer | SoftImpute:
-    """Build an arm as a scikit-learn transformer.
+    """Build a method as a scikit-learn transformer.
 
     Parameters
     ----------
     name : str
-        A name in `ARMS`, except "sn-learn", which learns together with a network.
+        A name in `METHODS`, except "sn-learn", which learns together with a network.
     **options
         For the layer or imputer.
 
@@ -728,14 +728,14 @@ def make_transformer(name: str, **options: Any) -> InputTransformer | CompleteIm
     Raises
     ------
     UnknownKeyError
-        No such arm.
+        No such method.
 
     Examples
     --------
     >>> make_transformer("zero+mask").fit_transform([[2.0, np.nan]])
     array([[2., 0., 1., 0.]])
     """
-    arm = _arm(name)
-    if arm.imputer is not None:
-        return arm.imputer(**options)
+    method = _method(name)
+    if method.imputer is not None:
+        return method.imputer(**options)
     return InputTransformer(name, options or None)

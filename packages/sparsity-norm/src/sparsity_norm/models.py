@@ -72,7 +72,7 @@ class TableModel:
         return (~np.isnan(x[:, first])).sum(axis=1)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model into `folder`: ``config.json``, ``weights.safetensors``, ``table.json``."""
+        """Write the model into `folder`: ``model.json``, ``model.safetensors``, ``table.json``."""
         self.estimator.save(folder)
         write_json(Path(folder) / _SCHEMA, self.schema.to_json())
 
@@ -134,9 +134,9 @@ def load_model(folder: str | Path) -> TableModel | AutoRecRecommender:
     folder = Path(folder)
     inside = folder / "model" if (folder / "model").is_dir() else folder
     if not folder.exists():
-        raise InputError(f"{folder}: No such file or directory; give the folder that fit wrote")
-    if not inside.is_dir() or not (inside / "config.json").is_file():
-        raise InputError(f"{folder}: holds no fitted model; give the folder that fit wrote")
+        raise InputError(f"{folder}: No such file or directory; give the run folder of 'sparsity-norm fit'")
+    if not inside.is_dir() or not (inside / "model.json").is_file():
+        raise InputError(f"{folder}: has no model.json; give the run folder of 'sparsity-norm fit'")
     if not (inside / _SCHEMA).is_file():
         return AutoRecRecommender.load(inside)
     try:

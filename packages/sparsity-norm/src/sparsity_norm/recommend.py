@@ -581,7 +581,7 @@ class AutoRecRecommender(Recommender):
         return every_code @ weight + bias
 
     def save(self, folder: str | Path) -> None:
-        """Write the fitted recommender to a folder: ``weights.safetensors``, ``config.json`` and ``ids.json``.
+        """Write the fitted recommender to a folder: ``model.safetensors``, ``model.json`` and ``ids.json``.
 
         Nothing is pickled. Each file replaces its predecessor in one step.
 
@@ -604,7 +604,7 @@ class AutoRecRecommender(Recommender):
             "offsets.users": torch.from_numpy(self._offsets.users),
             "offsets.items": torch.from_numpy(self._offsets.items),
         }
-        with atomic_path(folder / "weights.safetensors") as temporary:
+        with atomic_path(folder / "model.safetensors") as temporary:
             save_file(tensors, temporary)
         write_json(folder / "ids.json", {"users": ratings.user_ids, "items": ratings.item_ids})
         config = {
@@ -619,7 +619,7 @@ class AutoRecRecommender(Recommender):
                 for report in self.history_
             ],
         }
-        write_json(folder / "config.json", config)
+        write_json(folder / "model.json", config)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None) -> AutoRecRecommender:
@@ -638,16 +638,16 @@ class AutoRecRecommender(Recommender):
             If the folder or a file in it is missing, truncated, damaged or of another kind.
         """
         folder = Path(folder)
-        config = _read_json(folder / "config.json")
+        config = _read_json(folder / "model.json")
         if config.get("format") != _FORMAT:
-            raise InputError(f"{folder / 'config.json'}: it is not the configuration of a saved recommender")
+            raise InputError(f"{folder / 'model.json'}: it is not the configuration of a saved recommender")
         if config.get("format_version") != _FORMAT_VERSION:
             raise InputError(
-                f"{folder / 'config.json'}: format version {config.get('format_version')} is not {_FORMAT_VERSION}; "
+                f"{folder / 'model.json'}: format version {config.get('format_version')} is not {_FORMAT_VERSION}; "
                 "load it with the release that wrote it"
             )
         ids = _read_json(folder / "ids.json")
-        tensors = _read_tensors(folder / "weights.safetensors")
+        tensors = _read_tensors(folder / "model.safetensors")
         try:
             recommender = cls(**config["params"])
             if device is not None:

@@ -33,12 +33,12 @@ from shared_core.runs import atomic_path, load_tree, write_json
 from sparsity_norm._csr import tensor_of
 from sparsity_norm.export import export_graph
 from sparsity_norm.functional import Anything, Number, sparsity_normalize
-from sparsity_norm.impute import ARMS, make_input, make_transformer
+from sparsity_norm.impute import METHODS, make_input, make_transformer
 from sparsity_norm.nn import CenterMode, InputLayer, NaNInput, SparsityNorm, drop_observed
 
 __all__ = ["SNClassifier", "SNRegressor", "SparsityNormalizer"]
 
-_WEIGHTS, _CONFIG, _IMPUTER_TABLE = "weights.safetensors", "config.json", "imputer_table"
+_WEIGHTS, _CONFIG, _IMPUTER_TABLE = "model.safetensors", "model.json", "imputer_table"
 _FORMAT = 1
 _PREDICT_ROWS = 1 << 16
 # Below so many operations a step, a second thread costs more than it saves: measured on two idle cores, and hundreds of
@@ -388,7 +388,7 @@ class _SNEstimator(BaseEstimator):
     def _set_meaning(self, meaning: Mapping[str, Any]) -> None: ...
 
     def _check_options(self) -> None:
-        if self.input not in ARMS:
+        if self.input not in METHODS:
             make_input(self.input)
         for name in ("dropout", "input_dropout"):
             value = getattr(self, name)
@@ -402,9 +402,9 @@ class _SNEstimator(BaseEstimator):
             raise InputError(f"weight_decay is {self.weight_decay:g}; it must be zero or positive")
         if any(width < 1 for width in self.hidden):
             raise InputError(f"hidden is {tuple(self.hidden)}; every layer needs at least one unit")
-        if self.input_dropout and ARMS[self.input].imputer is not None:
+        if self.input_dropout and METHODS[self.input].imputer is not None:
             raise InputError(
-                f"input_dropout needs an arm that fills inside the network; {self.input!r} imputes before it"
+                f"input_dropout needs a method that fills inside the network; {self.input!r} imputes before it"
             )
 
     def fit(
@@ -458,7 +458,7 @@ class _SNEstimator(BaseEstimator):
         elif self.early_stopping:
             rows, part = self._split_rows(target, seed)
             held_out = table[part], target[part]
-        self._imputer_table = table[rows] if ARMS[self.input].imputer is not None else None
+        self._imputer_table = table[rows] if METHODS[self.input].imputer is not None else None
         self._fit_imputer()
         x, encoded = self._filled(table[rows]).to(device), self._encode(target[rows]).to(device)
         watched = None
@@ -514,7 +514,7 @@ class _SNEstimator(BaseEstimator):
             self.imputer_ = make_transformer(self.input, **(self.input_options or {})).fit(self._imputer_table)
 
     def _filled(self, table: NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the table as a tensor, completed where the arm completes whole tables."""
+        """Return the table as a tensor, completed where the method completes whole tables."""
         x = torch.from_numpy(np.array(table if self.imputer_ is None else self.imputer_.transform(table))).to(dtype)
         if bool(torch.isinf(x).any()):
             row, column = (int(i) for i in torch.isinf(x).nonzero()[0])
@@ -522,12 +522,12 @@ class _SNEstimator(BaseEstimator):
         return x
 
     def _build(self, features: int) -> _Network:
-        arm = ARMS[self.input]
+        method = METHODS[self.input]
         options = dict(self.input_options or {})
         if self.power is not None:
             options["power"] = self.power
         # Values were checked once, at fit; the layer need not look again at every batch.
-        layer = NaNInput() if arm.layer is None else make_input(self.input, validate=False, **options)
+        layer = NaNInput() if method.layer is None else make_input(self.input, validate=False, **options)
         return _Network(
             layer,
             features,
@@ -535,7 +535,7 @@ class _SNEstimator(BaseEstimator):
             self._outputs,
             dropout=self.dropout,
             input_dropout=self.input_dropout,
-            first_bias=arm.first_bias,
+            first_bias=method.first_bias,
         )
 
     def _train(
@@ -645,9 +645,9 @@ class _SNEstimator(BaseEstimator):
             return torch.cat([finish(network(part.to(device))).cpu() for part in x.split(_PREDICT_ROWS)])
 
     def save(self, folder: str | Path) -> None:
-        """Write the fitted estimator: ``weights.safetensors`` and ``config.json``, nothing pickled.
+        """Write the fitted estimator: ``model.safetensors`` and ``model.json``, nothing pickled.
 
-        An arm that imputes whole tables (``knn``, ``iterative``, ``softimpute``) is stored as its training table,
+        A method that imputes whole tables (``knn``, ``iterative``, ``softimpute``) is stored as its training table,
         which is what it is made of, and fitted again by `load`.
 
         Parameters
@@ -690,7 +690,7 @@ class _SNEstimator(BaseEstimator):
         Parameters
         ----------
         folder : path
-            Holding ``weights.safetensors`` and ``config.json``.
+            Holding ``model.safetensors`` and ``model.json``.
 
         Returns
         -------
@@ -747,12 +747,12 @@ class _SNEstimator(BaseEstimator):
         Raises
         ------
         InputError
-            The arm imputes whole tables outside the network.
+            The method imputes whole tables outside the network.
         """
         check_is_fitted(self)
         if self.imputer_ is not None:
             raise InputError(
-                f"the arm {self.input!r} imputes outside the network, which no graph can hold; choose another input"
+                f"the method {self.input!r} imputes outside the network, which no graph can hold; choose another input"
             )
         return _Graph(copy.deepcopy(self.network_).cpu().float(), self._finish()).eval()
 
@@ -767,7 +767,7 @@ class _SNEstimator(BaseEstimator):
         Raises
         ------
         InputError
-            The optional dependencies are missing, or the arm imputes whole tables outside the network.
+            The optional dependencies are missing, or the method imputes whole tables outside the network.
         """
         with _quiet("torch.onnx"):
             export_graph(self.graph(), int(self.n_features_in_), path)
@@ -837,11 +837,11 @@ class SNClassifier(ClassifierMixin, _SNEstimator):
     hidden : sequence of int, default (64, 64)
         Width of each hidden layer (ReLU); empty for a linear model.
     input : str, default "sn"
-        How missing values are met: any name of `sparsity_norm.impute.ARMS`. All are trained by the same code.
+        How missing values are met: any name of `sparsity_norm.impute.METHODS`. All are trained by the same code.
     power : float or "learn", optional
-        For the arms of Sparsity Normalization, in place of their own; 1 is the paper's.
+        For the methods of Sparsity Normalization, in place of their own; 1 is the paper's.
     input_options : dict, optional
-        Further options of the arm's layer or imputer.
+        Further options of the method's layer or imputer.
     dropout : float, default 0.0
         Of hidden units.
     input_dropout : float, default 0.0
