@@ -1,4 +1,4 @@
-"""What the tests of all packages begin with: checked shapes, real data, and calls of a command line.
+"""What the tests of all packages begin with: checked shapes, real data, calls of a command line, damaged files.
 
 Needs pytest; nothing else of the core imports it. A package's ``tests/conftest.py`` is
 
@@ -11,21 +11,68 @@ Needs pytest; nothing else of the core imports it. A package's ``tests/conftest.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
+import json
 import os
+import re
 import subprocess
-from collections.abc import Collection, Generator
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Generator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jaxtyping
 import pytest
 import torch
 
 from shared_core.cli import CommandLine
+from shared_core.errors import InputError
 from shared_core.runs import Result, Summary
 
-__all__ = ["Caller", "check_shapes", "data_folder", "figures", "unchecked"]
+if TYPE_CHECKING:
+    from hypothesis import settings
+    from hypothesis.strategies import DataObject, DrawFn, SearchStrategy
+
+__all__ = [
+    "Caller",
+    "check_shapes",
+    "data_folder",
+    "figures",
+    "fuzz",
+    "fuzz_file",
+    "mutations",
+    "survives",
+    "unchecked",
+]
+
+_ROOM = 3 << 30
+_HOSTILE_NUMBERS = ("0", "-1", "1e400", "nan", "0.5", "99999999999", "9223372036854775808", "1" * 400)
+_HOSTILE_BYTES = (
+    *(number.encode() for number in _HOSTILE_NUMBERS),
+    *(
+        b"",
+        b"\0",
+        b"\xff" * 4,
+        b"\x7f" + b"\xff" * 7,
+        b"\xff" * 8,
+        b"\xed\xa0\x80",
+        b'"',
+        b"'",
+        b",",
+        b"\n",
+        b"\r",
+        b"::",
+    ),
+    *(b"[" * 2000, b"{" * 2000, b"<f8", b"|O8", b"|S0", b"null", b"true", b"../../x", b"=1+1", b"\xef\xbb\xbf"),
+)
+_HOSTILE_VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1.5, 10**30, -(10**9), 1e308, float("nan"), float("inf"), "", "x", "\0", "\ud800"),
+    *("../../x", "1" * 400, [], {}, [[]], [0] * 100, {"x": None}, [None], ["x", 1], {"": {}}),
+)
 
 
 def check_shapes(package: ModuleType, *, leave_out: Collection[str] = ()) -> None:
@@ -133,3 +180,214 @@ class Caller:
         assert result.stdout == ""
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
         return result.stderr
+
+
+# ---- damaged and hostile files
+
+_Read = TypeVar("_Read")
+
+
+def fuzz(examples: int) -> settings:
+    """Return how a test of hypothesis looks for damage that a reader does not survive; decorate the test with it.
+
+    The same examples every time, so that a test fails for what was changed and for nothing else. To look for more,
+    name how many in the environment: ``FUZZ=5000 pytest -k fuzz`` draws that many new ones.
+
+    Parameters
+    ----------
+    examples : how many
+    """
+    from hypothesis import HealthCheck, settings
+
+    more = os.environ.get("FUZZ")
+    return settings(
+        max_examples=int(more or examples),
+        derandomize=not more,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+    )
+
+
+def survives(read: Callable[[], _Read]) -> _Read | None:
+    """Read, and see that it went well or that the input was refused in one line: no other error, no huge allocation.
+
+    Parameters
+    ----------
+    read : calls a reader
+
+    Returns
+    -------
+    What was read; None when it was refused.
+    """
+    try:
+        with _little_memory():
+            return read()
+    except InputError as error:
+        message = str(error)
+        assert message.strip(), "an error says nothing"
+        assert len(message.splitlines()) == 1, f"not one line: {message!r}"
+        message.encode()
+        return None
+
+
+def fuzz_file(draw: DataObject, path: Path, read: Callable[[], object]) -> None:
+    """Damage a file, see that a reader survives it, and put the file back.
+
+    Parameters
+    ----------
+    draw : of ``hypothesis.strategies.data()``
+    path : of a valid file
+    read : calls a reader that reads it
+    """
+    valid = path.read_bytes()
+    try:
+        path.write_bytes(draw.draw(mutations(valid)))
+        survives(read)
+    finally:
+        path.write_bytes(valid)
+
+
+def mutations(valid: bytes) -> SearchStrategy[bytes]:
+    """Draw damaged versions of a file: of its bytes, and of what it holds, packed again as if nothing had happened.
+
+    Members of zip files (NPZ), gzipped content, values in JSON documents (in the header of safetensors too), and words
+    and numbers of texts are replaced; bytes are flipped, put in, left out, doubled and cut off.
+
+    Parameters
+    ----------
+    valid : a file as its writer writes it
+    """
+    from hypothesis import strategies
+
+    @strategies.composite
+    def damaged(draw: DrawFn) -> bytes:
+        data = valid
+        for _ in range(draw(strategies.integers(1, 3))):
+            data = _damaged(draw, data)
+        return data
+
+    return damaged()
+
+
+@contextlib.contextmanager
+def _little_memory() -> Generator[None]:
+    """Let this process have only little more memory than it has, where the system can do that."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    had = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (had + _ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _damaged(draw: DrawFn, data: bytes) -> bytes:
+    from hypothesis import strategies
+
+    if draw(strategies.integers(0, 3)):
+        with contextlib.suppress(OSError, EOFError, ValueError, RecursionError, zipfile.BadZipFile, zlib.error):
+            if data[:2] == b"\x1f\x8b":
+                return gzip.compress(_damaged(draw, gzip.decompress(data)), mtime=0)
+            if data[:2] == b"PK":
+                return _damaged_zip(draw, data)
+            if data[:1] in {b"{", b"["}:
+                return _damaged_document(draw, json.loads(data))
+            length = int.from_bytes(data[:8], "little")
+            if 8 < length + 8 <= len(data):
+                # The header of safetensors.
+                text = _damaged_document(draw, json.loads(data[8 : 8 + length]))
+                return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return _damaged_bytes(draw, data)
+
+
+def _damaged_zip(draw: DrawFn, data: bytes) -> bytes:
+    from hypothesis import strategies
+
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = draw(strategies.sampled_from(sorted(members)))
+    match draw(strategies.integers(0, 9)):
+        case 0:
+            members.pop(name)
+        case 1:
+            members[draw(strategies.sampled_from(["", "../x", "x" * 100, "x.npy"]))] = members.pop(name)
+        case 2:
+            members[name] = members[draw(strategies.sampled_from(sorted(members)))]
+        case _:
+            members[name] = _damaged(draw, members[name])
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for each, content in members.items():
+            archive.writestr(each, content)
+    return packed.getvalue()
+
+
+def _damaged_document(draw: DrawFn, document: Any) -> bytes:
+    """Replace, remove or double one value somewhere in a JSON document, or in a text in it that is one."""
+    from hypothesis import strategies
+
+    places: list[tuple[Any, Any]] = []
+    waiting = [document]
+    while waiting:
+        node = waiting.pop()
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                waiting.append(node[key])
+    hostile = draw(strategies.sampled_from(_HOSTILE_VALUES))
+    if not places:
+        return json.dumps(hostile).encode()
+    node, key = places[draw(strategies.integers(0, len(places) - 1))]
+    value = node[key]
+    inner = None
+    if isinstance(value, str) and value[:1] in {"{", "["}:
+        with contextlib.suppress(ValueError):
+            inner = json.loads(value)
+    match draw(strategies.integers(0, 5)):
+        case _ if inner is not None:
+            node[key] = _damaged_document(draw, inner).decode()
+        case 0:
+            del node[key]
+        case 1 if isinstance(node, dict):
+            node[draw(strategies.sampled_from(["", "x", "__proto__", "a.b"]))] = value
+        case 1 | 2:
+            node[key] = [value, value]
+        case 3 if isinstance(value, int | float):
+            node[key] = value * draw(strategies.sampled_from([-1, 2, 1000, 10**12]))
+        case _:
+            node[key] = hostile
+    return json.dumps(document).encode()
+
+
+def _damaged_bytes(draw: DrawFn, data: bytes) -> bytes:
+    from hypothesis import strategies
+
+    # Headers are short, and what is in them does the most harm.
+    end = len(data) if draw(strategies.booleans()) else min(len(data), 160)
+    at = draw(strategies.integers(0, end))
+    length = draw(strategies.integers(0, 12))
+    hostile = draw(strategies.sampled_from(_HOSTILE_BYTES))
+    match draw(strategies.integers(0, 8)):
+        case 0:
+            return data[:at]
+        case 1:
+            return data[:at] + data[at + length :]
+        case 2:
+            return data[:at] + data[at : at + 8 * length] + data[at:]
+        case 3:
+            return data[:at] + draw(strategies.binary(max_size=8)) + data[at + length :]
+        case 4:
+            return data[:at] + bytes([draw(strategies.integers(0, 255))]) + data[at + 1 :]
+        case 5:
+            return data[:at] + hostile + data[at:]
+        case _:
+            # A word or a number, from here on.
+            word = re.compile(rb"-?\d[\d.e+-]*|\w+|'[^']*'|\([^)]*\)").search(data, at)
+            start, stop = word.span() if word else (at, at + length)
+            return data[:start] + hostile + data[stop:]

@@ -6,7 +6,6 @@ import csv
 import importlib
 import io
 import math
-import pickle
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from shared_core.data._datasets import ImageData
 from shared_core.data._files import Source, reading
 from shared_core.errors import InputError
+from shared_core.pickles import read_pickle
 
 _Pixels = NDArray[np.uint8]
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -66,51 +66,14 @@ def mnist(source: Source) -> ImageData:
     return _checked(source, arrays[0], arrays[1], source.entry.names)
 
 
-_ARRAY_NAMES = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
-
-
-class _Inert:
-    """Stands in for whatever a pickle builds: it keeps the arguments and the state, and does nothing with them."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that knows the names in a pickled NumPy array and no others, and calls nothing of NumPy."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        if (module.replace("._core", ".core"), name) in _ARRAY_NAMES:
-            return _Inert
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
-
-
-def _latin1(text: str, _: object = None) -> bytes:
-    return text.encode("latin-1")
-
-
-def _array(value: Any) -> Any:
-    """Return what an ``_Inert`` stands for if that is an array of bytes; any other value as it is."""
-    if not isinstance(value, _Inert):
-        return value
-    _, shape, dtype, fortran, data = value.state
-    if dtype.arguments[0] not in ("u1", "|u1"):
-        raise pickle.UnpicklingError(f"an array of {dtype.arguments[0]}, not of bytes")
-    return np.frombuffer(data, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
 def unpickle(data: bytes, place: str) -> dict[str, Any]:
     """Read a pickled dictionary of byte arrays, lists and numbers; anything else in it is refused, never run."""
-    try:
-        loaded = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-        return {k.decode() if isinstance(k, bytes) else str(k): _array(v) for k, v in loaded.items()}
-    except Exception as error:  # a hostile pickle can raise anything
-        raise InputError(f"{place}: is not a pickle of plain arrays ({' '.join(str(error).split())})") from None
+    loaded = read_pickle(data, place)
+    arrays = [value for value in loaded.values() if isinstance(value, np.ndarray)] if isinstance(loaded, dict) else None
+    if arrays is None or any(array.dtype != np.uint8 for array in arrays):
+        found = type(loaded).__name__ if arrays is None else f"dictionary with arrays of {arrays[0].dtype}"
+        raise InputError(f"{place}: is not a pickle of plain arrays of bytes by name, but a {found}")
+    return {k.decode("latin-1") if isinstance(k, bytes) else str(k): v for k, v in loaded.items()}
 
 
 def _names(source: Source, stem: str, count: int) -> tuple[str, ...]:
