@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 __all__ = ["InputError", "UnknownKeyError", "no_such", "not_installed"]
 
-_LISTED = 30
+_LISTED, _SHOWN = 30, 8
 
 
 class InputError(ValueError):
@@ -40,7 +40,7 @@ def no_such(kind: str, name: object, known: Iterable[object], *, where: str = ""
     ----------
     kind : what the name would be of: "method", "column", "data set"
     name : what was given
-    known : the names there are, in the order to list them; the closest alone is given where they are very many
+    known : the names there are, in the order to list them; of more than 30, the first 8 are listed
     where : the file and the place in it, put in front
 
     Examples
@@ -52,8 +52,8 @@ def no_such(kind: str, name: object, known: Iterable[object], *, where: str = ""
     """
     names = [str(each) for each in known]
     near = difflib.get_close_matches(str(name), names, n=1)
-    more = f", ... ({len(names)} in all)" if len(names) > _LISTED else ""
-    listed = f"there are {', '.join(names[:_LISTED])}{more}" if names else "there is none"
+    shown = names if len(names) <= _LISTED else [*names[:_SHOWN], f"... ({len(names)} in all)"]
+    listed = f"there are {', '.join(shown)}" if names else "there is none"
     meant = f"did you mean {near[0]!r}? " if near else ""
     return UnknownKeyError(f"{where + ': ' if where else ''}no {kind} {str(name)!r}; {meant}{listed}")
 
