@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_breast_cancer, load_diabetes
 
 from blockdiag_opt.cli import line
-from shared_core.runs import Summary
-from shared_core.testing import Caller
+from shared_core.runs import Summary, read_summary
+from shared_core.testing import Caller, figures
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_an_interrupted_training_ends_as_if_nothing_had_happened(done, call, can
 
 def test_compare_on_a_users_table(done, cancer, tmp_path):
     summary = done(
-        "compare", "cancer.csv", "--target", "y", "--optimizers", "adam block-adam", "--seeds", 2, "--tuning-seeds", 1,
+        "compare", "cancer.csv", "--target", "y", "--methods", "adam block-adam", "--seeds", 2, "--tuning-seeds", 1,
         "--points", 3, "--extend", 2, "--steps", 30, "--block-sizes", "1,10", "--out", "c",
     )  # fmt: skip
     methods = {row.method for row in summary.results}
@@ -152,6 +152,35 @@ def test_compare_on_a_users_table(done, cancer, tmp_path):
     adam = {row.metric: row.mean for row in summary.results if row.method == "adam"}
     if one["best learning rate"] == adam["best learning rate"]:
         assert one["train loss"] == pytest.approx(adam["train loss"], rel=1e-3)
+
+
+def test_workers_do_not_change_a_comparison(done, cancer, tmp_path):
+    """From the first grid over its extension to the fresh seeds; only what is measured in time differs."""
+    options = (
+        "cancer.csv", "--target", "y", "--methods", "adam sgd:momentum=0", "--seeds", 2, "--tuning-seeds", 1,
+        "--points", 1, "--extend", 2, "--steps", 5,
+    )  # fmt: skip
+    one = done("compare", *options, "--out", "one")
+    # In a process of its own: functions whose shapes are checked cannot travel.
+    command = [
+        sys.executable,
+        "-m",
+        "blockdiag_opt.cli",
+        "compare",
+        *map(str, options),
+        "--workers",
+        "2",
+        "--out",
+        "two",
+    ]
+    subprocess.run([*command, "--quiet"], cwd=tmp_path, check=True)
+    assert untimed(read_summary(tmp_path / "two")) == untimed(one)
+    grids = json.loads((tmp_path / "two" / "grids.json").read_text())
+    assert [len(grid["tried"]) for grid in grids["cancer"].values()] == [3, 3]
+
+
+def untimed(summary):
+    return [row for row in figures(summary) if row.unit not in {"ms", "s"}]
 
 
 def test_plan_of_a_file_and_of_a_function(done, tmp_path):
@@ -227,7 +256,7 @@ def test_wrong_runs(wrong, call, cancer, tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
     for command in (("evaluate", "plain.safetensors", "cancer.csv"), ("spectrum", "plain.safetensors")):
         assert "plain.safetensors" in wrong(*command)
-    assert "not a run folder" in wrong("export", "plain.safetensors")
+    assert "give the run folder of 'blockdiag-opt train'" in wrong("export", "plain.safetensors")
     assert (
         call("train", "cancer.csv", "--target", "y", "--epochs", 1, "--optimizer", "sgd", "--out", "s").returncode == 0
     )
@@ -236,7 +265,7 @@ def test_wrong_runs(wrong, call, cancer, tmp_path):
     assert "no column 'f5'" in wrong("predict", "s", "less.csv")
     write_csv(tmp_path / "other.csv", cancer[0], cancer[1] + 7)
     assert "was not in the training data" in wrong("evaluate", "s", "other.csv")
-    assert "no task and no file" in wrong("compare", "nonsense")
+    assert "no task 'nonsense'" in wrong("compare", "nonsense")
 
 
 def test_help_needs_no_torch():

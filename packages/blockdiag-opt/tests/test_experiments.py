@@ -281,11 +281,11 @@ def test_a_diverging_seed_is_counted_and_breaks_the_claim(run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"specs": []}, "nothing to compare: give one optimizer at least"),
-        ({"specs": ["adam", "adam"]}, "optimizer 'adam' is given twice"),
+        ({"specs": []}, "nothing to compare: give one method at least"),
+        ({"specs": ["adam", "adam"]}, "method 'adam' is given twice"),
         ({"seeds": []}, "give one seed at least"),
         ({"seeds": [0, 1000]}, "seed 1000 is used for tuning and for the results"),
-        ({"specs": ["adam", "adma"]}, "unknown optimizer 'adma'"),
+        ({"specs": ["adam", "adma"]}, "no optimizer 'adma'; did you mean 'adam"),
     ],
 )
 def test_wrong_comparisons_are_refused_before_anything_runs(run, options, message):

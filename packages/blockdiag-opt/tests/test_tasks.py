@@ -163,7 +163,7 @@ def test_a_text_file_is_learned_from(tmp_path):
 
 
 def test_bad_tasks_say_what_to_do(tmp_path):
-    with pytest.raises(UnknownKeyError, match="no task 'x'; there are: correlated, correlated-permuted"):
+    with pytest.raises(UnknownKeyError, match="no task 'x'; there are correlated, correlated-permuted"):
         make_task("x")
     with pytest.raises(InputError, match="task 'digits' does not read a text; only char-lstm does"):
         make_task("digits", text=tmp_path / "a.txt")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field
 
 from shared_core.cli import Advance, CommandConfig, CommandLine, Outcome, Session, argument
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Result, load_tree, read_summary, save_tree, summarize, write_json
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class DemoConfig(CommandConfig):
     steps: int | None = Field(None, ge=1, description="steps of a training run (default 200)")
 
 
-@line.command(DemoConfig)
+@line.command(DemoConfig, spread=True)
 def demo(config: DemoConfig, session: Session) -> Outcome:
     """Show block-diagonal adaptation against Adam and SGD on real data, every learning rate tuned (under a minute)."""
     from blockdiag_opt.experiments import compare as run_comparison
@@ -87,7 +87,7 @@ class CompareConfig(TableOptions):
         "CSV, TSV or NPZ file, or names: correlated, correlated-permuted, breast-cancer, digits, digits-clip,"
         " autoencoder-digits, char-lstm; with MNIST in the data folder autoencoder, cnn, mlp"
     )
-    optimizers: str = Field("adam sgd block-adam block-adam:grouping=input", description=_SPEC_HELP)
+    methods: str = Field("adam sgd block-adam block-adam:grouping=input", description=_SPEC_HELP)
     block_sizes: tuple[int, ...] = Field((), description="compare block-adam at these block sizes as well ...")
     intervals: tuple[int, ...] = Field((1,), description="... each with these update intervals; draws pareto.png")
     seeds: int = Field(5, ge=1, description="training runs of each optimizer at its best learning rate")
@@ -101,7 +101,7 @@ class CompareConfig(TableOptions):
     text: Path | None = Field(None, description="text file for char-lstm")
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Compare optimizers, each tuned with the same budget: loss against steps and against seconds."""
     from blockdiag_opt.experiments import block_specs
@@ -109,7 +109,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     from blockdiag_opt.plots import plot_pareto
 
     tasks = _tasks(config)
-    specs = config.optimizers.split()
+    specs = config.methods.split()
     specs += [spec for spec in block_specs(config.block_sizes, config.intervals) if spec not in specs]
     seeds = [config.seed + seed for seed in range(config.seeds)]
     expected = len(tasks) * len(specs) * (config.points * config.tuning_seeds * (config.lr is None) + len(seeds))
@@ -152,9 +152,7 @@ def _tasks(config: CompareConfig) -> list[Task]:
         return [table_task(config.task, config.target, **options)]
     names = [name.strip() for name in config.task.split(",") if name.strip()]
     if unknown := [name for name in names if name not in TASKS]:
-        raise InputError(
-            f"no task and no file '{unknown[0]}'; tasks: {', '.join(TASKS)}; files end in .csv, .tsv or .npz"
-        )
+        raise InputError(f"{no_such('task', unknown[0], TASKS)}; files end in .csv, .tsv or .npz")
     return [make_task(name, text=config.text if name == "char-lstm" else None, steps=config.steps) for name in names]
 
 
@@ -407,7 +405,7 @@ def spectrum(config: SpectrumConfig, session: Session) -> Outcome:
     path = config.run / "optimizer.safetensors" if config.run.is_dir() else config.run
     state = load_tree(path)
     if not isinstance(state, dict) or "state" not in state or "param_groups" not in state:
-        raise InputError(f"{path} is not the state of an optimizer; give the folder of a 'blockdiag-opt train'")
+        raise InputError(f"{path} is not the state of an optimizer; give the run folder of 'blockdiag-opt train'")
     try:
         found = spectrum_of_state(state)
     except (ValueError, KeyError) as error:

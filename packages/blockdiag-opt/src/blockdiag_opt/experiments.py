@@ -12,8 +12,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -240,8 +241,21 @@ class Grid:
     seconds: float
 
 
-def _key(task: Task, spec: str, lr: float, seed: int, steps: int, schedule: Schedule, device: str) -> str:
-    return f"{task.name}/{task.description}/{steps}/{schedule}/{device}/{spec}/{lr:g}/{seed}"
+_Trainings: TypeAlias = dict[str, Callable[[], Trace]]
+
+
+def _trainings(
+    task: Task, spec: str, lr: float, seeds: Sequence[int], *, steps: int | None, schedule: Schedule, device: str
+) -> _Trainings:
+    """Return the training runs of some seeds by key, as ``run.once`` takes them."""
+    whole = task.steps if steps is None else steps
+    how: dict[str, Any] = {"steps": whole, "schedule": schedule, "device": device}
+    return {
+        f"{task.name}/{task.description}/{whole}/{schedule}/{device}/{spec}/{lr:g}/{seed}": partial(
+            train_once, task, spec, lr, seed, **how
+        )
+        for seed in seeds
+    }
 
 
 def _score(task: Task, trace: Trace) -> float | None:
@@ -283,19 +297,14 @@ def tune(
     """
     if points < 1 or not seeds:
         raise InputError(f"tuning needs a learning rate and a seed at least, got {points} and {len(seeds)}")
-    whole = task.steps if steps is None else steps
     seconds = 0.0
 
     def score(place: int) -> float | None:
         nonlocal seconds
         lr = lr_ladder(place, density)
         scores: list[float] = []
-        for seed in seeds:
-            key = _key(task, spec, lr, seed, whole, schedule, device)
-            trace = run.once(
-                key,
-                lambda seed=seed: train_once(task, spec, lr, seed, steps=whole, schedule=schedule, device=device),
-            )
+        for key, train in _trainings(task, spec, lr, seeds, steps=steps, schedule=schedule, device=device).items():
+            trace = run.once(key, train)
             seconds += trace["seconds"][-1] if trace["seconds"] else 0.0
             found = _score(task, trace)
             advance(f"{task.name}, {spec}, lr {lr:g}: " + ("diverged" if found is None else f"{found:.4g}"))
@@ -304,8 +313,7 @@ def tune(
             scores.append(found)
         return math.fsum(scores) / len(scores)
 
-    first = _nearest_place(lr_centre(spec), density) - (points - 1) // 2
-    grid = {place: score(place) for place in range(first, first + points)}
+    grid = {place: score(place) for place in _first_places(spec, points, density)}
     for _ in range(extend):
         further = _beyond(grid)
         if further is None:
@@ -318,6 +326,18 @@ def tune(
     best = min(finite, key=lambda place: finite[place])
     losses = {lr_ladder(place, density): grid[place] for place in sorted(grid)}
     return Grid(spec, losses, lr_ladder(best, density), _beyond(grid) is not None, seconds)
+
+
+def _first_places(spec: str, points: int, density: Density) -> range:
+    first = _nearest_place(lr_centre(spec), density) - (points - 1) // 2
+    return range(first, first + points)
+
+
+def _first_trainings(
+    task: Task, spec: str, *, seeds: Sequence[int], points: int, density: Density, **how: Any
+) -> _Trainings:
+    rates = [lr_ladder(place, density) for place in _first_places(spec, points, density)]
+    return {key: train for lr in rates for key, train in _trainings(task, spec, lr, seeds, **how).items()}
 
 
 def _beyond(grid: Mapping[int, float | None]) -> int | None:
@@ -384,7 +404,7 @@ def compare(
     InputError
         For no task, optimizer or seed, one given twice, or a seed that is used for tuning too.
     """
-    for what, given in (("task", [task.name for task in tasks]), ("optimizer", specs), ("seed", seeds)):
+    for what, given in (("task", [task.name for task in tasks]), ("method", specs), ("seed", seeds)):
         if not given:
             raise InputError(f"nothing to compare: give one {what} at least")
         if len(set(given)) < len(given):
@@ -394,60 +414,65 @@ def compare(
         raise InputError(f"seed {min(shared)} is used for tuning and for the results; keep the two apart")
     for spec in specs:
         parse_spec(spec)
+    rates = lrs or {}
+    how: dict[str, Any] = {"steps": steps, "schedule": schedule, "device": device}
+    grid_of = partial(tune, seeds=tuning_seeds, points=points, density=density, extend=extend, **how)
+    if run.spreads:
+        first = partial(_first_trainings, seeds=tuning_seeds, points=points, density=density, **how)
+        fresh = partial(_trainings, seeds=seeds, **how)
+        _spread(run, [(task, spec) for task in tasks for spec in specs], rates, first, grid_of, fresh, advance)
+        # All is stored, and told.
+        advance = _silent
     results: list[Result] = []
     claims: list[Claim] = []
     curves: dict[str, dict[str, Curve]] = {}
     grids: dict[str, dict[str, Grid]] = {}
     for task in tasks:
-        whole = task.steps if steps is None else steps
         traces: dict[str, list[Trace]] = {}
         found = grids.setdefault(task.name, {})
+        chosen: dict[str, float] = {}
         for spec in specs:
-            lr = (lrs or {}).get(spec)
-            if lr is None:
-                found[spec] = tune(
-                    run,
-                    task,
-                    spec,
-                    tuning_seeds,
-                    points=points,
-                    density=density,
-                    extend=extend,
-                    steps=whole,
-                    schedule=schedule,
-                    device=device,
-                    advance=advance,
-                )
-                lr = found[spec].best
-            traces[spec] = _fresh(run, task, spec, lr, seeds, whole, schedule, device, advance)
-        rates = {spec: found[spec].best if spec in found else (lrs or {})[spec] for spec in specs}
-        results += _rows(task, traces, rates)
+            if spec not in rates:
+                found[spec] = grid_of(run, task, spec, advance=advance)
+            chosen[spec] = rates[spec] if spec in rates else found[spec].best
+            traces[spec] = []
+            for key, train in _trainings(task, spec, chosen[spec], seeds, **how).items():
+                trace = run.once(key, train)
+                traces[spec].append(trace)
+                ended = "diverged" if trace["final_loss"] is None else f"loss {trace['final_loss']:.4g}"
+                advance(f"{task.name}, {spec}, run {len(traces[spec])} of {len(seeds)}: {ended}")
+        whole = task.steps if steps is None else steps
+        results += _rows(task, traces, chosen)
         claims += _claims(task, traces, found)
         curves[task.name] = {spec: curve for spec, each in traces.items() if (curve := _curve(each, whole)) is not None}
     return Comparison(results, claims, curves, grids)
 
 
-def _fresh(
+def _spread(
     run: Run,
-    task: Task,
-    spec: str,
-    lr: float,
-    seeds: Sequence[int],
-    steps: int,
-    schedule: Schedule,
-    device: str,
+    pairs: Sequence[tuple[Task, str]],
+    rates: Mapping[str, float],
+    first: Callable[[Task, str], _Trainings],
+    grid_of: Callable[[Run, Task, str], Grid],
+    fresh: Callable[[Task, str, float], _Trainings],
     advance: Callable[[str], None],
-) -> list[Trace]:
-    traces: list[Trace] = []
-    for seed in seeds:
-        trace = run.once(
-            _key(task, spec, lr, seed, steps, schedule, device),
-            lambda seed=seed: train_once(task, spec, lr, seed, steps=steps, schedule=schedule, device=device),
-        )
-        traces.append(trace)
-        ended = "diverged" if trace["final_loss"] is None else f"loss {trace['final_loss']:.4g}"
-        advance(f"{task.name}, {spec}, seed {seed}: {ended}")
-    return traces
+) -> None:
+    """Do with the run's workers what a comparison asks for: first grids, what extends each of them, fresh seeds."""
+
+    def told(key: str) -> None:
+        # The end of the key: optimizer, learning rate and seed.
+        advance(", ".join(key.rsplit("/", 3)[1:]))
+
+    def extend(copy: Run, task: Task, spec: str) -> None:
+        grid_of(copy, task, spec)
+
+    tuned = [(task, spec) for task, spec in pairs if spec not in rates]
+    run.spread({key: train for pair in tuned for key, train in first(*pair).items()}, told)
+    run.spread_parts({f"{task.name}/{spec}": partial(extend, task=task, spec=spec) for task, spec in tuned})
+    work: dict[str, Callable[[], Trace]] = {}
+    for task, spec in pairs:
+        work |= fresh(task, spec, rates[spec] if spec in rates else grid_of(run, task, spec).best)
+    run.spread(work, told)
 
 
 def _curve(traces: Sequence[Trace], steps: int) -> Curve | None:

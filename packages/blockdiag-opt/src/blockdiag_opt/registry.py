@@ -7,9 +7,8 @@ asked for. Options are the constructor's; ``b``, ``K``, ``clip`` and ``gamma`` a
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["Spec", "describe", "known_optimizers", "lr_centre", "make_optimizer", "parse_spec"]
 
@@ -146,7 +145,7 @@ def parse_spec(spec: str) -> Spec:
         for option in given:
             if option not in allowed:
                 shown = [*allowed, *(_SHORT if name in _BLOCKS else ())]
-                raise InputError(f"optimizer '{spec}': no option '{option}'{_nearest(option, shown)}")
+                raise no_such("option", option, shown, where=f"optimizer '{spec}'")
     return Spec(spec, name, origin, kind, MappingProxyType(options | given))
 
 
@@ -166,18 +165,13 @@ def _find(name: str, spec: str) -> tuple[Origin, type[Optimizer], str]:
         peer: Any = import_module("pytorch_optimizer")
     except ModuleNotFoundError as error:
         raise InputError(
-            f"unknown optimizer '{spec}'{_nearest(name, known_optimizers())}; for soap, shampoo, lion and many more,"
-            " pip install pytorch-optimizer"
+            f"{no_such('optimizer', name, known_optimizers())}; soap, shampoo, lion and many more come with"
+            " pip install 'blockdiag-opt[peers]'"
         ) from error
     names = [str(known).lower() for known in peer.get_supported_optimizers()]
     if name not in names:
-        raise InputError(f"unknown optimizer '{spec}'{_nearest(name, [*known_optimizers(), *names])}")
+        raise no_such("optimizer", name, dict.fromkeys([*known_optimizers(), *names]))
     return _PEER, peer.load_optimizer(name), name
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=4, cutoff=0.5)
-    return f"; nearest: {', '.join(close)}" if close else f"; there are: {', '.join(known)}"
 
 
 def _read_options(tail: str, spec: str) -> dict[str, Any]:

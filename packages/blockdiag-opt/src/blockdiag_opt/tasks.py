@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shared_core.data import ImageData, TableData, load
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["TASKS", "Batch", "Metric", "Task", "english_text", "make_task"]
 
@@ -523,7 +523,7 @@ def make_task(name: str, *, text: str | Path | None = None, steps: int | None = 
     'test accuracy'
     """
     if name not in TASKS:
-        raise UnknownKeyError(f"no task '{name}'; there are: {', '.join(TASKS)}")
+        raise no_such("task", name, TASKS)
     if text is not None and name != "char-lstm":
         raise InputError(f"task '{name}' does not read a text; only char-lstm does")
     task = char_lstm(text) if name == "char-lstm" else TASKS[name].make()

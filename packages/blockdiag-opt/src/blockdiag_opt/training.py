@@ -288,7 +288,7 @@ def export_run(run: Path, kind: str, path: str | Path) -> str:
     from safetensors.torch import save_file
 
     if not run.is_dir():
-        raise InputError(f"{run} is not a run folder of 'blockdiag-opt train'")
+        raise InputError(f"{run}: is no folder; give the run folder of 'blockdiag-opt train'")
     if kind == "optimizer":
         state = load_tree(run / "optimizer.safetensors")
         flat: dict[str, Tensor] = {}

@@ -6,8 +6,6 @@ import csv
 import gzip
 import inspect
 import math
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -21,7 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from blockdiag_opt.tasks import Metric, Task
-from shared_core.errors import InputError
+from shared_core.arrays import read_arrays
+from shared_core.errors import DAMAGE, InputError, no_such
 from shared_core.objects import load_function, one_line
 
 __all__ = ["Schema", "Table", "build_model", "read_shapes", "read_table", "table_task"]
@@ -56,7 +55,7 @@ class Table:
         name : a name of the table
         """
         if name not in self.names:
-            raise InputError(f"{self.source}: no column '{name}'; there are: {', '.join(self.names[:20])}")
+            raise no_such("column", name, self.names, where=str(self.source))
         return self.values[:, self.names.index(name)]
 
 
@@ -93,8 +92,8 @@ def read_table(path: str | Path) -> Table:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text; save the table as UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; check the path") from error
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, csv.Error) as error:
-        raise InputError(f"{path}: not a readable {endings[-1] if endings else 'table'}: {error}") from error
+    except DAMAGE as error:
+        raise InputError(f"{path}: not a readable {endings[-1] if endings else 'table'}: {one_line(error)}") from error
     raise InputError(f"{path}: cannot tell what '{path.suffix}' is; give .csv, .tsv or .npz")
 
 
@@ -135,8 +134,7 @@ def _number(cell: str, path: Path, line: int, name: str) -> float:
 
 
 def _read_npz(path: Path) -> Table:
-    with np.load(path, allow_pickle=False) as file:
-        arrays: dict[str, np.ndarray] = {name: file[name] for name in file.files}
+    arrays = read_arrays(path)
     x = arrays.get("x")
     if x is None or x.ndim < 2 or not len(x) or x.dtype.kind not in "fiub":
         found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "nothing"
