@@ -91,7 +91,7 @@ def fitted(name: str, path: Path, epochs: int = 40) -> Path:
     split, _, _ = split_of(name)
     model = FeatureNAP.of(split.train, hidden=16, latent=8)
     if epochs:
-        Training(model, Episodic(model), split.train, split.validation, batch=100, lr=1e-2, epochs=epochs).run()
+        Training(model, Episodic(model), split.train, split.validation, batch_size=100, lr=1e-2, epochs=epochs).run()
     save_file(model.state_dict(), path, {"config": json.dumps(model.config)})
     return path
 

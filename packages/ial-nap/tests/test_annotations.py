@@ -128,7 +128,7 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"seconds": -1}, "at least 0"),
         ({"undo": 1}, 'key "undo": expected true or false'),
         ({"instance": ""}, "must not be empty"),
-        ({"featur": "LDL"}, "key 'featur' is not known; did you mean 'feature'?"),
+        ({"featur": "LDL"}, "no key 'featur'; did you mean 'feature'?"),
     ],
 )
 def test_bad_lines_say_what_is_wrong(change, message):
@@ -154,7 +154,7 @@ def test_seconds_that_are_no_number():
 
 def test_masks_of_what_is_not_known():
     log = [Annotation("pid-17", 1, "LDL", 0)]
-    with pytest.raises(UnknownKeyError, match="instance 'pid-17' is not known; did you mean 'pid-71'"):
+    with pytest.raises(UnknownKeyError, match="no instance 'pid-17'; did you mean 'pid-71'"):
         masks(log, ["pid-71"], 2, ["LDL"])
     with pytest.raises(UnknownKeyError, match="feature 'LDL' is not known; did you mean 'LDL-C'"):
         masks(log, ["pid-17"], 2, ["LDL-C"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ial_nap.cli import line
 from ial_nap.saving import load
 from ial_nap.store import AnnotationStore
 from shared_core.runs import Summary
-from shared_core.testing import Caller
+from shared_core.testing import Caller, figures
 
 FEATURES = ("LDL", "HDL", "age", "ward")
 SMALL = ("--hidden", 6, "--latent", 3, "--epochs", 8, "--samples", 4, "--device", "cpu")
@@ -121,7 +122,7 @@ def test_names_that_need_no_torch_are_those_of_the_method():
 
 def test_training_on_a_table_leaves_a_model_and_what_it_was_trained_on(fitted, home):
     assert set(fitted.artifacts) == {"model.safetensors", "fit.json", "history.png"}
-    assert {row.metric for row in fitted.results} == {"auroc", "auprc", "accuracy", "brier", "ece"}
+    assert {row.metric for row in fitted.results} == {"AUROC", "AUPRC", "accuracy", "Brier score", "ECE"}
     assert {(row.dataset, row.method) for row in fitted.results} == {("own", "ial-nap")}
     lines = [json.loads(text) for text in (home / "m/metrics.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in lines] == list(range(1, 9))
@@ -133,6 +134,25 @@ def test_training_on_a_table_leaves_a_model_and_what_it_was_trained_on(fitted, h
     assert facts["data"] == str(home / "own.csv")
     assert facts["classes"] == ["ill", "well"]
     assert (facts["id"], facts["label"], facts["seed"], facts["plant"]) == ("pid", "outcome", 0, 0)
+
+
+def test_two_processes_share_every_batch_and_learn_the_same(fitted, home):
+    """``torchrun --nproc-per-node=2``: each takes its part of the instances of a batch."""
+    script = home / "main.py"
+    script.write_text("from ial_nap.cli import main\n\nmain()\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    arguments = [str(word) for word in ("fit", "own.csv", *COLUMNS, *SMALL, "--out", "two")]
+    result = subprocess.run([*torchrun, *arguments], cwd=home, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    one, two = (load(home / run / "model.safetensors", device="cpu").model_.state_dict() for run in ("m", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_workers_do_not_change_a_comparison(call):
+    args = ("compare", "cells", *QUICK, "--seeds", 2, "--trials", 0, "--methods", "random-nap,drop")
+    one, two = (figures(call.done(*args, "--workers", n, "--out", f"w{n}")) for n in (1, 2))
+    assert [row for row in one if row.unit == "1"] == [row for row in two if row.unit == "1"]
 
 
 @pytest.mark.parametrize("at", [1, 5])
@@ -237,16 +257,16 @@ def test_evaluation_has_intervals_and_compares_on_the_same_instances(updated, ca
     found = call.done("evaluate", "u", "--against", "m", "--draws", 40, "--out", "e")
     rows = {(row.method, row.metric): row for row in found.results}
     for row in found.results:
-        assert row.low <= row.mean <= row.high or row.metric == "ece"
+        assert row.low <= row.mean <= row.high or row.metric == "ECE"
         assert row.n == 30
-    difference = rows["model - against", "auroc, difference"]
-    assert difference.mean == pytest.approx(rows["model", "auroc"].mean - rows["against", "auroc"].mean)
+    difference = rows["model - against", "AUROC, difference"]
+    assert difference.mean == pytest.approx(rows["model", "AUROC"].mean - rows["against", "AUROC"].mean)
     assert difference.better == "higher"
     assert found.artifacts == ["reliability.png"]
     brier = call.done("evaluate", "m", "--against", "m", "--metric", "brier", "--part", "validation", "--draws", 9,
                       "--out", "e2")  # fmt: skip
     (same,) = [row for row in brier.results if row.method == "model - against"]
-    assert (same.mean, same.low, same.high, same.metric, same.better) == (0, 0, 0, "brier, difference", "lower")
+    assert (same.mean, same.low, same.high, same.metric, same.better) == (0, 0, 0, "Brier score, difference", "lower")
     assert {row.dataset for row in brier.results} == {"own, validation"}
     again = call.done("evaluate", "m", "own.csv", *COLUMNS, "--draws", 0, "--out", "e3")
     assert {row.low for row in again.results} == {None}
@@ -268,7 +288,7 @@ def test_predictions_have_ids_classes_and_intervals(fitted, call, home):
     expected = model.predict_proba(np.round(x, 4), lengths=np.minimum(lengths, 2))
     np.testing.assert_allclose([float(row["p(well)"]) for row in rows], expected[:, 1], atol=1e-3)
     scored = call.done("predict", "m", "--output", "mine.csv", "--out", "p2")
-    assert {row.metric for row in scored.results} >= {"auroc", "brier"}
+    assert {row.metric for row in scored.results} >= {"AUROC", "Brier score"}
     assert len(list(csv.DictReader((home / "mine.csv").open()))) == 30
 
 
@@ -288,9 +308,9 @@ def test_labels_of_another_table_are_matched_by_name(fitted, call, home):
 @pytest.mark.parametrize(
     ("file", "header", "metric"),
     [
-        ("prices.npz", ["id", "prediction", "low", "high", "std"], "rmse"),
-        ("classes.npz", ["id", "class", "probability", "low", "high", "p(0)", "p(1)", "p(2)"], "log_loss"),
-        ("labels.npz", ["id", *(f"{w}({k})" for k in (0, 1) for w in ("p", "low", "high"))], "auroc"),
+        ("prices.npz", ["id", "prediction", "low", "high", "std"], "RMSE"),
+        ("classes.npz", ["id", "class", "probability", "low", "high", "p(0)", "p(1)", "p(2)"], "log loss"),
+        ("labels.npz", ["id", *(f"{w}({k})" for k in (0, 1) for w in ("p", "low", "high"))], "AUROC"),
     ],
 )
 def test_numbers_classes_and_several_labels_are_predicted(call, home, file, header, metric):
@@ -323,7 +343,7 @@ def test_pictures_of_one_instance_and_of_other_data(updated, said, call, home):
     call.done(
         "plot", "attention", "u", "new.csv", "--id", "pid", "--time", "year", "--instance", "pid-3", "--out", "pj"
     )
-    assert "unknown instance 'pid-x': did you mean" in call.wrong(
+    assert "no instance 'pid-x'; did you mean" in call.wrong(
         "plot", "attention", "u", "new.csv", "--id", "pid", "--time", "year", "--instance", "pid-x", "--out", "pk"
     )
 
@@ -469,7 +489,7 @@ def test_a_simulation_keeps_rounds_and_resumes_where_it_was(call, home, monkeypa
             "retain,random-nap,ial-nap")  # fmt: skip
     whole = call.done(*args, "--out", "sim")
     assert {row.metric for row in whole.results} == {
-        "auroc before", "auroc after", "auroc over verdicts", "learning"
+        "AUROC before", "AUROC after", "AUROC over verdicts", "learning"
     }  # fmt: skip
     assert {row.n for row in whole.results} == {2}
     assert set(whole.artifacts) == {"rounds.json", "curve.png", "comparison.png"}
@@ -500,7 +520,7 @@ def test_a_simulation_keeps_rounds_and_resumes_where_it_was(call, home, monkeypa
     assert timeless[0] == timeless[1]
     assert call.done("plot", "curve", "sim", "--methods", "ial-nap", "--out", "pcu").artifacts == ["curve.png"]
     assert call.done("plot", "comparison", "sim", "--out", "pco").artifacts == ["comparison.png"]
-    assert "no method 'drop' in sim" in call.wrong("plot", "curve", "sim", "--methods", "drop", "--out", "pcw")
+    assert "sim: no method 'drop'" in call.wrong("plot", "curve", "sim", "--methods", "drop", "--out", "pcw")
 
 
 def test_simulated_annotators_know_masks_of_instances_or_what_is_planted(call, home):
@@ -514,7 +534,7 @@ def test_simulated_annotators_know_masks_of_instances_or_what_is_planted(call, h
     assert [r.mean for r in one.results if r.unit == "1"] == [r.mean for r in each.results if r.unit == "1"]
     planted = call.done(*args, "--plant", 1, "--flip", 0.1, "--unsure", 0.1, "--out", "planted")
     assert len(planted.results) == 4
-    tuned = call.done(*args, "--plant", 1, "--methods", "aila", "--tune", "--tries", 2, "--out", "tuned")
+    tuned = call.done(*args, "--plant", 1, "--methods", "aila", "--tune", "--trials", 2, "--out", "tuned")
     assert {row.method for row in tuned.results} == {"aila"}
     assert "nobody knows what is right; give --oracle, or --plant 2" in call.wrong(*args, "--out", "nobody")
 
@@ -573,8 +593,8 @@ def test_data_says_what_there_is(call):
         (("rank", "hurt"), "fit.json: is damaged"),
         (("update", "m", "nothing.jsonl"), "nothing.jsonl: cannot be read (No such file or directory)"),
         (("update", "m", "empty.jsonl"), "empty.jsonl: has no verdict"),
-        (("update", "m", "unknown.jsonl"), "unknown feature 'LDX': did you mean 'LDL'?"),
-        (("update", "m", "who.jsonl"), "unknown instance 'pid-x'"),
+        (("update", "m", "unknown.jsonl"), "no feature 'LDX'; did you mean 'LDL'?"),
+        (("update", "m", "who.jsonl"), "no instance 'pid-x'"),
         (("update", "m", "late.jsonl"), "there are 3 steps, counted from 0"),
         (
             ("update", "alone/model.safetensors", "said.jsonl", "--finetune", "2"),
@@ -583,7 +603,7 @@ def test_data_says_what_there_is(call):
         (("evaluate", "m", "new.csv", "--id", "pid", "--time", "year"), "labels"),
         (("evaluate", "m", "--part", "audit"), "has no part 'audit'"),
         (("evaluate", "m", "--against", "m-prices"), "--against m-prices: these series have other features"),
-        (("evaluate", "m", "--against", "m", "--metric", "rmse"), "no metric 'rmse' for a binary task"),
+        (("evaluate", "m", "--against", "m", "--metric", "rmse"), "a binary task: no metric 'rmse'"),
         (("annotate", "m", "--queue", "own.csv"), "own.csv: is not what 'ial-nap rank' writes"),
         (("annotate", "m", "--queue", "strange.json"), "strange.json: instance 'x' is not among those of the data"),
         (("annotate", "alone/model.safetensors", "own.csv", *COLUMNS), "there is nothing to score on"),
@@ -603,7 +623,7 @@ def test_data_says_what_there_is(call):
         (("simulate", "own.csv", *COLUMNS, "--oracle", "wide.npz"), "mask has shape (3, 5): expected (3, 4)"),
         (("simulate", "own.csv", *COLUMNS, "--oracle", "two.npz"), "'mask' must hold 1 (attend) and 0 (do not)"),
         (("simulate", "own.csv", *COLUMNS, "--oracle", "one.npy"), "is a single array; save it with np.savez"),
-        (("compare", "own.csv", *COLUMNS, "--methods", ","), "--methods: no method is named"),
+        (("compare", "own.csv", *COLUMNS, "--methods", ","), "--methods: name one at least"),
         (("demo", "--methods", "noise"), "no method 'noise'"),
         (("data", "own.csv", "--label", "nothing"), "no column"),
     ],

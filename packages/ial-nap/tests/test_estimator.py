@@ -409,8 +409,8 @@ def test_masks_and_contexts_are_as_good_as_records(model):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        (said((0, "LDX", 1)), "unknown feature 'LDX': did you mean 'LDL'.*another set of features"),
-        (said((0, "LDL", 1), instance="pid-99"), "unknown instance 'pid-99': did you mean 'pid-9'"),
+        (said((0, "LDX", 1)), "no feature 'LDX'; did you mean 'LDL'.*another set of features"),
+        (said((0, "LDL", 1), instance="pid-99"), "no instance 'pid-99'; did you mean 'pid-9'"),
         (said((3, "LDL", 1)), "step 3 of 'pid-3': there are 3 steps"),
         (np.zeros((T, R)), r"expected \(K, 3, 4\), \(K, T, r\)"),
         (np.zeros((1, T + 1, R)), r"shape \(1, 4, 4\): expected \(K, 3, 4\)"),
@@ -473,7 +473,7 @@ def test_before_and_after_differ_by_verdicts_alone(model):
 
 def test_instances_that_are_known_can_be_annotated(model):
     x = arrays(seed=9, n=3)[0]
-    with pytest.raises(InputError, match=r"unknown instance 'new-1'.*know\(series\)"):
+    with pytest.raises(InputError, match=r"no instance 'new-1'.*know\(series\)"):
         model.update(said((0, "LDL", 1), instance="new-1"))
     model.know(model.series(x, lengths=[1, 2, 3], ids=["new-0", "new-1", "new-2"]))
     model.update(said((0, "LDL", 1), instance="new-1"))
@@ -556,7 +556,7 @@ def test_annotations_are_checked_when_they_come_in(model):
     assert len(found) == 2
     for wrong, match in [
         (("pid-177", 0, "LDL", 1), "did you mean 'pid-17'"),
-        (("pid-1", "2008", "LDL", 1), "unknown step '2008': did you mean '20"),
+        (("pid-1", "2008", "LDL", 1), "no step '2008'; did you mean '20"),
         (("pid-1", 3, "LDL", 1), "there are 3 steps"),
         (("pid-1", 0, "LDX", 1), "did you mean 'LDL'"),
         (("pid-1", 0, 4, 1), "there are 4 features"),

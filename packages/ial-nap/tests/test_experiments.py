@@ -27,7 +27,7 @@ from shared_core.errors import InputError, UnknownKeyError
 
 QUICK = Protocol(
     setting=Setting(rounds=2, k=3, f=3, epochs=1, hidden=4, latent=2, samples=2, steps=2),
-    tries=1,
+    trials=1,
     masks=(1, 5),
     most=60,
 )
@@ -37,13 +37,15 @@ class Store:
     """Keeps what is computed, as JSON, and says how often."""
 
     def __init__(self):
-        self.cells, self.computed = {}, 0
+        self.cells, self.computed, self.spreads = {}, 0, False
 
-    def once(self, key, compute):
-        if key not in self.cells:
-            self.computed += 1
-            self.cells[key] = json.loads(json.dumps(compute(), allow_nan=False))
-        return self.cells[key]
+    def each(self, work, told=lambda *_: None):
+        for key, compute in work.items():
+            if key not in self.cells:
+                self.computed += 1
+                self.cells[key] = json.loads(json.dumps(compute(), allow_nan=False))
+            told(key, self.cells[key])
+        return {key: self.cells[key] for key in work}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_splits_are_drawn_by_seed_and_the_toy_anew(cells):
 @pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - {"leak", "loop", "harmless"}))
 def test_experiments_measure_every_seed_once_and_go_on_where_they_stopped(name, cells):
     store, notes = Store(), []
-    found = run_experiment(name, cells, (0, 1), QUICK, once=store.once, advance=lambda note, _: notes.append(note))
+    found = run_experiment(name, cells, (0, 1), QUICK, store=store, advance=lambda note, _: notes.append(note))
     assert all(set(by) == {0, 1} for by in found.cells.values())
     assert {row.n for row in found.results} == {2}
     assert all(np.isfinite(row.mean) for row in found.results)
@@ -77,14 +79,14 @@ def test_experiments_measure_every_seed_once_and_go_on_where_they_stopped(name, 
     assert all(claim.holds == (claim.holds is True) for claim in found.claims)
     assert len(notes) == 2
     before = store.computed
-    assert run_experiment(name, cells, (0, 1), QUICK, once=store.once) == found
+    assert run_experiment(name, cells, (0, 1), QUICK, store=store) == found
     assert store.computed == before
 
 
 def test_the_loop_gives_rounds_by_method_and_seed(cells):
     store = Store()
     methods = ("retain", "random-nap", "aila", "drop", "ial-nap", "ial-nap-finetuned")
-    found = compare_methods(cells, methods, (0,), QUICK, once=store.once)
+    found = compare_methods(cells, methods, (0,), QUICK, store=store)
     assert tuple(found.cells) == methods
     for method in methods:
         cell = found.cells[method][0]
@@ -181,7 +183,7 @@ def test_a_demo_shows_the_instance_that_is_misled_before_and_after(cells):
 
 
 def test_an_unknown_experiment_says_which_there_are():
-    with pytest.raises(UnknownKeyError, match="no experiment 'loops': choose loop, correction"):
+    with pytest.raises(UnknownKeyError, match="no experiment 'loops'; did you mean 'loop'"):
         run_experiment("loops", "cells", (0,))
 
 

@@ -88,7 +88,7 @@ def test_after_training_on_episodes_verdicts_help(kind):
     train = shift_task(300, shift=2.0, seed=0)
     test = shift_task(500, shift=0.0, seed=1, like=train)
     model = made(kind, train)
-    Training(model, Episodic(model), train, epochs=25, batch=100, lr=2e-2).run()
+    Training(model, Episodic(model), train, epochs=25, batch_size=100, lr=2e-2).run()
 
     def loss():
         return losses(model(test.x, test.lengths), test.targets, "binary").mean().item()

@@ -192,7 +192,7 @@ def test_a_rule_for_one_group_acts_on_that_group():
     model = FeatureNAP.of(train, hidden=8, latent=4, context="attentive")
     episodes = Episodes(2, 6, most_masks=8)
     objective = Episodic(model, episodes=episodes, per_batch=4, by=[GROUP], rules=0.8)
-    Training(model, objective, train, epochs=30, batch=100, lr=2e-2).run()
+    Training(model, objective, train, epochs=30, batch_size=100, lr=2e-2).run()
     model.update(context, train)
 
     def gates(of):

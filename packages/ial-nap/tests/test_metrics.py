@@ -65,7 +65,7 @@ def test_the_interval_is_that_of_paired_differences():
 
 def test_wrong_arguments(unchecked):
     data = series([0, 1, 0, 1])
-    with pytest.raises(InputError, match="no metric 'rmse' for a binary task: choose auroc"):
+    with pytest.raises(InputError, match="a binary task: no metric 'rmse'; there are auroc"):
         compare(data, np.zeros((4, 1)), np.zeros((4, 1)), metric="rmse")
     with pytest.raises(InputError, match=r"expected \(4, 1\)"):
         measure(data, np.zeros((4, 2)))

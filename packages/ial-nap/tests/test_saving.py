@@ -126,7 +126,7 @@ def test_no_training_instance_is_in_the_file(file):
             call()
     assert again.rank(X, lengths=LENGTHS, ids=IDS)
     again.replace([Annotation("pid-3", 0, "LDL", 1)])
-    with pytest.raises(InputError, match="unknown instance 'somebody'"):
+    with pytest.raises(InputError, match="no instance 'somebody'"):
         again.replace([Annotation("somebody", 0, "LDL", 1)])
     # Before any instance is known, any id will do.
     load(file, device="cpu").replace([Annotation("somebody", 0, "LDL", 1)])

@@ -108,7 +108,7 @@ def nan_at(x):
         (lambda x, y: {"x": x, "y": y + 1, "kind": "binary"}, "must be 0 or 1"),
         (lambda x, y: {"x": x, "y": y + 0.5, "kind": "multiclass"}, "classes 0, 1"),
         (lambda x, y: {"x": x, "y": y, "kind": "multilabel"}, "is not that of a multilabel"),
-        (lambda x, y: {"x": x, "y": y, "kind": "ranking"}, "unknown kind"),
+        (lambda x, y: {"x": x, "y": y, "kind": "ranking"}, "no kind"),
         (lambda x, y: {"x": x}, "kind="),
         (lambda x, y: {"x": [["a"]], "y": y}, "numbers"),
     ],
@@ -136,7 +136,7 @@ def test_series_that_are_not_like_the_training(unchecked):
 
 
 def test_a_name_that_is_not_known_is_answered_with_the_closest():
-    with pytest.raises(InputError, match="unknown feature 'LDK': did you mean 'LDL'"):
+    with pytest.raises(InputError, match="no feature 'LDK'; did you mean 'LDL'"):
         find_name("LDK", ["HDL-x", "LDL"], "feature")
 
 

@@ -17,7 +17,7 @@ from ial_nap.toys import shift_mask, shift_task
 from ial_nap.training import Plain, losses
 from shared_core.errors import InputError
 
-SETTING = Setting(rounds=2, k=4, f=3, epochs=2, batch=60, hidden=5, latent=2, steps=3, step_lr=1e-2, samples=3)
+SETTING = Setting(rounds=2, k=4, f=3, epochs=2, batch_size=60, hidden=5, latent=2, steps=3, step_lr=1e-2, samples=3)
 TRAINED: Trained = {}
 
 
@@ -81,7 +81,7 @@ def test_random_methods_of_a_seed_ask_the_same_and_influence_asks_other_instance
 def test_influence_of_retain_finds_wrong_labels(data):
     train, validation, test = data
     wrong = replace(train, y=torch.where(torch.arange(60) < 8, 1 - train.targets, train.targets))
-    found = asked((wrong, validation, test), "if-retain", epochs=15, batch=20, lr=1e-2, rounds=1, k=15)
+    found = asked((wrong, validation, test), "if-retain", epochs=15, batch_size=20, lr=1e-2, rounds=1, k=15)
     assert sum(k < 8 for k, _ in found) >= 5
 
 
@@ -151,11 +151,11 @@ def test_scores():
 
 
 def test_wrong_arguments(unchecked, data):
-    with pytest.raises(InputError, match="unknown method 'magic'"):
+    with pytest.raises(InputError, match="no method 'magic'"):
         simulate("magic", *data, Oracle(shift_mask()))
     with pytest.raises(InputError, match="rounds"):
         simulate("retain", *data, Oracle(shift_mask()), Setting(rounds=0))
     with pytest.raises(InputError, match="flip"):
         Oracle(shift_mask(), flip=2.0)
-    with pytest.raises(InputError, match="tries must be within 1 and 9"):
+    with pytest.raises(InputError, match="trials must be within 1 and 9"):
         tuned("aila", *data[:2], Oracle(shift_mask()), SETTING, 0, 0)

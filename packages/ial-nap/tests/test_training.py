@@ -14,6 +14,7 @@ from ial_nap.nap import FeatureNAP
 from ial_nap.series import make_series
 from ial_nap.toys import CAUSAL, SHORTCUT, shift_mask, shift_task
 from ial_nap.training import Episodic, Plain, Training, finetune, losses, weight_penalty
+from shared_core.device import World
 from shared_core.errors import InputError
 
 
@@ -50,7 +51,7 @@ def test_a_training_that_stopped_goes_on_to_the_same_bits(bound):
 
     def training(seed=0):
         made = model()
-        return Training(made, Episodic(made, bound=bound), series, small(seed=1), batch=20, epochs=4, seed=seed)
+        return Training(made, Episodic(made, bound=bound), series, small(seed=1), batch_size=20, epochs=4, seed=seed)
 
     whole = training()
     whole.run()
@@ -68,7 +69,7 @@ def test_a_training_that_stopped_goes_on_to_the_same_bits(bound):
 
 def test_training_stops_when_validation_does_not_get_better_and_keeps_the_best():
     series, made = small(), model()
-    training = Training(made, Episodic(made), series, small(seed=1), lr=0.05, batch=20, epochs=200, patience=3)
+    training = Training(made, Episodic(made), series, small(seed=1), lr=0.05, batch_size=20, epochs=200, patience=3)
     seen = []
     history = training.run(on_epoch=seen.append)
     assert seen == history
@@ -109,7 +110,7 @@ def test_other_kinds_of_task_are_learned_too(y, kind):
     x = batch(n=40)
     series = make_series(x, y, kind=kind)
     made = FeatureNAP.of(series, hidden=6, latent=0)
-    history = Training(made, Episodic(made, gate=0.0), series, lr=0.02, epochs=30, batch=40).run()
+    history = Training(made, Episodic(made, gate=0.0), series, lr=0.02, epochs=30, batch_size=40).run()
     assert history[-1].loss < history[0].loss
 
 
@@ -135,7 +136,7 @@ def test_verdicts_move_what_was_trained_to_obey():
     train = shift_task(300, shift=2.0, seed=0)
     test = shift_task(500, shift=0.0, seed=1, like=train)
     made = FeatureNAP.of(train, hidden=8, latent=2)
-    Training(made, Episodic(made, per_batch=4), train, epochs=20, batch=100, lr=2e-2).run()
+    Training(made, Episodic(made, per_batch=4), train, epochs=20, batch_size=100, lr=2e-2).run()
     weights = hash_of(made)
 
     def loss(context):
@@ -163,7 +164,7 @@ def test_the_shortcut_task_has_its_shortcut_in_training_only():
         shift_task(10, shift=0.0, seed=0, features=5)
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.0}, {"batch": 0}, {"epochs": 0}, {"patience": 0}])
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"batch_size": 0}, {"epochs": 0}, {"patience": 0}])
 def test_wrong_numbers(unchecked, options):
     made = model()
     with pytest.raises(InputError, match="must be"):
@@ -174,3 +175,30 @@ def test_wrong_numbers(unchecked, options):
         Training(made, Episodic(made), make_series(batch(), kind="binary"))
     with pytest.raises(InputError, match="steps"):
         finetune(copy.deepcopy(made), small(), Context(T, R), steps=0)
+
+
+def test_parts_of_a_batch_sum_to_its_loss_and_gradient():
+    made, train = nap(), small()
+    objective = Episodic(made)
+
+    def found(*parts):
+        made.zero_grad()
+        loss = sum(objective.part(train, torch.Generator().manual_seed(3), 0.5, part) for part in parts)
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in made.parameters()]
+
+    whole, gradient = found(slice(len(train)))
+    assert objective(train, torch.Generator().manual_seed(3), 0.5) == whole
+    for parts in ((slice(0, 7), slice(7, len(train))), (slice(0, 0), slice(0, len(train)))):
+        sum_, gradients = found(*parts)
+        torch.testing.assert_close(sum_, whole)
+        for one, other in zip(gradients, gradient, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_processes_need_an_objective_that_can_be_shared_and_enough_instances():
+    made, two = nap(), World(0, 2)
+    with pytest.raises(InputError, match="2 processes cannot share"):
+        Training(made, lambda *_: None, small(), world=two)
+    with pytest.raises(InputError, match="2 processes share batches of 1"):
+        Training(made, Episodic(made), small(), batch_size=1, world=two)

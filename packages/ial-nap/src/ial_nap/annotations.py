@@ -8,7 +8,6 @@ scale agreement among many raters".
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import json
@@ -21,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Int, Int8
 
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 
 __all__ = [
     "Annotation",
@@ -128,12 +127,6 @@ def _names(names: Sequence[str]) -> dict[str, int]:
     return positions
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> UnknownKeyError:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    return UnknownKeyError(f"{what} '{name}' is not known{hint}")
-
-
 def feature_set_hash(features: Sequence[str], steps: int, units: Sequence[str] = ()) -> str:
     """Return a hash of what verdicts are about: the features in their order, their units and the number of steps.
 
@@ -210,7 +203,7 @@ def _parse(line: str) -> Annotation:
             raise InputError(f'key "{name}": missing')
     for name, value in record.items():
         if name not in _TYPES:
-            raise _unknown("key", name, _TYPES)
+            raise no_such("key", name, _TYPES)
         wanted = _TYPES[name]
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             kind = (
@@ -357,9 +350,9 @@ def masks(
         if annotator is not None and one.annotator != annotator:
             continue
         if one.instance not in known:
-            raise _unknown("instance", one.instance, known)
+            raise no_such("instance", one.instance, known)
         if one.feature not in columns:
-            raise _unknown("feature", one.feature, columns)
+            raise no_such("feature", one.feature, columns)
         if one.step >= steps:
             raise InputError(f"step {one.step} of '{one.instance}': there are {steps} steps, counted from 0")
         if one.verdict >= 0:

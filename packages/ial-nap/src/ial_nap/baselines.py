@@ -176,7 +176,7 @@ def heed(
     *,
     steps: int = 50,
     lr: float = 1e-3,
-    batch: int = 200,
+    batch_size: int = 200,
     l2: float = 0.004,
     seed: int = 0,
 ) -> list[float]:
@@ -188,7 +188,7 @@ def heed(
     penalty : on what was annotated, its weight included
     train : to draw a batch of the task from at each step; None for the penalty alone
     logits : of a batch
-    steps, lr, batch, l2 : of Adam, of batches, and of the weights' penalty
+    steps, lr, batch_size, l2 : of Adam, of batches, and of the weights' penalty
     seed : of batches and of what is drawn in a pass
 
     Returns
@@ -208,7 +208,7 @@ def heed(
     for _ in range(steps):
         loss = penalty(generator) + l2 * weight_penalty(model)
         if train is not None:
-            part = train.part(torch.randperm(len(train), generator=generator)[:batch])
+            part = train.part(torch.randperm(len(train), generator=generator)[:batch_size])
             loss = loss + losses(logits(part, generator), part.targets, part.kind).mean()
         optimizer.zero_grad()
         loss.backward()

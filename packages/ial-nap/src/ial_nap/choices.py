@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 __all__ = [
     "METHODS",
+    "METRIC_WORDS",
     "ExportFormat",
     "FeatureRanker",
     "InstanceRanker",
@@ -48,6 +49,18 @@ Method: TypeAlias = Literal[
 METHODS: tuple[Method, ...] = get_args(Method)
 """All of them."""
 
+METRIC_WORDS = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "brier": "Brier score",
+    "ece": "ECE",
+    "log_loss": "log loss",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "mpe": "mean percentage error",
+}
+"""How metrics are written in tables and pictures, where not by their names."""
+
 
 def chosen_methods(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return methods, each once; "all" stands for every one.
@@ -70,7 +83,8 @@ def chosen_methods(names: tuple[str, ...]) -> tuple[str, ...]:
     """
     wanted = [known for name in names for known in (METHODS if name == "all" else (name,))]
     unknown = next((name for name in wanted if name not in METHODS), None)
-    if unknown is not None or not wanted:
-        what = "no method is named" if unknown is None else f"no method '{unknown}'"
-        raise InputError(f"--methods: {what}; there are all, {', '.join(METHODS)}")
+    if unknown is not None:
+        raise no_such("method", unknown, ("all", *METHODS), where="--methods")
+    if not wanted:
+        raise InputError(f"--methods: name one at least; there are all, {', '.join(METHODS)}")
     return tuple(dict.fromkeys(wanted))

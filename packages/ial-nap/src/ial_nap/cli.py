@@ -7,7 +7,7 @@ import json
 import math
 import sqlite3
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from pydantic import Field
 
-from ial_nap.choices import ExportFormat, Picture, TaskKind, chosen_methods
+from ial_nap.choices import METRIC_WORDS, ExportFormat, Picture, TaskKind, chosen_methods
 from ial_nap.config import EstimatorFields, RankingFields, SimulationFields
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Result, atomic_path, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
@@ -110,10 +110,10 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     from ial_nap.experiments import Protocol, demo_run
 
     methods: Any = chosen_methods(config.methods)
-    protocol = Protocol(shift=config.shift, setting=config.setting(), tries=1)
+    protocol = Protocol(shift=config.shift, setting=config.setting(), trials=1)
     with session.progress("demo", len(methods)) as advance:
         shown = demo_run(
-            "cells", methods=methods, seeds=(config.seed,), protocol=protocol, once=session.run.once,
+            "cells", methods=methods, seeds=(config.seed,), protocol=protocol, store=session.run,
             advance=lambda note, steps: advance(steps, note=note),
         )  # fmt: skip
     rows, claims = shown.found.results, shown.found.claims
@@ -150,12 +150,12 @@ class CompareConfig(TableOptions, SimulationFields):
     seeds: int = Field(5, ge=1, description="splits, shortcuts and trainings of each method")
     plant: int = Field(2, ge=1, description="columns to plant that give the label away in training, and not in tests")
     shift: float = Field(1.2, ge=0, description="how much they give away, in deviations of their noise")
-    tries: int = Field(3, ge=0, le=9, description="settings to try for each method that has some; 0: as given here")
+    trials: int = Field(3, ge=0, le=9, description="settings to try for each method that has some; 0: as given here")
     flip: float = Field(0.0, ge=0, le=1, description="probability that the simulated annotator says the opposite")
     unsure: float = Field(0.0, ge=0, le=1, description="probability that the simulated annotator does not know")
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Plant a shortcut and let every method learn from the same annotator: scores, verdicts and seconds."""
     from ial_nap import plots
@@ -166,7 +166,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     with session.progress("compare", len(methods) * config.seeds) as advance:
         found = compare_methods(
             found_data, methods, range(config.seed, config.seed + config.seeds), _protocol(config),
-            once=session.run.once, advance=lambda note, steps: advance(steps, note=note),
+            store=session.run, advance=lambda note, steps: advance(steps, note=note),
         )  # fmt: skip
     _keep_rounds(session, found_data, found.cells)
     plots.plot_comparison(session.run.artifact("comparison.png"), [r for r in found.results if r.metric in _DRAWN])
@@ -180,7 +180,7 @@ def _protocol(config: CompareConfig) -> Protocol:
     from ial_nap.experiments import Protocol
 
     return Protocol(
-        columns=config.plant, shift=config.shift, setting=config.setting(), tries=config.tries, flip=config.flip,
+        columns=config.plant, shift=config.shift, setting=config.setting(), trials=config.trials, flip=config.flip,
         unsure=config.unsure,
     )  # fmt: skip
 
@@ -223,7 +223,7 @@ class ExperimentConfig(CompareConfig):
     methods: tuple[str, ...] = Field(("retain", "drop", "random-nap", "ial-nap"), description="methods of loop, or all")
 
 
-@line.command(ExperimentConfig)
+@line.command(ExperimentConfig, spread=True)
 def experiment(config: ExperimentConfig, session: Session) -> Outcome:
     """Measure one of the claims: what verdicts correct, what rankings find, what spread says, what training costs."""
     from ial_nap import plots
@@ -235,7 +235,7 @@ def experiment(config: ExperimentConfig, session: Session) -> Outcome:
     with session.progress(config.name, pieces) as advance:
         found = run_experiment(
             config.name, found_data, range(config.seed, config.seed + config.seeds), _protocol(config),
-            methods=methods, once=session.run.once, advance=lambda note, steps: advance(steps, note=note),
+            methods=methods, store=session.run, advance=lambda note, steps: advance(steps, note=note),
         )  # fmt: skip
     write_json(
         session.run.artifact("cells.json"),
@@ -269,8 +269,9 @@ def fit(config: FitConfig, session: Session) -> Outcome:
             advance(1, note=f"loss {epoch.loss:.3f}, validation {epoch.validation:.3f}")
 
         estimator.fit(
-            split.train, validation=split.validation, on_epoch=after, checkpoint=session.run.folder / _CHECKPOINT
-        )
+            split.train, validation=split.validation, on_epoch=after, checkpoint=session.run.folder / _CHECKPOINT,
+            world=session.world,
+        )  # fmt: skip
     _keep_history(session, estimator)
     estimator.save(session.run.artifact(_MODEL))
     facts = {
@@ -315,8 +316,9 @@ def _score_rows(report: ScoreReport, dataset: str, method: str, *, draws: int = 
         low, high = found.interval() or (None, None)
         if math.isfinite(found.value):
             rows.append(
-                Result(dataset=dataset, method=method, metric=name, unit="1", better=found.better, mean=found.value,
-                       low=low, high=high, n=1 if low is None else len(report.series), seconds=0.0)
+                Result(dataset=dataset, method=method, metric=METRIC_WORDS.get(name, name), unit="1",
+                       better=found.better, mean=found.value, low=low, high=high,
+                       n=1 if low is None else len(report.series), seconds=0.0)
             )  # fmt: skip
     return rows
 
@@ -724,11 +726,12 @@ def _difference(one: ScoreReport, two: ScoreReport, dataset: str, config: Evalua
     )
     name = config.metric or next(iter(first))
     if name not in first:
-        raise InputError(f"--metric: no metric '{name}' for a {one.series.kind} task: choose {', '.join(first)}")
+        raise no_such("metric", name, first, where=f"--metric, a {one.series.kind} task")
     low, high = first[name].gain_over(second[name]) or (None, None)
     return Result(
-        dataset=dataset, method="model - against", metric=f"{name}, difference", unit="1", better=first[name].better,
-        mean=first[name].value - second[name].value, low=low, high=high, n=len(one.series), seconds=0.0,
+        dataset=dataset, method="model - against", metric=f"{METRIC_WORDS.get(name, name)}, difference", unit="1",
+        better=first[name].better, mean=first[name].value - second[name].value, low=low, high=high,
+        n=len(one.series), seconds=0.0,
     )  # fmt: skip
 
 
@@ -909,7 +912,7 @@ def _instance(estimator: Estimator, pool: Series, name: str | None) -> Series:
 def _only(methods: tuple[str, ...], found: dict[str, Any], source: Path) -> dict[str, Any]:
     unknown = next((name for name in methods if name not in found), None)
     if unknown is not None:
-        raise InputError(f"--methods: no method '{unknown}' in {source}; there are {', '.join(found)}")
+        raise no_such("method", unknown, found, where=f"--methods: {source}")
     return {name: found[name] for name in methods or found}
 
 
@@ -1210,15 +1213,16 @@ class SimulateConfig(DataOptions, SimulationFields):
     methods: tuple[str, ...] = Field(("retain", "drop", "random-nap", "ial-nap"), description="methods, or all")
     seeds: int = Field(5, ge=1, description="splits, and trainings of each method")
     tune: bool = Field(False, description="choose the settings of methods that train, as many tries for each")
-    tries: int = Field(3, ge=1, le=9, description="settings to try for each")
+    trials: int = Field(3, ge=1, le=9, description="settings to try for each")
 
 
-@line.command(SimulateConfig)
+@line.command(SimulateConfig, spread=True)
 def simulate(config: SimulateConfig, session: Session) -> Outcome:
     """Let a simulated annotator correct models round by round: what is gained per verdict, and per second."""
     from dataclasses import asdict
 
     from ial_nap import plots
+    from ial_nap.experiments import by_seed
     from ial_nap.simulation import simulate as simulated
     from ial_nap.simulation import tuned
 
@@ -1227,33 +1231,30 @@ def simulate(config: SimulateConfig, session: Session) -> Outcome:
     setting = config.setting()
     seeds = range(config.seed, config.seed + config.seeds)
     rounds: dict[str, list[list[Round]]] = {name: [] for name in methods}
-    with session.progress("rounds", len(methods) * config.seeds * (config.rounds + 1)) as advance:
-        for seed in seeds:
-            split = _split(data, config, seed)
-            oracle = _oracle(config, data, split, seed)
-            trained: dict[str, Any] = {}
-            for name in methods:
 
-                def run(
-                    name: Any = name,
-                    split: Split = split,
-                    oracle: Oracle = oracle,
-                    seed: int = seed,
-                    trained: dict[str, Any] = trained,
-                ) -> list[dict[str, Any]]:
-                    chosen = setting
-                    if config.tune:
-                        chosen = tuned(
-                            name, split.train, split.validation, oracle, setting, seed, config.tries, trained=trained
-                        )
-                    found = simulated(
-                        name, split.train, split.validation, split.test, oracle, chosen, seed=seed, trained=trained
-                    )
-                    return [asdict(one) for one in found]
+    def work(seed: int) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+        split = _split(data, config, seed)
+        oracle = _oracle(config, data, split, seed)
+        trained: dict[str, Any] = {}
 
-                rows = session.run.once(f"{name}, seed {seed}", run)
-                advance(config.rounds + 1, note=f"{name}, seed {seed}")
-                rounds[name].append(_as_rounds(rows))
+        def run(name: Any) -> list[dict[str, Any]]:
+            chosen = setting
+            if config.tune:
+                chosen = tuned(
+                    name, split.train, split.validation, oracle, setting, seed, config.trials, trained=trained
+                )
+            found = simulated(
+                name, split.train, split.validation, split.test, oracle, chosen, seed=seed, trained=trained
+            )
+            return [asdict(one) for one in found]
+
+        return {f"{name}, seed {seed}": lambda name=name: run(name) for name in methods}
+
+    with session.progress("methods", len(methods) * config.seeds) as advance:
+        found = by_seed(seeds, work, session.run, lambda note, done: advance(done, note=note))
+    for row in found.values():
+        for name, run in zip(methods, row, strict=True):
+            rounds[name].append(_as_rounds(run))
     facts = _curve_facts(data)
     _write_rounds(session, rounds, facts)
     plots.plot_curve(session.run.artifact("curve.png"), rounds, **facts)
@@ -1325,6 +1326,7 @@ def _as_rounds(rows: Iterable[dict[str, Any]]) -> list[Round]:
 def _simulation_rows(rounds: dict[str, list[list[Round]]], facts: dict[str, str]) -> list[Result]:
     """Return each method's score at the end, its mean over verdicts, and the time it took to learn from them."""
     better: Any = facts["better"]
+    metric = METRIC_WORDS.get(facts["metric"], facts["metric"])
     rows: list[Result] = []
     for name, runs in rounds.items():
         same: dict[str, Any] = {
@@ -1334,11 +1336,9 @@ def _simulation_rows(rounds: dict[str, list[list[Round]]], facts: dict[str, str]
         }
         learnt = [sum(one.seconds for one in run[1:]) for run in runs]
         rows += [
-            summarize([run[0].score for run in runs], metric=f"{facts['metric']} before", better=better, **same),
-            summarize([run[-1].score for run in runs], metric=f"{facts['metric']} after", better=better, **same),
-            summarize(
-                [_over_cells(run) for run in runs], metric=f"{facts['metric']} over verdicts", better=better, **same
-            ),
+            summarize([run[0].score for run in runs], metric=f"{metric} before", better=better, **same),
+            summarize([run[-1].score for run in runs], metric=f"{metric} after", better=better, **same),
+            summarize([_over_cells(run) for run in runs], metric=f"{metric} over verdicts", better=better, **same),
             summarize(learnt, metric="learning", unit="s", better="lower", **same),
         ]
     return rows

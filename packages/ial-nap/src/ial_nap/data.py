@@ -12,7 +12,7 @@ from ial_nap.dataset import Dataset, Part, Split, plant
 from ial_nap.files import read_series
 from ial_nap.series import Kind
 from ial_nap.sets import SETS, housing_of, pbc_of, physionet_of
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 
 __all__ = ["SETS", "Dataset", "Part", "Split", "housing_of", "load_data", "pbc_of", "physionet_of", "plant"]
 
@@ -57,7 +57,7 @@ def load_data(
     """
     name, path = str(source), Path(source)
     if kind is not None and kind not in get_args(Kind):
-        raise InputError(f"unknown kind '{kind}': choose {', '.join(get_args(Kind))}")
+        raise no_such("kind", kind, get_args(Kind))
     if name in SETS:
         found = SETS[name][1](hours)
     elif not path.suffix and not path.exists():
@@ -77,9 +77,10 @@ def load_data(
 
 def _chosen(data: Dataset, features: Sequence[str]) -> Dataset:
     unknown = [name for name in features if name not in data.features]
-    if unknown or not features:
-        what = f"no feature '{unknown[0]}'" if unknown else "no feature chosen"
-        raise InputError(f"{data.name}: {what}; there are: {', '.join(data.features[:20])}")
+    if unknown:
+        raise no_such("feature", unknown[0], data.features, where=data.name)
+    if not features:
+        raise InputError(f"{data.name}: choose one feature at least")
     at = [data.features.index(name) for name in features]
     return replace(
         data,

@@ -33,7 +33,7 @@ from ial_nap.ranking import CER, Ranked
 from ial_nap.resampling import Difference, compare
 from ial_nap.series import ArrayLike, Kind, Series, find_name, make_series
 from ial_nap.training import Episodic, Epoch, Training, finetune
-from shared_core.device import one_thread, resolve_device
+from shared_core.device import World, one_thread, resolve_device
 from shared_core.errors import InputError
 
 __all__ = ["Annotations", "Attention", "NAPClassifier", "NAPRegressor", "ScoreReport", "aligned"]
@@ -105,7 +105,7 @@ class Annotations:
     >>> said.add("17", 0, "LDX", 1)
     Traceback (most recent call last):
     ...
-    shared_core.errors.UnknownKeyError: unknown feature 'LDX': did you mean 'LDL'?
+    shared_core.errors.UnknownKeyError: no feature 'LDX'; did you mean 'LDL'? there are LDL, HDL
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class _NAP(BaseEstimator):
         keep: float = 0.8,
         rnn: Literal["gru", "lstm"] = "gru",
         epochs: int = 150,
-        batch: int = 200,
+        batch_size: int = 200,
         lr: float = 3e-3,
         l2: float = 0.004,
         patience: int = 20,
@@ -311,7 +311,7 @@ class _NAP(BaseEstimator):
         self.keep = keep
         self.rnn = rnn
         self.epochs = epochs
-        self.batch = batch
+        self.batch_size = batch_size
         self.lr = lr
         self.l2 = l2
         self.patience = patience
@@ -347,6 +347,7 @@ class _NAP(BaseEstimator):
         ids: Sequence[str] | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
         checkpoint: str | Path | None = None,
+        world: World | None = None,
     ) -> _Self:
         """Train on series and labels, with imagined annotators, so that real ones are obeyed at once later.
 
@@ -362,6 +363,7 @@ class _NAP(BaseEstimator):
         on_epoch : called after each epoch
         checkpoint : file written after each epoch and removed at the end. If it is there already, the training that
             was interrupted goes on, and ends where it would have ended, to the bit (on one kind of machine)
+        world : processes that share each batch, from :func:`shared_core.device.process_group`; the first writes
 
         Returns
         -------
@@ -390,10 +392,11 @@ class _NAP(BaseEstimator):
             train.to(device),
             None if held_out is None else held_out.to(device),
             lr=self.lr,
-            batch=self.batch,
+            batch_size=self.batch_size,
             epochs=self.epochs,
             patience=self.patience,
             seed=self.seed,
+            world=world,
         )
         # A second thread gains nothing on layers this small, and loses much where cores are busy.
         with one_thread(device.type == "cpu" and self.hidden <= 256):
@@ -416,7 +419,7 @@ class _NAP(BaseEstimator):
         InputError
             Naming the parameter, its value, and what it may be.
         """
-        for name in ("hidden", "epochs", "batch", "patience", "samples", "limit"):
+        for name in ("hidden", "epochs", "batch_size", "patience", "samples", "limit"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("latent", self.latent, 0)
         for name, value, known in (
@@ -478,12 +481,14 @@ class _NAP(BaseEstimator):
                 raise InputError(f"{path}: is damaged ({error}): delete it to start anew") from None
 
         def keep(epoch: Epoch) -> None:
-            save_tree(path, {"ial_nap_fit": mark, "state": training.state_dict()})
+            if training.world.is_main:
+                save_tree(path, {"ial_nap_fit": mark, "state": training.state_dict()})
             if on_epoch is not None:
                 on_epoch(epoch)
 
         history = training.run(on_epoch=keep)
-        path.unlink(missing_ok=True)
+        if training.world.is_main:
+            path.unlink(missing_ok=True)
         return history
 
     def _fingerprint(self, *parts: Series | None) -> str:
@@ -1226,7 +1231,7 @@ class NAPClassifier(ClassifierMixin, _NAP):
     keep : probability of keeping what dropout may drop
     rnn : "gru" or "lstm"
     epochs : at most
-    batch : instances of a gradient step
+    batch_size : instances of a gradient step
     lr : of Adam
     l2 : weight of half the squared weights
     patience : epochs without a better validation loss after which training stops
@@ -1396,8 +1401,8 @@ class NAPRegressor(RegressorMixin, _NAP):
 
     Parameters
     ----------
-    hidden, latent, keep, rnn, epochs, batch, lr, l2, patience, samples, hard, kappa, limit, protocol, context, missing,
-        device, seed : as of :class:`NAPClassifier`
+    hidden, latent, keep, rnn, epochs, batch_size, lr, l2, patience, samples, hard, kappa, limit, protocol, context,
+        missing, device, seed : as of :class:`NAPClassifier`
 
     Examples
     --------

@@ -10,7 +10,9 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, cast
+from functools import cache, partial
+from typing import Any, Literal, TypeAlias, TypeVar, cast, runtime_checkable
+from typing import Protocol as TypingProtocol
 
 import numpy as np
 import torch
@@ -30,14 +32,17 @@ from ial_nap.series import Series
 from ial_nap.simulation import Method, Oracle, Setting, Trained, score, simulate, tuned
 from ial_nap.toys import CAUSAL, shift_task
 from ial_nap.training import Episodic, Plain, Training, finetune
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, summarize
 
 __all__ = [
     "EXPERIMENTS",
+    "UNSTORED",
     "Demo",
     "Found",
     "Protocol",
+    "Store",
+    "by_seed",
     "compare_methods",
     "correction",
     "demo_run",
@@ -49,27 +54,49 @@ __all__ = [
     "ranking",
     "run_experiment",
     "tax",
-    "unstored",
+    "update_race",
 ]
 
-Once: TypeAlias = Callable[[str, Callable[[], Any]], Any]
-"""Stores a piece of work under a key and gives it back without computing it again: `shared_core.runs.Run.once`."""
+
+_Value = TypeVar("_Value")
+
+
+@runtime_checkable
+class Store(TypingProtocol):
+    """Does pieces of work, or has others do them, and keeps each: :class:`shared_core.runs.Run`."""
+
+    @property
+    def spreads(self) -> bool:
+        """Whether pieces are done elsewhere, several at a time."""
+        ...
+
+    def each(
+        self, work: Mapping[str, Callable[[], _Value]], told: Callable[[str, _Value], None] = ...
+    ) -> dict[str, _Value]:
+        """Return the values of pieces of work that do not need each other, and tell of each."""
+        ...
+
+
+class _Unstored:
+    spreads = False
+
+    def each(
+        self, work: Mapping[str, Callable[[], _Value]], told: Callable[[str, _Value], None] = lambda _key, _value: None
+    ) -> dict[str, _Value]:
+        found: dict[str, _Value] = {}
+        for key, compute in work.items():
+            found[key] = compute()
+            told(key, found[key])
+        return found
+
+
+UNSTORED: Store = _Unstored()
+"""Does each piece of work here, and keeps nothing."""
 
 Cells: TypeAlias = "dict[str, dict[int, Any]]"
 """Numbers by name and seed."""
 
 DEMO_METHODS: tuple[Method, ...] = ("retain", "aila", "rrr", "drop", "random-nap", "ial-nap")
-
-
-def unstored(_key: str, compute: Callable[[], Any]) -> Any:
-    """Compute, and store nothing.
-
-    Parameters
-    ----------
-    _key : of the piece of work
-    compute : it
-    """
-    return compute()
 
 
 @dataclass(frozen=True)
@@ -82,7 +109,7 @@ class Protocol:
     test, validation : shares, see :meth:`ial_nap.data.Dataset.split`
     audit : share of the validation in which the shortcut does not hold
     setting : sizes and numbers of all methods
-    tries : settings tried for each method that has a number to choose, on the validation; 0 takes the setting's own
+    trials : settings tried for each method that has a number to choose, on the validation; 0 takes the setting's own
     flip, unsure : of the annotator
     unseen : share of cells that an imagined annotator of :func:`correction` leaves out
     masks : numbers of annotated instances that :func:`correction` looks at
@@ -95,7 +122,7 @@ class Protocol:
     validation: float = 0.4
     audit: float = 0.5
     setting: Setting = field(default_factory=Setting)
-    tries: int = 3
+    trials: int = 3
     flip: float = 0.0
     unsure: float = 0.0
     unseen: float = 0.5
@@ -156,7 +183,7 @@ def _trained(train: Series, validation: Series | None, setting: Setting, seed: i
     s = setting
     model = FeatureNAP.of(train, hidden=s.hidden, latent=s.latent, keep=s.keep, seed=seed)
     objective = Episodic(model, l2=s.l2, seed=seed)
-    Training(model, objective, train, validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=seed).run()
+    Training(model, objective, train, validation, epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, seed=seed).run()
     return model
 
 
@@ -223,20 +250,48 @@ def _claim(text: str, value: float, threshold: float, *, below: bool = False, so
 
 def _collect(
     seeds: Sequence[int],
-    once: Once,
+    store: Store,
     what: str,
     compute: Callable[[int], dict[str, float]],
     advance: Callable[[str, float], None] | None,
 ) -> Cells:
     """Compute a row of numbers for each seed, each stored; turn them into numbers by name and seed."""
     cells: Cells = {}
-    for seed in seeds:
-        row = once(f"{what} {seed}", lambda seed=seed: compute(seed))
+    work = {f"{what}, seed {seed}": (lambda seed=seed: compute(seed)) for seed in seeds}
+    for seed, row in zip(seeds, store.each(work, _telling(advance)).values(), strict=True):
         for name, value in row.items():
             cells.setdefault(name, {})[seed] = value
-        if advance is not None:
-            advance(f"{what}, seed {seed}", 1)
     return cells
+
+
+def by_seed(
+    seeds: Sequence[int],
+    work: Callable[[int], Mapping[str, Callable[[], _Value]]],
+    store: Store,
+    advance: Callable[[str, float], None] | None = None,
+) -> dict[int, list[_Value]]:
+    """Do all pieces of work of each seed; those of a seed stay together where work is spread, for what they share.
+
+    Parameters
+    ----------
+    seeds : of which each has its pieces
+    work : gives the pieces of a seed, by key
+    store : keeps pieces of work
+    advance : called with a note and how many pieces are done since
+
+    Returns
+    -------
+    Values by seed, in the order of the pieces.
+    """
+    if not store.spreads:
+        return {seed: list(store.each(work(seed), _telling(advance)).values()) for seed in seeds}
+    whole = {f"seed {seed}": lambda seed=seed: [compute() for compute in work(seed).values()] for seed in seeds}
+    pieces = len(work(seeds[0])) if seeds else 1
+    return dict(zip(seeds, store.each(whole, _telling(advance, pieces)).values(), strict=True))
+
+
+def _telling(advance: Callable[[str, float], None] | None, weight: int = 1) -> Callable[[str, Any], None]:
+    return lambda key, _: None if advance is None else advance(key, weight)
 
 
 # ---- E2: verdicts correct a model that trusts a shortcut
@@ -247,7 +302,7 @@ def correction(
     seeds: Sequence[int],
     protocol: Protocol = Protocol(),
     *,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Show masks of a planted shortcut to a trained model, and measure where the shortcut does not hold (E2).
@@ -260,7 +315,7 @@ def correction(
     source : a set, or its name
     seeds : of splits, shortcuts, weights and masks
     protocol : what is common
-    once : stores a piece of work
+    store : keeps pieces of work
     advance : called with a note and how many pieces are done since
 
     Returns
@@ -297,7 +352,7 @@ def correction(
         row["drop"] = _measured(smaller, test.without(names), s)
         return row | _release(split, contexts[most], most, s, seed)
 
-    cells = _collect(seeds, once, f"correction {data.name}", compute, advance)
+    cells = _collect(seeds, store, f"correction {data.name}", compute, advance)
     metric, better = _METRIC[data.kind]
     shares = [name for name in cells if name.startswith("share")]
     results = _rows(data, cells, metric, better, [name for name in cells if name not in shares])
@@ -344,7 +399,9 @@ def _release(split: Split, context: Context, most: str, s: Setting, seed: int) -
         len(train.features), train.outputs, steps=len(train.steps), hidden=s.hidden, keep=s.keep, seed=seed
     )
     objective = Plain(released, l2=s.l2)
-    Training(released, objective, train, split.validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=seed).run()
+    Training(
+        released, objective, train, split.validation, epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, seed=seed
+    ).run()
 
     def measured() -> float:
         with torch.no_grad():
@@ -356,7 +413,7 @@ def _release(split: Split, context: Context, most: str, s: Setting, seed: int) -
     # The release's round: gradient steps on what makes attention, on what was annotated.
     annotated = train.part(range(min(len(context), len(train))))
     leaves = list(released.generators())
-    again = Training(released, objective, annotated, epochs=s.steps, batch=len(annotated), lr=s.step_lr,
+    again = Training(released, objective, annotated, epochs=s.steps, batch_size=len(annotated), lr=s.step_lr,
                      parameters=leaves, seed=seed)  # fmt: skip
     again.run()
     return row | {f"release {most} finetuned": measured()}
@@ -372,7 +429,7 @@ def loop(
     protocol: Protocol = Protocol(),
     *,
     planted: bool = True,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Let an annotator who knows the planted shortcut answer each method's questions for some rounds (E3).
@@ -384,7 +441,7 @@ def loop(
     seeds : of splits, shortcuts, weights and choices
     protocol : what is common; a method that has numbers to choose gets as many tries as the others
     planted : without, the annotator marks every cell 1
-    once : stores a piece of work, here a method with a seed
+    store : keeps pieces of work, here a method with a seed
     advance : called with a note and how many pieces are done since
 
     Returns
@@ -393,22 +450,24 @@ def loop(
     """
     data = _set(source)
     cells: Cells = {method: {} for method in methods}
-    for seed in seeds:
-        trained: Trained = {}
-        splits: list[Split] = []
-        for method in methods:
 
-            def compute(
-                method: Method = method, seed: int = seed, trained: Trained = trained, splits: list[Split] = splits
-            ) -> dict[str, Any]:
-                if not splits:
-                    splits.append(drawn(data, seed, protocol, planted=planted))
-                return _rounds(method, splits[0], protocol, seed, trained)
-
-            cells[method][seed] = once(f"loop {data.name} {planted} {method} {seed}", compute)
-            if advance is not None:
-                advance(f"{method}, seed {seed}", 1)
+    work = partial(_works, data=data, methods=methods, protocol=protocol, planted=planted)
+    for seed, row in by_seed(seeds, work, store, advance).items():
+        for method, cell in zip(methods, row, strict=True):
+            cells[method][seed] = cell
     return Found(cells, _loop_rows(data, cells), _loop_claims(data, cells) if planted else [])
+
+
+def _works(
+    seed: int, *, data: Dataset, methods: Sequence[Method], protocol: Protocol, planted: bool
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return what there is to do for a seed; its methods share the split and the first training."""
+    split = cache(lambda: drawn(data, seed, protocol, planted=planted))
+    trained: Trained = {}
+    return {
+        f"{method}, seed {seed}": lambda method=method: _rounds(method, split(), protocol, seed, trained)
+        for method in methods
+    }
 
 
 def _rounds(method: Method, split: Split, protocol: Protocol, seed: int, trained: Trained) -> dict[str, Any]:
@@ -417,8 +476,8 @@ def _rounds(method: Method, split: Split, protocol: Protocol, seed: int, trained
         truth = torch.ones(len(split.train.steps), len(split.train.features), dtype=torch.int8)
     oracle = Oracle(truth, flip=protocol.flip, unsure=protocol.unsure, seed=seed)
     setting = protocol.setting
-    if protocol.tries and split.truth is not None:
-        setting = tuned(method, split.train, split.validation, oracle, setting, seed, protocol.tries, trained=trained)
+    if protocol.trials and split.truth is not None:
+        setting = tuned(method, split.train, split.validation, oracle, setting, seed, protocol.trials, trained=trained)
     found = simulate(method, split.train, split.validation, split.test, oracle, setting, seed=seed, trained=trained)
     return {
         "rounds": [[row.round, row.cells, row.score, row.seconds] for row in found],
@@ -496,16 +555,16 @@ def compare_methods(
     seeds: Sequence[int],
     protocol: Protocol = Protocol(),
     *,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Compare methods on a set with a planted shortcut: :func:`loop`.
 
     Parameters
     ----------
-    source, methods, seeds, protocol, once, advance : as of :func:`loop`
+    source, methods, seeds, protocol, store, advance : as of :func:`loop`
     """
-    return loop(source, methods, seeds, protocol, once=once, advance=advance)
+    return loop(source, methods, seeds, protocol, store=store, advance=advance)
 
 
 def harmless(
@@ -513,17 +572,17 @@ def harmless(
     seeds: Sequence[int],
     protocol: Protocol = Protocol(),
     *,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Let an annotator who never says 0 answer where nothing is planted: little may change (E3, no free lunch).
 
     Parameters
     ----------
-    source, seeds, protocol, once, advance : as of :func:`loop`
+    source, seeds, protocol, store, advance : as of :func:`loop`
     """
     data = _set(source)
-    found = loop(data, ["ial-nap"], seeds, protocol, planted=False, once=once, advance=advance)
+    found = loop(data, ["ial-nap"], seeds, protocol, planted=False, store=store, advance=advance)
     ours = found.cells["ial-nap"]
     moved = max(abs(row[2] - cell["rounds"][0][2]) for cell in ours.values() for row in cell["rounds"])
     claim = _claim("verdicts that exclude nothing change the score by 0.01 at most", moved, 0.01, below=True)
@@ -538,7 +597,7 @@ def ranking(
     seeds: Sequence[int],
     protocol: Protocol = Protocol(),
     *,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
     questions: int = 8,
     flipped: float = 0.08,
@@ -547,7 +606,7 @@ def ranking(
 
     Parameters
     ----------
-    source, seeds, protocol, once, advance : as of :func:`correction`
+    source, seeds, protocol, store, advance : as of :func:`correction`
     questions : instances asked about one after the other, two features of each
     flipped : share of training labels that are made wrong, where nothing is planted; of a binary task only
 
@@ -574,7 +633,7 @@ def ranking(
             row[f"over questions, {name}"] = _asked(model, split, cer, questions, s, seed)
         return row
 
-    cells = _collect(seeds, once, f"ranking {data.name}", compute, advance)
+    cells = _collect(seeds, store, f"ranking {data.name}", compute, advance)
     metric, better = _METRIC[data.kind]
     parts: list[tuple[str, str, Literal["lower", "higher"]]] = [
         ("flips found", "precision", "higher"),
@@ -671,7 +730,7 @@ def leak(
     seeds: Sequence[int] = (0,),
     protocol: Protocol = Protocol(columns=1, shift=5.0),
     *,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Give a regression a column that all but holds its target in training and is noise in the test (E5).
@@ -679,7 +738,7 @@ def leak(
     Parameters
     ----------
     source : a regression, or its name
-    seeds, protocol, once, advance : as of :func:`correction`
+    seeds, protocol, store, advance : as of :func:`correction`
 
     Returns
     -------
@@ -721,7 +780,7 @@ def leak(
         row["leak, 20 masks"] = by(model, split.test)
         return row
 
-    cells = _collect(seeds, once, f"leak {data.name}", compute, advance)
+    cells = _collect(seeds, store, f"leak {data.name}", compute, advance)
     claims = [
         _claim(
             "with 20 masks the error is within 15 % of the clean model's",
@@ -746,14 +805,14 @@ def honesty(
     seeds: Sequence[int],
     protocol: Protocol = Protocol(),
     *,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Ask whether spread says what is not known (E6): with more masks, with annotators in conflict, with more draws.
 
     Parameters
     ----------
-    source, seeds, protocol, once, advance : as of :func:`correction`
+    source, seeds, protocol, store, advance : as of :func:`correction`
 
     Returns
     -------
@@ -793,7 +852,7 @@ def honesty(
         row["slope of the error over draws"] = _slope(model, test)
         return row
 
-    cells = _collect(seeds, once, f"honesty {data.name}", compute, advance)
+    cells = _collect(seeds, store, f"honesty {data.name}", compute, advance)
     claims = [
         _claim(
             "the spread of predictions falls with masks (rank correlation)",
@@ -854,14 +913,14 @@ def tax(
     seeds: Sequence[int],
     protocol: Protocol = Protocol(),
     *,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Compare the model before any verdict with a plain RETAIN, where nothing is planted (spec 10, pitfall 12).
 
     Parameters
     ----------
-    source, seeds, protocol, once, advance : as of :func:`correction`
+    source, seeds, protocol, store, advance : as of :func:`correction`
     """
     data, s = _set(source), protocol.setting
 
@@ -871,14 +930,21 @@ def tax(
         row = {"ial-nap": _measured(_trained(train, split.validation, s, seed), test, s)}
         plain = Retain(len(train.features), train.outputs, hidden=s.hidden, keep=s.keep, seed=seed)
         training = Training(
-            plain, Plain(plain, l2=s.l2), train, split.validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=seed
+            plain,
+            Plain(plain, l2=s.l2),
+            train,
+            split.validation,
+            epochs=s.epochs,
+            batch_size=s.batch_size,
+            lr=s.lr,
+            seed=seed,
         )
         training.run()
         with torch.no_grad():
             row["retain"] = score(probabilities(plain(test.x, test.lengths).logits, test.kind), test)
         return row
 
-    cells = _collect(seeds, once, f"tax {data.name}", compute, advance)
+    cells = _collect(seeds, store, f"tax {data.name}", compute, advance)
     metric, better = _METRIC[data.kind]
     sign = -1 if better == "lower" else 1
     cost = sign * _gap(cells["retain"], cells["ial-nap"])
@@ -897,14 +963,14 @@ def update_race(
     seeds: Sequence[int],
     protocol: Protocol = Protocol(),
     *,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Time an update on 40 annotated instances against 50 gradient steps and against training anew (spec 9).
 
     Parameters
     ----------
-    source, seeds, protocol, once, advance : as of :func:`correction`
+    source, seeds, protocol, store, advance : as of :func:`correction`
     """
     data, s = _set(source), protocol.setting
 
@@ -929,7 +995,7 @@ def update_race(
         row["drop and train anew"] = time.perf_counter() - began
         return row
 
-    cells = _collect(seeds, once, f"update {data.name}", compute, advance)
+    cells = _collect(seeds, store, f"update {data.name}", compute, advance)
     update = _mean(cells["update"])
     claims = [
         _claim("an update takes less than 1/20 of fine-tuning", update / _mean(cells["finetune"]), 0.05, below=True),
@@ -967,7 +1033,7 @@ def run_experiment(
     protocol: Protocol = Protocol(),
     *,
     methods: Sequence[Method] = DEMO_METHODS,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Found:
     """Run one of :data:`EXPERIMENTS`.
@@ -979,7 +1045,7 @@ def run_experiment(
     seeds : of splits, shortcuts, weights and choices
     protocol : what is common
     methods : of "loop"
-    once : stores a piece of work
+    store : keeps pieces of work
     advance : called with a note and how many pieces are done since
 
     Raises
@@ -988,10 +1054,10 @@ def run_experiment(
         For another name.
     """
     if name not in EXPERIMENTS:
-        raise UnknownKeyError(f"no experiment '{name}': choose {', '.join(EXPERIMENTS)}")
+        raise no_such("experiment", name, EXPERIMENTS)
     if name == "loop":
-        return loop(source, methods, seeds, protocol, once=once, advance=advance)
-    return EXPERIMENTS[name][1](source, seeds, protocol, once=once, advance=advance)
+        return loop(source, methods, seeds, protocol, store=store, advance=advance)
+    return EXPERIMENTS[name][1](source, seeds, protocol, store=store, advance=advance)
 
 
 # ---- the demo
@@ -1030,7 +1096,7 @@ def demo_run(
     methods: Sequence[Method] = DEMO_METHODS,
     seeds: Sequence[int] = (0,),
     protocol: Protocol | None = None,
-    once: Once = unstored,
+    store: Store = UNSTORED,
     advance: Callable[[str, float], None] | None = None,
 ) -> Demo:
     """Plant a shortcut in real data, let a model learn it, ask an annotator who knows, and see it obey.
@@ -1041,12 +1107,12 @@ def demo_run(
     methods : to compare
     seeds : the first is also that of the pictures
     protocol : None is a quick one: two rounds of five instances with four features each
-    once : stores a piece of work
+    store : keeps pieces of work
     advance : called with a note and how many pieces are done since
     """
     data = _set(source)
-    protocol = protocol or Protocol(setting=Setting(rounds=2, k=5, f=4, epochs=100), tries=1)
-    found = loop(data, methods, seeds, protocol, once=once, advance=advance)
+    protocol = protocol or Protocol(setting=Setting(rounds=2, k=5, f=4, epochs=100), trials=1)
+    found = loop(data, methods, seeds, protocol, store=store, advance=advance)
     seed, s = seeds[0], protocol.setting
     split = drawn(data, seed, protocol)
     assert split.truth is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,13 +14,13 @@ import numpy as np
 
 from ial_nap.dataset import Dataset, Part
 from ial_nap.series import Kind
+from shared_core.arrays import read_arrays
 from shared_core.errors import InputError, no_such
 from shared_core.pickles import read_pickle
 
 __all__ = ["read_series"]
 
 _MISSING = {"", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "."}
-_MOST_BYTES = 8 << 30
 
 
 def read_series(path: Path, columns: Mapping[str, str | None], kind: Kind | None) -> Dataset:
@@ -43,7 +41,7 @@ def read_series(path: Path, columns: Mapping[str, str | None], kind: Kind | None
     readers: dict[str, Callable[[bytes], Dataset]] = {
         ".csv": lambda data: _read_long(data, path, ",", columns, kind),
         ".tsv": lambda data: _read_long(data, path, "\t", columns, kind),
-        ".npz": lambda data: _read_npz(data, path, kind),
+        ".npz": lambda _: _of_arrays(read_arrays(path), path, kind),
         ".pkl": lambda data: _of_arrays(_unpickled(data, path), path, kind),
         ".pickle": lambda data: _of_arrays(_unpickled(data, path), path, kind),
     }
@@ -209,31 +207,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _read_npz(data: bytes, path: Path, kind: Kind | None) -> Dataset:
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > _MOST_BYTES:
-            raise InputError(f"{path}: its arrays take {size >> 30} GiB, at most {_MOST_BYTES >> 30} are read")
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays: dict[str, Any] = {}
-            for key in archive.files:
-                try:
-                    arrays[key] = archive[key]
-                except ValueError as error:
-                    if "pickle" in str(error).lower() or "object" in str(error).lower():
-                        raise InputError(
-                            f"{path}: '{key}' holds pickled objects, which are never run; save plain numbers and"
-                            " texts: np.asarray(names, dtype=str)"
-                        ) from None
-                    raise
-    except InputError:
-        raise
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, NotImplementedError) as error:
-        raise InputError(f"{path}: not a whole NPZ file ({' '.join(str(error).split())}); save it again") from None
-    return _of_arrays(arrays, path, kind)
 
 
 def _of_arrays(arrays: Mapping[str, Any], path: Path, kind: Kind | None) -> Dataset:

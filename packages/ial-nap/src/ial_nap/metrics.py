@@ -11,7 +11,7 @@ from jaxtyping import Float
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ial_nap.series import Kind, Series
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["METRICS", "Metric", "expected_calibration_error", "fitting", "in_unit", "measure"]
 
@@ -137,7 +137,7 @@ def fitting(kind: Kind, name: str | None) -> Metric:
     for metric in known:
         if name in {None, metric.name}:
             return metric
-    raise InputError(f"no metric '{name}' for a {kind} task: choose {', '.join(m.name for m in known)}")
+    raise no_such("metric", name, [metric.name for metric in known], where=f"a {kind} task")
 
 
 def measure(series: Series, predicted: Float[np.ndarray, "n c"]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from ial_nap.choices import METRIC_WORDS
 from shared_core import plots as shared
 from shared_core.errors import InputError
 from shared_core.plots import COLOURS, QUIET, drawing, legend_outside, looks, save_figure, short_names
@@ -43,7 +44,6 @@ __all__ = [
     "plot_reliability",
 ]
 
-_WORDS = {"auroc": "AUROC", "auprc": "AUPRC", "ece": "ECE", "mae": "MAE", "rmse": "RMSE", "mpe": "MPE"}
 _MOST_ROWS = 40
 _MOST_COLUMNS = 24
 
@@ -118,7 +118,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
     InputError
         When there is nothing to draw.
     """
-    shared.plot_comparison(path, results, ours=lambda method: method.startswith("ial-nap"), words=_WORDS)
+    shared.plot_comparison(path, results, ours=lambda method: method.startswith("ial-nap"), words=METRIC_WORDS)
 
 
 def plot_history(path: str | Path, histories: Mapping[str, Sequence[EpochLike]]) -> None:
@@ -662,7 +662,7 @@ def _looks(names: Iterable[str]) -> dict[str, _Look]:
 
 
 def _metric(name: str, unit: str) -> str:
-    words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
+    words = " ".join(METRIC_WORDS.get(word, word) for word in name.split("_"))
     return words if unit in {"1", ""} else f"{words} [{unit}]"
 
 

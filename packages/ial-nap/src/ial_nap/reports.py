@@ -654,7 +654,7 @@ def tax(
         train.to(device),
         None if held_out is None else held_out.to(device),
         lr=estimator.lr,
-        batch=estimator.batch,
+        batch_size=estimator.batch_size,
         epochs=estimator.epochs,
         patience=estimator.patience,
         seed=estimator.seed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from ial_nap.annotations import feature_set_hash
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["Kind", "Scaling", "Series", "find_name", "make_series"]
 
@@ -233,9 +232,7 @@ def find_name(name: str, known: Sequence[str], what: str) -> int:
     try:
         return list(known).index(name)
     except ValueError:
-        close = get_close_matches(name, list(known), 1, 0.4)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are {len(known)}, the first is '{known[0]}'"
-        raise UnknownKeyError(f"unknown {what} '{name}': {hint}") from None
+        raise no_such(what, name, known) from None
 
 
 def make_series(
@@ -384,7 +381,7 @@ def _check_missing(values: Tensor, gone: Tensor, missing: str, features: tuple[s
 
 def _labels(y: ArrayLike, n: int, kind: Kind | None, like: Series | None) -> tuple[Tensor, Kind, int]:
     if kind is not None and kind not in get_args(Kind):
-        raise InputError(f"unknown kind '{kind}': choose {', '.join(get_args(Kind))}")
+        raise no_such("kind", kind, get_args(Kind))
     try:
         found = torch.as_tensor(np.asarray(y) if not isinstance(y, Tensor) else y).to(torch.float64)
     except (TypeError, ValueError) as error:

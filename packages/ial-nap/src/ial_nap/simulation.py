@@ -32,7 +32,7 @@ from ial_nap.nap import FeatureNAP, probabilities
 from ial_nap.ranking import CER, FeatureRanker, InstanceRanker, Ranked
 from ial_nap.series import Series
 from ial_nap.training import Episodic, Plain, Training, finetune, losses
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["Method", "Oracle", "Round", "Setting", "Trained", "score", "simulate", "tuned"]
 
@@ -92,7 +92,7 @@ class Setting:
     ----------
     rounds : of annotation
     k, f : instances a round, features of each
-    epochs, batch, lr, l2 : of the first training
+    epochs, batch_size, lr, l2 : of the first training
     hidden, latent, keep : of the models
     steps : gradient steps a round of those that train
     step_lr : of these
@@ -106,7 +106,7 @@ class Setting:
     k: int = 10
     f: int = 8
     epochs: int = 150
-    batch: int = 200
+    batch_size: int = 200
     lr: float = 3e-3
     l2: float = 0.004
     hidden: int = 32
@@ -216,7 +216,7 @@ def tuned(
     oracle: Oracle,
     setting: Setting = Setting(),
     seed: int = 0,
-    tries: int = 3,
+    trials: int = 3,
     *,
     trained: Trained | None = None,
 ) -> Setting:
@@ -236,7 +236,7 @@ def tuned(
     oracle : who answers; one with a mask for each instance excludes none of the validation series
     setting : sizes and numbers to begin with
     seed : as of the simulation
-    tries : settings to try, at most 9; the first is the setting's own weight 1 and learning rate 0.001
+    trials : settings to try, at most 9; the first is the setting's own weight 1 and learning rate 0.001
     trained : as of :func:`simulate`
 
     Returns
@@ -248,12 +248,12 @@ def tuned(
     InputError
         For an unknown method, a setting without a round, or fewer than 1 or more than 9 tries.
     """
-    if not 1 <= tries <= len(_RATES):
-        raise InputError(f"tries must be within 1 and {len(_RATES)}, got {tries}")
+    if not 1 <= trials <= len(_RATES):
+        raise InputError(f"tries must be within 1 and {len(_RATES)}, got {trials}")
     if method in ("aila", "rrr"):
-        pairs = [(weight, rate) for rate in _RATES[:3] for weight in _WEIGHTS][:tries]
+        pairs = [(weight, rate) for rate in _RATES[:3] for weight in _WEIGHTS][:trials]
     elif method in ("random-ua", "ial-nap-finetuned"):
-        pairs = [(setting.weight, rate) for rate in _RATES[:tries]]
+        pairs = [(setting.weight, rate) for rate in _RATES[:trials]]
     else:
         _check(method, setting)
         return setting
@@ -278,7 +278,7 @@ _RATES = (1e-3, 3e-3, 3e-4, 1e-2, 1e-4, 2e-3, 5e-4, 5e-3, 2e-4)
 
 def _check(method: Method, setting: Setting) -> None:
     if method not in METHODS:
-        raise InputError(f"unknown method '{method}': choose {', '.join(METHODS)}")
+        raise no_such("method", method, METHODS)
     if setting.rounds < 1:
         raise InputError(f"rounds must be 1 or more, got {setting.rounds}")
 
@@ -396,7 +396,14 @@ class _Retain(_Began[Retain]):
         s, model = self.setting, self.made()
         objective = Plain(model, l2=s.l2) if seen is None else MaskedPlain(model, seen, l2=s.l2)
         Training(
-            model, objective, self.train, self.validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=self.seed
+            model,
+            objective,
+            self.train,
+            self.validation,
+            epochs=s.epochs,
+            batch_size=s.batch_size,
+            lr=s.lr,
+            seed=self.seed,
         ).run()
         return model
 
@@ -497,7 +504,9 @@ class _Features(_Began[FeatureNAP]):
         if not self.is_episodic:
             episodes = replace(episodes, steps=model.steps, features=model.features, empty=1.0)
         objective = Episodic(model, episodes=episodes, gate=0.5 if self.is_episodic else 0.0, l2=s.l2, seed=self.seed)
-        Training(model, objective, train, validation, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=self.seed).run()
+        Training(
+            model, objective, train, validation, epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, seed=self.seed
+        ).run()
         return model
 
     def predict(self, series: Series) -> Tensor:
@@ -583,7 +592,7 @@ class _Supervised(_Features):
             self.logits,
             steps=s.steps,
             lr=s.step_lr,
-            batch=s.batch,
+            batch_size=s.batch_size,
             l2=s.l2,
             seed=self.seed,
         )

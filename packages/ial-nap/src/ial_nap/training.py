@@ -19,6 +19,7 @@ from ial_nap.episodes import Episodes, Imagined
 from ial_nap.instances import Around, Shown, over_steps
 from ial_nap.nap import Condition, FeatureNAP, Latent
 from ial_nap.series import Kind, Series
+from shared_core.device import World
 from shared_core.errors import InputError
 
 __all__ = [
@@ -35,6 +36,9 @@ __all__ = [
 
 Objective: TypeAlias = "Callable[[Series, torch.Generator | None, float], Tensor]"
 """Loss of a batch: series, generator (None at evaluation), and the share of all steps that is done."""
+
+
+_Parts: TypeAlias = "Callable[[Series, torch.Generator, float, slice], Tensor]"
 
 
 def losses(logits: Float[Tensor, "b c"], y: Shaped[Tensor, "b ..."], kind: Kind) -> Float[Tensor, " b"]:
@@ -176,21 +180,50 @@ class Episodic:
 
     def __call__(self, batch: Series, generator: torch.Generator | None, done: float) -> Tensor:
         """Return the loss of a batch; at evaluation, of the task alone, under episodes that are always the same."""
-        model, training = self.model, generator is not None
-        source = generator if generator is not None else torch.Generator().manual_seed(self.seed)
-        e = min(self.per_batch, len(batch))
+        if generator is not None:
+            return self.part(batch, generator, done, slice(len(batch)))
+        source = torch.Generator().manual_seed(self.seed)
+        drawn = self.episodes.draw(min(self.per_batch, len(batch)), source)
+        own, _, _, _ = self._conditions(batch, drawn, None, source)
+        return losses(self.model.logits_under(batch.x, batch.lengths, own), batch.targets, batch.kind).mean()
+
+    def part(self, batch: Series, generator: torch.Generator, done: float, own: slice) -> Tensor:
+        """Return what some instances add to the loss of a batch; over all parts of it, they sum to the whole.
+
+        Parameters
+        ----------
+        batch : all of it, so that every process draws alike
+        generator : of episodes, latents and dropout
+        done : share of all steps that is done
+        own : the instances; of none, the first is read, and counts nothing
+        """
+        model, source, e = self.model, generator, min(self.per_batch, len(batch))
         drawn = self.episodes.draw(e, source)
-        noise = torch.randn(e, model.steps, model.latent, generator=source).to(model.preference) if training else None
-        own, condition, off, latent = self._conditions(batch, drawn, noise, source)
+        noise = torch.randn(e, model.steps, model.latent, generator=source).to(model.preference)
+        each, condition, off, latent = self._conditions(batch, drawn, noise, source)
+        drops = model.drops(len(batch), source) if model.keep < 1 else None
+        count = len(range(*own.indices(len(batch))))
+        rows = own if count else slice(1)
         logits = model.logits_under(
-            batch.x,
-            batch.lengths,
-            own,
-            model.drops(len(batch), source) if training and model.keep < 1 else None,
+            batch.x[rows],
+            batch.lengths[rows],
+            Condition(each.preference[rows], each.z[rows]),
+            None if drops is None else tuple(drop[rows] for drop in drops),
         )
-        loss = losses(logits, batch.targets, batch.kind).mean()
-        if not training:
-            return loss
+        loss = losses(logits, batch.targets[rows], batch.kind).mean()
+        return count / len(batch) * self._with_penalties(loss, drawn, condition, off, latent, source, done)
+
+    def _with_penalties(
+        self,
+        loss: Tensor,
+        drawn: Imagined,
+        condition: Condition,
+        off: Tensor,
+        latent: Latent | None,
+        source: torch.Generator,
+        done: float,
+    ) -> Tensor:
+        model = self.model
         gate_weight, kl_weight, l2 = self.weights
         if gate_weight:
             gate = model.gate(condition, hard=False).clamp(1e-6, 1 - 1e-6)
@@ -285,16 +318,18 @@ class Training:
     objective : :class:`Episodic`, :class:`Plain`, or any other of the same form
     train : series to learn from
     validation : series to stop by; None trains for all epochs
-    lr, batch, epochs : of Adam
+    lr, batch_size, epochs : of Adam
     patience : epochs without a better validation loss after which to stop
     clip : largest norm of a gradient
     parameters : what is trained; None is all
     seed : of batches, episodes, latents and dropout
+    world : processes that share each batch, from :func:`shared_core.device.process_group`; all end with the same model
 
     Raises
     ------
     InputError
-        For numbers that cannot be, or series without labels.
+        For numbers that cannot be, series without labels, and several processes with an objective without
+        :meth:`Episodic.part`, or a batch smaller than they are many.
     """
 
     def __init__(
@@ -305,21 +340,29 @@ class Training:
         validation: Series | None = None,
         *,
         lr: float = 3e-3,
-        batch: int = 200,
+        batch_size: int = 200,
         epochs: int = 150,
         patience: int = 20,
         clip: float = 5.0,
         parameters: Sequence[nn.Parameter] | None = None,
         seed: int = 0,
+        world: World | None = None,
     ) -> None:
-        if lr <= 0 or min(batch, epochs, patience) < 1 or clip <= 0:
+        if lr <= 0 or min(batch_size, epochs, patience) < 1 or clip <= 0:
             raise InputError(
-                f"lr and clip must be above 0, batch, epochs and patience 1 or more, got {lr}, {clip}, {batch},"
-                f" {epochs}, {patience}"
+                f"lr and clip must be above 0, batch_size, epochs and patience 1 or more, got {lr}, {clip},"
+                f" {batch_size}, {epochs}, {patience}"
             )
+        world = world or World()
+        self._parts: _Parts | None = getattr(objective, "part", None)
+        if world.size > 1 and self._parts is None:
+            raise InputError(f"{world.size} processes cannot share a {type(objective).__name__} objective: use one")
+        if world.size > batch_size:
+            raise InputError(f"{world.size} processes share batches of {batch_size}; use fewer, or a larger batch_size")
         _ = train.targets, None if validation is None else validation.targets
+        self.world = world
         self.model, self.objective, self.train, self.validation = model, objective, train, validation
-        self.batch, self.epochs, self.patience, self.clip = batch, epochs, patience, clip
+        self.batch_size, self.epochs, self.patience, self.clip = batch_size, epochs, patience, clip
         self.leaves = list(model.parameters() if parameters is None else parameters)
         self.optimizer = torch.optim.Adam(self.leaves, lr=lr)
         self.generator = torch.Generator().manual_seed(seed)
@@ -358,28 +401,38 @@ class Training:
 
     def _epoch(self) -> Epoch:
         order = torch.randperm(len(self.train), generator=self.generator)
-        parts = order.split(self.batch)
+        parts = order.split(self.batch_size)
         total = 0.0
         for k, index in enumerate(parts):
             done = (len(self.history) + k / len(parts)) / self.epochs
-            loss = self.objective(self.train.part(index), self.generator, done)
+            batch = self.train.part(index)
+            if self.world.size > 1 and self._parts is not None:
+                loss = self._parts(batch, self.generator, done, self.world.shard(len(batch)))
+            else:
+                loss = self.objective(batch, self.generator, done)
             self.optimizer.zero_grad()
             loss.backward()
+            self.world.sum_gradients(self.leaves)
+            loss = loss.detach()
+            self.world.all_reduce([loss])
             nn.utils.clip_grad_norm_(self.leaves, self.clip)
             self.optimizer.step()
             total += loss.item() * len(index)
         value = math.nan
         if self.validation is not None:
             with torch.no_grad():
-                value = self.objective(self.validation, None, 1.0).item()
+                found = self.objective(self.validation, None, 1.0)
+            # Machines that round differently must not stop at different epochs.
+            self.world.broadcast([found])
+            value = found.item()
         earlier = [epoch.validation for epoch in self.history]
         is_best = self.validation is not None and all(value < other for other in earlier)
         self._since_best = 0 if is_best or self.validation is None else self._since_best + 1
         if is_best:
             self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        found = Epoch(len(self.history) + 1, total / len(self.train), value, is_best)
-        self.history.append(found)
-        return found
+        epoch = Epoch(len(self.history) + 1, total / len(self.train), value, is_best)
+        self.history.append(epoch)
+        return epoch
 
     def state_dict(self) -> TrainingState:
         """Return all that going on needs."""

@@ -23,7 +23,7 @@ from ial_nap.annotations import Annotation, Disagreement, disagreements, kappa_o
 from ial_nap.store import AnnotationStore, Round
 from ial_nap.web.guard import App, Guard, local_hosts
 from ial_nap.web.workbench import Score, View, Workbench
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, not_installed
 
 try:
     import uvicorn
@@ -33,7 +33,7 @@ try:
     from starlette.exceptions import HTTPException
     from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 except ImportError as error:
-    raise InputError(f"the annotation page needs '{error.name}': pip install 'ial-nap[web]'") from None
+    raise not_installed("the annotation page", str(error.name), "ial-nap[web]") from None
 
 __all__ = ["Desk", "create_app", "serve"]
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ial_nap.annotations import Annotation, latest
+from ial_nap.choices import METRIC_WORDS
 from ial_nap.context import Context
 from ial_nap.influence import Influence, influence_on
 from ial_nap.metrics import METRICS
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelWorkbench", "serve"]
 
-_NAMES = {"auroc": "AUROC", "accuracy": "accuracy", "mae": "MAE"}
 # Draws times steps times instances that a ranking reads, about a tenth of a second on short series.
 _BUDGET = 60_000
 
@@ -461,7 +461,7 @@ class ModelWorkbench:
         value, low, high, draws = found
         metric = self._measure.metric
         before = value if self._before is None else self._before
-        return Score(_NAMES.get(metric.name, metric.name), metric.better, value, low, high, before, draws)
+        return Score(METRIC_WORDS.get(metric.name, metric.name), metric.better, value, low, high, before, draws)
 
     # ---- the queue
 
