@@ -396,7 +396,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     model, groups = mlp()
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     for method in ("torch-pruning-magnitude", "torch-pruning-taylor"):
-        with pytest.raises(PeerError, match="pip install torch-pruning"):
+        with pytest.raises(PeerError, match=r"pip install 'stamp\[torch-pruning\]'"):
             score(method, model, groups, examples(shape=(5,)))
 
 

@@ -50,6 +50,10 @@ def coloured():
     return Small(in_channels=3)
 
 
+def plain(num_classes=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+
 class Branching(Small):
     def forward(self, x):
         return super().forward(x if x.sum() > 0 else -x)
@@ -149,7 +153,7 @@ def value(summary: Summary, metric: str, method: str | None = None) -> float:
 
 
 def test_pretraining_leaves_a_network_and_what_it_expects(trained, home):
-    assert set(trained.artifacts) == {"weights.safetensors", "model.json"}
+    assert set(trained.artifacts) == {"model.safetensors", "model.json"}
     facts = json.loads((home / "net/model.json").read_text())
     assert (facts["model"], facts["num_classes"], facts["input_shape"]) == ("own_nets:small", 4, [1, 8, 8])
     assert facts["class_names"] == ["0", "1", "2", "3"]
@@ -159,7 +163,7 @@ def test_pretraining_leaves_a_network_and_what_it_expects(trained, home):
 
 
 def test_a_generator_is_fitted_for_it(fitted, home):
-    assert set(fitted.artifacts) == {"generator.safetensors", "training.png"}
+    assert set(fitted.artifacts) == {"generator.safetensors", "history.png"}
     assert len((home / "gen/metrics.jsonl").read_text().splitlines()) == 4
     assert 0 <= value(fitted, "overlap of different tasks' masks") <= 1
 
@@ -230,7 +234,7 @@ def interrupting(patch: pytest.MonkeyPatch, name: str, after: int) -> None:
 @pytest.mark.parametrize(
     ("command", "files"),
     [
-        (("pretrain", "own_nets:small", "reference.npz", "--epochs", 3, "--jitter"), ["weights.safetensors"]),
+        (("pretrain", "own_nets:small", "reference.npz", "--epochs", 3, "--jitter"), ["model.safetensors"]),
         (("meta-fit", "net", "reference.npz", *FIT, "--iters", 12), ["generator.safetensors"]),
         (("finetune", "cut", "new.npz", "--epochs", 3), ["small.safetensors", "plan.json"]),
     ],
@@ -256,17 +260,70 @@ def test_an_interrupted_training_resumes_to_the_same_network(pruned, call, home,
             assert part.read_bytes() == whole.read_bytes()
 
 
+# All in one group of processes, which take seconds to find each other.
+ALL = """
+from shared_core.device import process_group, resolve_device
+from stamp.cli import main
+
+with process_group(resolve_device("cpu")):
+    for arguments in {}:
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            assert not stop.code
+"""
+
+
+def test_two_processes_train_what_one_does(fitted, done, home):
+    """``torchrun --nproc-per-node=2``: each takes its part of every batch, or of the tasks."""
+    pretrain = ("pretrain", "own_nets:plain", "reference.npz", "--epochs", 2, "--batch-size", 16)
+    commands = {
+        "plain": pretrain,
+        "whole": ("pretrain", "own_nets:small", "reference.npz", "--epochs", 1, "--batch-size", 64),
+        # Where logits are moved onto a budget, what moves all alike has no gradient but rounding, which Adam enlarges.
+        "tasks": ("meta-fit", "net", "reference.npz", *FIT, "--penalty", "dual"),
+    }
+    for name, command in commands.items():
+        done(*command, "--device", "cpu", "--out", f"{name}-1")
+    every = [[*map(str, command), "--device", "cpu", "--out", f"{name}-2"] for name, command in commands.items()]
+    (home / "all.py").write_text(ALL.format(every))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "all.py"]
+    result = subprocess.run(torchrun, cwd=home, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+    def trained(name: str, file: str) -> tuple[dict[str, torch.Tensor], ...]:
+        return tuple(load_file(home / f"{name}-{count}" / file) for count in (1, 2))
+
+    for name, file in (("plain", "model.safetensors"), ("tasks", "generator.safetensors")):
+        one, two = trained(name, file)
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5)
+        lines = [(home / f"{name}-{count}/metrics.jsonl").read_text().splitlines() for count in (1, 2)]
+        losses = [[json.loads(text)["loss"] for text in own] for own in lines]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    # Batch norms see a share each; after one step the mean of their running means is that of all.
+    one, two = trained("whole", "model.safetensors")
+    torch.testing.assert_close(two["norm.running_mean"], one["norm.running_mean"])
+
+
 COMPARE = ("compare", "more.npz", "--reference", "reference.npz", *QUICK, "--methods", "dense,stamp,l1,random",
            "--budgets", "0.5,0.25", "--seeds", 2, "--steps", 2)  # fmt: skip
 
 
-def test_comparing_and_an_interruption_of_it(done, call, home):
+@pytest.fixture(scope="module")
+def compared(done, call) -> Summary:
+    """A comparison that was interrupted and went on."""
     with pytest.MonkeyPatch.context() as patch:
         interrupting(patch, "once", 6)
         stopped = call(*COMPARE, "--out", "part")
     assert stopped.returncode == 130
     assert "--resume" in stopped.stderr
-    found = done("compare", "--resume", "--out", "part")
+    return done("compare", "--resume", "--out", "part")
+
+
+def test_comparing(compared, done, home):
+    found = compared
     assert set(found.artifacts) == {"cells.json", "tradeoff.png", "tradeoff-ms.png", "widths.png"}
     datasets = [f"more, {share} % of multiply-adds" for share in (50, 25)]
     rows = [row for row in found.results if row.metric == "accuracy after 2 steps"]
@@ -286,8 +343,17 @@ def test_comparing_and_an_interruption_of_it(done, call, home):
     assert (home / "mine-ms.svg").exists()
 
 
+def test_workers_find_what_one_process_finds(compared, done):
+    spread = done(*COMPARE, "--workers", 2, "--out", "spread")
+    for one, two in zip(compared.results, spread.results, strict=True):
+        assert (one.dataset, one.method, one.metric) == (two.dataset, two.method, two.metric)
+        if one.unit not in ("s", "ms"):
+            assert (one.mean, one.low, one.high, one.n) == (two.mean, two.low, two.high, two.n)
+    assert compared.claims == spread.claims
+
+
 def test_a_users_network_and_generator_are_compared(fitted, call):
-    own = ("--network", "own_nets:small", "--weights", "net/weights.safetensors", "--generator", "gen")
+    own = ("--network", "own_nets:small", "--weights", "net/model.safetensors", "--generator", "gen")
     command = ("compare", "new.npz", "--reference", "reference.npz", *QUICK, *own, "--seeds", 1, "--steps", 1)
     result = call(*command, "--methods", "stamp,l1", "--budgets", 0.5, "--tune", "--rates", "0.01,0.1", "--out", "own")
     assert result.returncode == 0, result.stderr
@@ -341,7 +407,7 @@ def test_plots_of_single_runs(pruned, done, trained):
     done("prune", "net", "more.npz", "--method", "bn", "--budget", 0.4, "--out", "cut-bn")
     assert done("plot", "cut,cut-bn", "--out", "p1").artifacts == ["widths.png"]
     assert done("plot", "cut,cut-bn/plan.json", "--kind", "overlap", "--out", "p2").artifacts == ["overlap.png"]
-    assert done("plot", "gen", "--out", "p3").artifacts == ["training.png"]
+    assert done("plot", "gen", "--out", "p3").artifacts == ["history.png"]
 
 
 def test_benching_a_small_network(tuned, call, home):
@@ -406,13 +472,16 @@ L1 = ("--method", "l1")
         (("prune", "net", "halves.npz", *L1), "expected integers or text"),
         (("prune", "net", "nan.npz", *L1), "holds NaN or infinity"),
         (("prune", "net", "gap.npz", *L1), "which is none of the 2 class_names"),
-        (("prune", "net", "nothing.npz", *L1), "'nothing.npz' is no file, no folder and no set"),
+        (("prune", "net", "nothing.npz", *L1), "is no file and no folder: no data set 'nothing.npz'; there are "),
         (("prune", "net", "colour.npz", *L1), "takes 1 channels"),
         (("prune", "own_nets:coloured", "new.npz", *L1), "takes 3 channels"),
         (("prune", "net", "new.npz"), "--generator: method stamp needs one"),
-        (("prune", "net", "new.npz", "--method", "noise"), "no method 'noise'; there are stamp, dense"),
+        (
+            ("prune", "net", "new.npz", "--method", "noise"),
+            "no method 'noise'; did you mean 'dense'? there are stamp,",
+        ),
         (("prune", "own_nets:wider", "new.npz", "--generator", "gen"), "was made for a network of other groups"),
-        (("prune", "net", "new.npz", "--generator", "net/weights.safetensors"), "no generator"),
+        (("prune", "net", "new.npz", "--generator", "net/model.safetensors"), "no generator"),
         (("prune", "net", "new.npz", "--generator", "none.safetensors"), "there is no such file"),
         (("prune", "net", "new.npz", *L1, "--budget", 1.5), "macs=1.5 is no fraction"),
         (("prune", "net", "new.npz", *L1, "--budget", 0), "--budget: Input should be greater than 0"),
@@ -437,14 +506,14 @@ L1 = ("--method", "l1")
         (("meta-fit", "net", "colour.npz"), "takes 1 channels"),
         (("finetune", "cut", "colour.npz"), "takes 1 channels"),
         (("finetune", "nothing", "new.npz"), "nothing"),
-        (("finetune", "gen", "new.npz"), "plan.json: cannot be read"),
+        (("finetune", "gen", "new.npz"), "gen: has no plan.json; give the run folder of 'stamp prune'"),
         (
             ("evaluate", "cut/plan.json", "new.npz", "--model", "own_nets:wider"),
             "plan applied to a model of other widths",
         ),
         (("evaluate", "a.json", "new.npz", "--weights", "cut/small.safetensors"), "--model: a.json does not say"),
         (
-            ("evaluate", "cut", "new.npz", "--weights", "net/weights.safetensors"),
+            ("evaluate", "cut", "new.npz", "--weights", "net/model.safetensors"),
             "weights and plan must be of one network",
         ),
         (("evaluate", "cut", "named.npz"), "its classes are"),
@@ -453,7 +522,8 @@ L1 = ("--method", "l1")
         (("plot", "nothing"), "nothing: there is no such run folder"),
         (("plot", "net", "--kind", "tradeoff"), "give the run folder of 'stamp compare'"),
         (("plot", "net", "--kind", "adaptivity"), "give the run folder of 'stamp adaptivity'"),
-        (("plot", "net", "--kind", "training"), "is not of a 'stamp meta-fit'"),
+        (("plot", "net", "--kind", "history"), "is not of a 'stamp meta-fit'"),
+        (("plot", "gen", "--kind", "overlap"), "gen: has no plan.json; give the run folder of 'stamp prune'"),
         (("plot", "cut", "--output", "picture.gif"), "use .png, .svg or .pdf"),
         (("compare", "new.npz", "--methods", "noise"), "no method 'noise'"),
         (("compare", "new.npz", "--reference", "reference.npz", *QUICK, "--channels", 2), "--channels: must be 1 or 3"),

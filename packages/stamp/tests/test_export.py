@@ -115,5 +115,5 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         return whole(name, *args) if name != "onnx" else builtins
 
     monkeypatch.setattr("stamp.export.importlib.import_module", without)
-    with pytest.raises(InputError, match=r"onnxruntime is needed .*pip install 'stamp\[onnx\]'"):
+    with pytest.raises(InputError, match=r"writing ONNX needs onnxruntime, .*pip install 'stamp\[onnx\]'"):
         to_onnx(nn.Linear(3, 2), torch.rand(2, 3), tmp_path / "net.onnx")

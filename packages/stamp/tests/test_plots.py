@@ -206,8 +206,8 @@ EVERY = {
     ),
     "rapid_of_one": lambda path: plots.plot_rapid(path, {"stamp": Course([3], [0.9])}, dense=1, x="steps"),
     "rapid_at_once": lambda path: plots.plot_rapid(path, {"stamp": Course([0], [0.9])}, dense=0.9),
-    "training": lambda path: plots.plot_training(path, history()),
-    "training_of_one": lambda path: plots.plot_training(path, [replace(history(1)[0], overlap=float("nan"))]),
+    "history": lambda path: plots.plot_history(path, history()),
+    "history_of_one": lambda path: plots.plot_history(path, [replace(history(1)[0], overlap=float("nan"))]),
     "comparison": lambda path: plots.plot_comparison(path, results()),
     "comparison_grid": lambda path: plots.plot_comparison(path, results(("mnist", "optdigits"), methods=METHODS[:8])),
     "comparison_of_many": lambda path: plots.plot_comparison(
@@ -240,7 +240,7 @@ def test_every_picture_is_drawn_without_text_on_text_or_beyond_the_page(name, tm
     ("name", "ending", "start"),
     [
         ("tradeoff_of_few", "svg", b"<?xml"),
-        ("training", "pdf", b"%PDF"),
+        ("history", "pdf", b"%PDF"),
         ("overlap_of_one", "png", b"\x89PNG"),
         ("latency_of_one", "PNG", b"\x89PNG"),
     ],
@@ -448,7 +448,7 @@ def test_each_way_shows_its_best(tmp_path, drawn):
 def test_training_is_averaged_over_the_steps_before(tmp_path, drawn):
     steps = history(10)
     steps[3] = replace(steps[3], overlap=float("nan"))
-    plots.plot_training(tmp_path / "t.png", steps, window=3)
+    plots.plot_history(tmp_path / "t.png", steps, window=3)
     loss, spread, overlap = drawn[0].axes
     for axis, values in ((loss, [s.loss for s in steps]), (spread, [s.spread for s in steps])):
         expected = [np.mean(values[max(0, k - 2) : k + 1]) for k in range(10)]
@@ -522,20 +522,20 @@ NAN = float("nan")
         (lambda path: plots.plot_rapid(path, {"l1": Course([NAN], [0.9])}, dense=0.9), "l1: times must be finite"),
         (lambda path: plots.plot_rapid(path, {"l1": Course([2, 1], [0.9, 0.9])}, dense=0.9), "must not fall"),
         (lambda path: plots.plot_rapid(path, {"l1": Course([1], [NAN])}, dense=0.9), "0..1, got nan"),
-        (lambda path: plots.plot_training(path, []), "history: no meta-step"),
-        (lambda path: plots.plot_training(path, history(3), window=0), "window: must be at least 1"),
+        (lambda path: plots.plot_history(path, []), "history: no meta-step"),
+        (lambda path: plots.plot_history(path, history(3), window=0), "window: must be at least 1"),
         (
-            lambda path: plots.plot_training(path, [*history(2), Step(3, NAN, 0.1, 0.5)]),
+            lambda path: plots.plot_history(path, [*history(2), Step(3, NAN, 0.1, 0.5)]),
             "history: loss of step 3 is nan; draw the 2 steps before",
         ),
-        (lambda path: plots.plot_training(path, [Step(1, 1.0, NAN, 0.5)]), "spread of step 1 is nan"),
+        (lambda path: plots.plot_history(path, [Step(1, 1.0, NAN, 0.5)]), "spread of step 1 is nan"),
         (lambda path: plots.plot_comparison(path, []), "no results"),
         (lambda path: plots.plot_latency(path, {}), "table: there is no network"),
         (lambda path: plots.plot_latency(path, {"l1": []}), "table: there is no network"),
         (lambda path: plots.plot_latency(path, {"l1": [(1.0, NAN)]}), "l1: milliseconds must be finite"),
         (lambda path: plots.plot_latency(path, {"l1": [(0.0, 1.0)]}), "above 0, got .0.0, 1.0"),
-        (lambda path: plots.plot_training(path.with_suffix(".bmp2"), history(3)), "use .png"),
-        (lambda path: plots.plot_training(path.with_suffix(""), history(3)), "use .png"),
+        (lambda path: plots.plot_history(path.with_suffix(".bmp2"), history(3)), "use .png"),
+        (lambda path: plots.plot_history(path.with_suffix(""), history(3)), "use .png"),
     ],
 )
 def test_nothing_to_draw_is_said_in_a_line(call, words, tmp_path, unchecked):
@@ -548,10 +548,10 @@ def test_nothing_to_draw_is_said_in_a_line(call, words, tmp_path, unchecked):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*t\.png"):
-        plots.plot_training(tmp_path / "file" / "t.png", history(3))
+        plots.plot_history(tmp_path / "file" / "t.png", history(3))
 
 
 def test_drawing_leaves_no_state_behind(tmp_path):
     before = dict(mpl.rcParams)
-    plots.plot_training(tmp_path / "t.png", history(3))
+    plots.plot_history(tmp_path / "t.png", history(3))
     assert dict(mpl.rcParams) == before

@@ -395,7 +395,7 @@ def test_what_cannot_be_done_is_refused_in_a_line():
     data, budget = examples(), Budget(macs=0.5)
     other = single("resnet")
     refused = [
-        (UnknownKeyError, "method: 'l3' is unknown; there are dense, random, l1", {"method": "l3"}),
+        (UnknownKeyError, "method: no method 'l3'; there are dense, random, l1", {"method": "l3"}),
         (GeneratorError, "made for another network", {"method": MaskGenerator(other[1])}),
         (DataError, "takes 3 channels", {"data": examples(shape=(1, 8, 8))}),
         (ScoresError, "4", {"method": {"4": torch.rand(7)}}),

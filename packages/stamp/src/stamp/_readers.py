@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared_core._pictures import PICTURES, Scan, decoded, has_colour
+from shared_core.arrays import read_arrays as load_arrays
 from shared_core.data import MissingFilesError
 from shared_core.data._files import open_binary, reading
 from shared_core.data._images import optional
@@ -177,13 +178,9 @@ def _lines(path: Path) -> list[str]:
 
 def read_arrays(path: Path, wanted: Wanted) -> Found:
     """Read an NPZ of one pair of arrays, or of a pair a split."""
-    # Opened here: of a damaged file, NumPy leaves its own handle open.
-    with reading(path), path.open("rb") as stream:
-        loaded: Any = np.load(stream, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise InputError(f"{path}: is one array; give an NPZ with x and y")
-        with loaded:
-            arrays: dict[str, Values] = {name.lower(): loaded[name] for name in loaded.files}
+    arrays: dict[str, Values] = {name.lower(): array for name, array in load_arrays(path).items()}
+    if "" in arrays:
+        raise InputError(f"{path}: is one array; give an NPZ with x and y")
     names = _class_names(arrays, path)
 
     def pair(suffix: str) -> Found | None:

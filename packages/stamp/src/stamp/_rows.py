@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 Split = Literal["train", "validation", "test", "all"]
 Rows = NDArray[np.int64]
@@ -114,9 +113,7 @@ def chosen(found: Found, wanted: Wanted) -> Found:
     else:
         kept = [str(name) for name in wanted.classes]
         if unknown := next((name for name in kept if name not in names), None):
-            close = difflib.get_close_matches(unknown, names, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise InputError(f"classes: {found.name} has no class '{unknown}'{hint}")
+            raise no_such("class", unknown, names, where=f"classes: {found.name}")
         if len(set(kept)) != len(kept) or not kept:
             raise InputError(f"classes: must be different names, at least one, got {', '.join(kept) or 'none'}")
     number = np.full(len(names), -1, dtype=np.int64)

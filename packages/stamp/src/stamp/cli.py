@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import Field
 
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Result, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from torch import Tensor, nn
 
     from stamp.examples import Examples
@@ -37,7 +38,7 @@ line = CommandLine(
 )
 main = line.main
 
-_PLAN, _SMALL, _WEIGHTS, _GENERATOR = "plan.json", "small.safetensors", "weights.safetensors", "generator.safetensors"
+_PLAN, _SMALL, _WEIGHTS, _GENERATOR = "plan.json", "small.safetensors", "model.safetensors", "generator.safetensors"
 _FACTS, _CELLS = "model.json", "cells.json"
 _SOURCE = "digits, mnist, glyphs, cifar-10, svhn ..., a folder <class>/*.png, an NPZ with x and y, or a table"
 _MODEL = "smallconv, vgg19, resnet18, resnet20, resnet50, mobilenetv2, densenet, vit; your own package.module:function"
@@ -121,6 +122,13 @@ class _Facts:
         )
 
 
+def _in(run: Path, name: str, command: str) -> Path:
+    """Return a file of a run folder, which it must have."""
+    if not (run / name).exists():
+        raise InputError(f"{run}: has no {name}; give the run folder of 'stamp {command}'")
+    return run / name
+
+
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -154,8 +162,8 @@ def _opened(config: ModelOptions, shape: Sequence[int] | None = None) -> tuple[n
     if not _is_network(config.model) and folder.is_dir():
         facts = _Facts.read(folder)
         if facts is None:
-            raise InputError(f"{folder}: has no {_FACTS}; give a run folder of 'stamp pretrain', or a network")
-        weights = weights or folder / _WEIGHTS
+            raise InputError(f"{folder}: has no {_FACTS}; give the run folder of 'stamp pretrain', or a network")
+        weights = weights or _in(folder, _WEIGHTS, "pretrain")
     else:
         entering = config.in_channels or (shape[0] if shape is not None and len(shape) > 1 else None)
         facts = _Facts(config.model, config.num_classes, entering, config.width, tuple(shape or ()), seed=config.seed)
@@ -180,7 +188,7 @@ def _small(config: PlanOptions) -> tuple[nn.Module, PrunePlan, _Facts]:
     from stamp.plan import PrunePlan, load
 
     folder = config.plan if config.plan.is_dir() else config.plan.parent
-    path = config.plan / _PLAN if config.plan.is_dir() else config.plan
+    path = _in(config.plan, _PLAN, "prune") if config.plan.is_dir() else config.plan
     plan = PrunePlan.load(path)
     facts = _Facts.read(folder)
     if config.model is not None:
@@ -199,9 +207,9 @@ def _fitting(config: DataOptions, facts: _Facts) -> DataOptions:
 
 
 def _command(
-    config: type[_Config], *, name: str | None = None
+    config: type[_Config], *, name: str | None = None, spread: bool = False
 ) -> Callable[[Callable[[_Config, Session], Outcome]], Callable[[_Config, Session], Outcome]]:
-    """Register a command whose warnings become notes."""
+    """Register a command whose warnings become notes; with ``spread``, one that gives its pieces to workers."""
 
     def register(function: Callable[[_Config, Session], Outcome]) -> Callable[[_Config, Session], Outcome]:
         @wraps(function)
@@ -212,7 +220,7 @@ def _command(
             said = dict.fromkeys(f"warning: {w.message}" for w in caught if issubclass(w.category, UserWarning))
             return Outcome(outcome.results, outcome.claims, [*outcome.notes, *said])
 
-        return line.command(config, name=name)(run)
+        return line.command(config, name=name, spread=spread)(run)
 
     return register
 
@@ -413,12 +421,13 @@ class CompareConfig(ProtocolOptions):
     rates: tuple[float, ...] = Field((0.003, 0.01, 0.03, 0.1), description="rates to choose from")
 
 
-@_command(CompareConfig)
+@_command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Cut a network for new data by several methods, at several budgets, under several seeds; all else alike."""
     from stamp import experiments
 
     methods = experiments.check_methods(config.methods)
+    device = session.device
     budgets = [_budget(value, config.cost) for value in dict.fromkeys(config.budgets)]
     protocol = _protocol(config, lrs=config.rates)
     reference = _reference(config, protocol)
@@ -432,7 +441,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
         raise InputError("--generator: is for a network that it was fitted to; give its --weights, too")
 
     def prepare(seed: int) -> Backbone:
-        return _prepared(config, protocol, reference(seed), methods, seed, session)
+        return _prepared(config, protocol, reference(seed), methods, seed, device)
 
     def others(seed: int) -> list[Examples]:
         if not config.others:
@@ -482,7 +491,7 @@ def _prepared(
     reference: Target,
     methods: Sequence[str],
     seed: int,
-    session: Session,
+    device: torch.device,
 ) -> Backbone:
     from stamp.experiments import make_backbone
     from stamp.models import open_model
@@ -496,14 +505,14 @@ def _prepared(
     if (path := config.generator) is not None:
         generator = _generator_at(path)
     return make_backbone(
-        reference, protocol, seed=seed, methods=methods, model=model, generator=generator, device=session.device
+        reference, protocol, seed=seed, methods=methods, model=model, generator=generator, device=device
     )
 
 
 def _generator_at(path: Path) -> Callable[[ChannelGroups], MaskGenerator]:
     from stamp.generator import MaskGenerator
 
-    file = path / _GENERATOR if path.is_dir() else path
+    file = _in(path, _GENERATOR, "meta-fit") if path.is_dir() else path
     return lambda groups: MaskGenerator.load(file, groups)
 
 
@@ -580,7 +589,7 @@ class AdaptivityConfig(ProtocolOptions):
     ways: tuple[int, int] = Field((5, 5), description="fewest and most classes of a task")
 
 
-@_command(AdaptivityConfig)
+@_command(AdaptivityConfig, spread=True)
 def adaptivity(config: AdaptivityConfig, session: Session) -> Outcome:
     """Ask whether masks follow the data: each set with its own mask, with another's, and with baselines' masks."""
     from stamp.experiments import Target, load_target
@@ -662,14 +671,14 @@ class RapidConfig(ProtocolOptions):
     epochs: int = Field(20, ge=1, description="epochs of the dense network where total time is measured")
 
 
-@_command(RapidConfig)
+@_command(RapidConfig, spread=True)
 def rapid(config: RapidConfig, session: Session) -> Outcome:
     """Cut a network for a data set that nothing has seen, with few examples and steps; and measure total time."""
     from stamp import experiments
     from stamp.plots import Course, plot_rapid
 
     methods = experiments.check_methods(config.methods)
-    protocol, budget = _protocol(config), _budget(config.budget, "macs")
+    protocol, budget, device = _protocol(config), _budget(config.budget, "macs"), session.device
     reference = _reference(config, protocol)
     seeds = range(config.seed, config.seed + config.seeds)
     if not config.examples or min(config.examples) < 2:
@@ -680,7 +689,7 @@ def rapid(config: RapidConfig, session: Session) -> Outcome:
 
     def prepare(seed: int) -> Backbone:
         wanted = (*methods, experiments.STAMP)
-        return experiments.make_backbone(reference(seed), protocol, seed=seed, methods=wanted, device=session.device)
+        return experiments.make_backbone(reference(seed), protocol, seed=seed, methods=wanted, device=device)
 
     _check_shapes(reference(seeds[0]), target(seeds[0], None))
     with session.progress("rapid", len(seeds) * (len(config.examples) * len(methods) + 1)) as advance:
@@ -729,12 +738,12 @@ class AblateConfig(ProtocolOptions):
     others: tuple[str, ...] = Field((), description="sets whose masks are compared (default: the reference)")
 
 
-@_command(AblateConfig)
+@_command(AblateConfig, spread=True)
 def ablate(config: AblateConfig, session: Session) -> Outcome:
     """Vary the generator, one choice at a time: how good its masks are, and whether they differ between data sets."""
     from stamp import experiments
 
-    protocol, budget = _protocol(config), _budget(config.budget, "macs")
+    protocol, budget, device = _protocol(config), _budget(config.budget, "macs"), session.device
     kinds = experiments.variants(protocol, config.vary)
     reference = _reference(config, protocol)
     seeds = range(config.seed, config.seed + config.seeds)
@@ -743,7 +752,7 @@ def ablate(config: AblateConfig, session: Session) -> Outcome:
         return experiments.load_target(config.target, protocol, seed=seed, limit=config.limit)
 
     def prepare(seed: int) -> Backbone:
-        return experiments.make_backbone(reference(seed), protocol, seed=seed, methods=(), device=session.device)
+        return experiments.make_backbone(reference(seed), protocol, seed=seed, methods=(), device=device)
 
     def others(seed: int) -> list[Examples]:
         if not config.others:
@@ -862,7 +871,7 @@ def pretrain(config: PretrainConfig, session: Session) -> Outcome:
         history = experiments.pretrain(
             model, train, steps=config.epochs * of_epoch, lr=config.lr, batch_size=config.batch_size,
             jitter=config.jitter, validation=validation, seed=config.seed, state=state,
-            on_epoch=_kept(session, advance),
+            on_epoch=_kept(session, advance), world=session.world,
         )  # fmt: skip
     save_weights(model, session.run.artifact(_WEIGHTS))
     _facts_for(facts, train, config, config.data).write(session.run.artifact(_FACTS))
@@ -947,7 +956,7 @@ def meta_fit(config: MetaFitConfig, session: Session) -> Outcome:
     from stamp.examples import check_fits
     from stamp.generator import MaskGenerator
     from stamp.meta import MetaConfig, MetaTrainer
-    from stamp.plots import plot_training
+    from stamp.plots import plot_history
 
     folder = Path(config.model)
     facts = _Facts.read(folder) if not _is_network(config.model) and folder.is_dir() else None
@@ -979,11 +988,11 @@ def meta_fit(config: MetaFitConfig, session: Session) -> Outcome:
                 session.run.save_checkpoint(step.state())
             advance(1, note=f"loss {step.loss:.3f}, overlap {step.overlap:.2f}")
 
-        history = trainer.fit(state=state, on_step=after)
+        history = trainer.fit(state=state, on_step=after, world=session.world)
     generator.save(session.run.artifact(_GENERATOR))
     if not history.records:
         return Outcome(notes=[*notes, "no meta-step: the generator is as it was made"])
-    plot_training(session.run.artifact("training.png"), history.records)
+    plot_history(session.run.artifact("history.png"), history.records)
     last = history.records[-50:]
     name = ", ".join(data.name for data in references)
 
@@ -1039,7 +1048,7 @@ def prune(config: PruneConfig, session: Session) -> Outcome:
 
     budget = _budget(config.budget, config.cost)
     if config.method != "stamp" and config.method not in METHODS:
-        raise InputError(f"--method: no method '{config.method}'; there are stamp, {', '.join(METHODS)}")
+        raise no_such("method", config.method, ("stamp", *METHODS), where="--method")
     if config.method == "stamp" and config.generator is None:
         raise InputError("--generator: method stamp needs one, of 'stamp meta-fit'; or give a --method such as l1")
     folder = Path(config.model)
@@ -1118,7 +1127,7 @@ def finetune(config: FinetuneConfig, session: Session) -> Outcome:
         history = tuned(
             small, train, validation, epochs=config.epochs, steps=config.steps, lr=config.lr,
             batch_size=config.batch_size, weight_decay=config.weight_decay, seed=config.seed, state=state,
-            on_epoch=_kept(session, advance),
+            on_epoch=_kept(session, advance), world=session.world,
         )  # fmt: skip
     plan.save(session.run.artifact(_PLAN))
     save_weights(small, session.run.artifact(_SMALL))
@@ -1273,7 +1282,7 @@ class PlotConfig(CommandConfig):
     """Settings of ``plot``."""
 
     runs: tuple[Path, ...] = argument("run folder, or several (of prune: to compare masks), separated by commas")
-    kind: Literal["auto", "comparison", "tradeoff", "widths", "overlap", "adaptivity", "training"] = Field(
+    kind: Literal["auto", "comparison", "tradeoff", "widths", "overlap", "adaptivity", "history"] = Field(
         "auto", description="what to draw (default: what the run is about)"
     )
     output: Path | None = Field(None, description="PNG, SVG or PDF to write (default: in the run folder of plot)")
@@ -1281,7 +1290,7 @@ class PlotConfig(CommandConfig):
 
 @_command(PlotConfig)
 def plot(config: PlotConfig, session: Session) -> Outcome:
-    """Draw accuracy over cost, kept widths, the overlap of masks, adaptivity, or a meta-training."""
+    """Draw accuracy over cost, kept widths, the overlap of masks, adaptivity, or a meta-training's history."""
     if not config.runs:
         raise InputError("RUNS: name a run folder")
     run = config.runs[0]
@@ -1314,8 +1323,8 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
                 for mask, value in row.items():
                     table.setdefault(name, {}).setdefault(mask, []).append(value)
         path = plots.plot_adaptivity(place("adaptivity.png"), table)
-    elif kind == "training":
-        path = plots.plot_training(place("training.png"), _history(run))
+    elif kind == "history":
+        path = plots.plot_history(place("history.png"), _history(run))
     else:
         rows = [row for row in read_summary(run).results if row.metric.startswith(_DRAWN)]
         path = plots.plot_comparison(place("comparison.png"), rows or read_summary(run).results)
@@ -1339,7 +1348,7 @@ def _kind_of(run: Path) -> str:
     if _has_plan(run):
         return "widths"
     if (run / _GENERATOR).exists():
-        return "training"
+        return "history"
     if (run / _CELLS).exists():
         found = _read_json(run / _CELLS)
         return "adaptivity" if "seen" in found else "tradeoff" if "ms" in found else "comparison"
@@ -1353,7 +1362,7 @@ def _has_plan(run: Path) -> bool:
 def _plan_at(path: Path) -> PrunePlan:
     from stamp.plan import PrunePlan
 
-    return PrunePlan.load(path / _PLAN if path.is_dir() else path)
+    return PrunePlan.load(_in(path, _PLAN, "prune") if path.is_dir() else path)
 
 
 def _plan_name(path: Path, among: Sequence[Path]) -> str:
@@ -1382,10 +1391,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _cells_at(run: Path, key: str = "ms") -> dict[str, Any]:
-    found = _read_json(run / _CELLS) if (run / _CELLS).exists() else {}
+    command = "adaptivity" if key == "seen" else "compare"
+    found = _read_json(_in(run, _CELLS, command))
     if key not in found:
-        command = "adaptivity" if key == "seen" else "compare"
-        raise InputError(f"{run}: has no {_CELLS} of it; give the run folder of 'stamp {command}'")
+        raise InputError(f"{run}: its {_CELLS} is of another command; give the run folder of 'stamp {command}'")
     return found
 
 
@@ -1393,7 +1402,7 @@ def _history(run: Path) -> list[Any]:
     import math
     from types import SimpleNamespace
 
-    path = run / "metrics.jsonl"
+    path = _in(run, "metrics.jsonl", "meta-fit")
     try:
         entries = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
         return [
@@ -1404,7 +1413,7 @@ def _history(run: Path) -> list[Any]:
             for e in entries
         ]  # fmt: skip
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; give the run folder of 'stamp meta-fit'") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is not of a 'stamp meta-fit' ({_short(error)})") from error
 

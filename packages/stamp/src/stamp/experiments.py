@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared_core.device import one_thread
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.device import World, one_thread
+from shared_core.errors import InputError, UnknownKeyError, no_such
 from shared_core.runs import Claim, Result, Run, interval, summarize
 from stamp.baselines import SCORERS, edge_popup
 from stamp.encoders import EncoderName
@@ -193,6 +193,7 @@ def pretrain(
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
     on_epoch: Callable[[EpochEnd], None] | None = None,
+    world: World | None = None,
 ) -> History:
     """Train a network on a reference set, in place.
 
@@ -200,14 +201,15 @@ def pretrain(
     ----------
     model : with an output for each class
     data : the reference's training part
-    steps, lr, batch_size, seed, state, on_epoch : see `stamp.training.finetune`
+    steps, lr, batch_size, seed, state, on_epoch, world : see `stamp.training.finetune`
     jitter : show half of the batches through a random transform, see `stamp.tasks.jittered`
     validation : to judge by after each epoch
     """
     shown = replace(data, transform=_seen_differently(data)) if jitter else data
     return finetune(
-        model, shown, validation, steps=steps, lr=lr, batch_size=batch_size, seed=seed, state=state, on_epoch=on_epoch
-    )
+        model, shown, validation, steps=steps, lr=lr, batch_size=batch_size, seed=seed, state=state, on_epoch=on_epoch,
+        world=world,
+    )  # fmt: skip
 
 
 def _seen_differently(data: Examples) -> Callable[[Tensor], Tensor]:
@@ -350,10 +352,8 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
     for name in methods:
         base = name.removesuffix(_AT)
         if base not in METHODS or (base != name and base not in SCORERS):
-            raise UnknownKeyError(
-                f"methods: no method '{name}'; there are {', '.join(METHODS)}, and scorers at the generator's widths,"
-                " such as l1@stamp"
-            )
+            wrong = no_such("method", name, METHODS, where="methods")
+            raise UnknownKeyError(f"{wrong}, and scorers at the generator's widths, such as l1{_AT}")
     if not methods:
         raise InputError("methods: need at least one")
     return tuple(dict.fromkeys(methods))
@@ -580,7 +580,7 @@ def compare(
     steps: Sequence[int] = (0, 100),
     others: Callable[[int], Sequence[Examples]] | None = None,
     tuned: bool = False,
-    on_seed: Callable[[int, Callable[[], Backbone]], None] | None = None,
+    on_seed: Callable[[Run, int, Callable[[], Backbone]], str] | None = None,
     device: torch.device | str = "cpu",
     advance: Callable[[str, int], None] = _silent,
 ) -> Comparison:
@@ -588,7 +588,8 @@ def compare(
 
     Parameters
     ----------
-    run : keeps what is done, so that an interrupted comparison repeats only the piece it was in
+    run : keeps what is done, so that an interrupted comparison repeats only the piece it was in; its workers take a
+        seed each
     prepare : makes the backbone of a seed
     targets : makes each data set of a seed, by name
     methods : see `METHODS`
@@ -598,7 +599,7 @@ def compare(
     steps : numbers of fine-tuning steps, each a training of its own; 0 tests right after cutting
     others : data sets of a seed whose masks `OTHER` takes
     tuned : choose each method's rate of fine-tuning on validation examples under the first seed, of the same few rates
-    on_seed : called after each seed, with what gives its backbone
+    on_seed : called after each seed with the run, the seed, and what gives its backbone; returns a note
     device : where
     advance : called with a note and the number of cells done
     """
@@ -611,9 +612,9 @@ def compare(
     backbones: dict[int, dict[str, Any]] = {}
     backbone_of, target_of = _latest(prepare), {name: _latest(make) for name, make in targets.items()}
     others_of = _latest(others or (lambda _: ()))
-    for seed in seeds:
 
-        def facts(seed: int = seed) -> dict[str, Any]:
+    def of_seed(run: Run, seed: int, advance: Callable[[str, int], None] = _silent) -> None:
+        def facts() -> dict[str, Any]:
             with protocol.alone(device):
                 found = backbone_of(seed)
             return {"accuracy": found.accuracy, "seconds": dict(found.seconds)}
@@ -623,7 +624,7 @@ def compare(
             for budget in budgets:
                 label = _label(name, budget, many=len(budgets) > 1)
 
-                def bench(seed: int = seed, name: str = name, budget: Budget = budget) -> _Bench:
+                def bench(name: str = name, budget: Budget = budget) -> _Bench:
                     target = target_of[name](seed)
                     return _Bench(backbone_of(seed), target, others_of(seed), budget, protocol, seed)
 
@@ -654,7 +655,22 @@ def compare(
 
                     ms[label] = run.once(f"ms/{label}", times)
         if on_seed is not None:
-            on_seed(seed, lambda seed=seed: backbone_of(seed))
+            advance(on_seed(run, seed, lambda: backbone_of(seed)), 1)
+
+    ahead: set[str] = set()
+
+    def told(name: str) -> None:
+        ahead.add(name)
+        advance(f"seed {name}", len(targets) * len(budgets) * len(methods) + (on_seed is not None))
+
+    # A seed's cells share its backbone, which takes longer than they do. Rates that are chosen under the first seed
+    # are those of all others.
+    parts = {str(seed): partial(of_seed, seed=seed) for seed in seeds}
+    first = {str(seeds[0]): parts.pop(str(seeds[0]))} if tuned else {}
+    run.spread_parts(first, told)
+    run.spread_parts(parts, told)
+    for seed in seeds:
+        of_seed(run, seed, _silent if str(seed) in ahead else advance)
     results = _rows(cells, ms, backbones, steps, protocol)
     claims = paired(cells, steps[-1])
     return Comparison(results, claims, cells, ms, backbones)
@@ -972,13 +988,13 @@ def rapid(
     ways: dict[int, TotalTime] = {}
     name = target(seeds[0], None).name if seeds else ""
 
-    def both_ways(seed: int, backbone: Callable[[], Backbone]) -> None:
+    def both_ways(run: Run, seed: int, backbone: Callable[[], Backbone]) -> str:
         def compute() -> TotalTime:
             with protocol.alone(device):
                 return total_time(backbone(), target(seed, None), budget, protocol, seed=seed, epochs=epochs)
 
         ways[seed] = run.once(f"total/{seed}", compute)
-        advance(f"total time {ways[seed]['stamp']:.1f} s, the usual way {ways[seed]['usual']:.1f} s", 1)
+        return f"total time {ways[seed]['stamp']:.1f} s, the usual way {ways[seed]['usual']:.1f} s"
 
     found = compare(
         run, prepare, {f"{name}, {n} examples": lambda seed, n=n: target(seed, n) for n in dict.fromkeys(examples)},
@@ -1094,7 +1110,7 @@ def variants(protocol: Protocol, names: Sequence[str] = ("encoder", "head", "pse
                     if changed not in found.values():
                         found[label] = changed
             case _:
-                raise UnknownKeyError(f"vary: no choice '{name}'; there are encoder, head, pseudo, inner")
+                raise no_such("choice", name, ("encoder", "head", "pseudo", "inner"), where="vary")
     return found
 
 
@@ -1143,19 +1159,20 @@ def ablate(
     steps = sorted(set(steps))
     backbone_of, target_of, reference_of = _latest(prepare), _latest(target), _latest(reference)
     others_of = _latest(others)
-    cells: dict[str, dict[int, Varied]] = {name: {} for name in variants}
-    for seed in seeds:
-        for name, protocol in variants.items():
 
-            def compute(seed: int = seed, protocol: Protocol = protocol) -> Varied:
-                with protocol.alone(device):
-                    return _varied(
-                        backbone_of(seed), target_of(seed), reference_of(seed), others_of(seed), protocol, budget,
-                        steps, seed,
-                    )  # fmt: skip
+    def compute(name: str, seed: int) -> Varied:
+        protocol = variants[name]
+        with protocol.alone(device):
+            return _varied(
+                backbone_of(seed), target_of(seed), reference_of(seed), others_of(seed), protocol, budget, steps, seed
+            )
 
-            cells[name][seed] = cell = run.once(f"{name}/{seed}", compute)
-            advance(f"{name}: {100 * cell['accuracy'][str(steps[-1])]:.1f} %", 1)
+    def told(key: str, cell: Varied) -> None:
+        advance(f"{key}: {100 * cell['accuracy'][str(steps[-1])]:.1f} %", 1)
+
+    work = {f"{name}/{seed}": partial(compute, name, seed) for seed in seeds for name in variants}
+    found = run.each(work, told)
+    cells = {name: {seed: found[f"{name}/{seed}"] for seed in seeds} for name in variants}
     dataset = target_of(seeds[0]).name
 
     def rows(

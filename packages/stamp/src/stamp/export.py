@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, not_installed
 from shared_core.objects import one_line
 from shared_core.runs import atomic_path
 from stamp._files import read_weights, save_weights
@@ -151,7 +151,7 @@ def _needed(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"{module} is needed to write ONNX and is not installed: pip install 'stamp[onnx]'") from None
+        raise not_installed("writing ONNX", module, "stamp[onnx]") from None
 
 
 def _plain(model: nn.Module) -> nn.Module:

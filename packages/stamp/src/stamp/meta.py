@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from shared_core.device import World
 from shared_core.errors import InputError
 from stamp.counting import CostModel
 from stamp.examples import Examples, check_fits
@@ -284,7 +285,11 @@ class MetaTrainer:
         self._best: tuple[float, dict[str, Tensor]] | None = None
 
     def fit(
-        self, *, state: Mapping[str, Any] | None = None, on_step: Callable[[MetaStep], None] | None = None
+        self,
+        *,
+        state: Mapping[str, Any] | None = None,
+        on_step: Callable[[MetaStep], None] | None = None,
+        world: World | None = None,
     ) -> MetaHistory:
         """Train for the steps of the settings.
 
@@ -292,6 +297,8 @@ class MetaTrainer:
         ----------
         state : of a `MetaStep`, to go on from there, bit for bit as without the interruption
         on_step : called after each step
+        world : processes that share the tasks of each step, from `shared_core.device.process_group`; all end with the
+            same generator, up to rounding that of one process
 
         Warns
         -----
@@ -301,16 +308,20 @@ class MetaTrainer:
         Raises
         ------
         InputError
-            For a state of another training.
+            For a state of another training, or more processes than tasks of a step.
         """
         c = self.config
+        world = world or World()
+        if world.size > c.tasks:
+            raise InputError(f"{world.size} processes share {c.tasks} tasks a step; use fewer, or more tasks")
         if state is not None:
             self._resume(state)
         seconds = self._records[-1].seconds if self._records else 0.0
+        world.broadcast([*self.generator.parameters(), *self.generator.buffers()])
         self.generator.train()
         while len(self._records) < c.iters:
             start = time.perf_counter()
-            found = self._step(len(self._records))
+            found = self._step(len(self._records), world)
             seconds += time.perf_counter() - start
             step = len(self._records) + 1
             validation = None
@@ -370,7 +381,7 @@ class MetaTrainer:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"state: is not that of a meta-training of this generator ({reason})") from error
 
-    def _step(self, step: int) -> tuple[float, float, float, float, float]:
+    def _step(self, step: int, world: World) -> tuple[float, float, float, float, float]:
         c, random = self.config, self._random
         done = step / max(1, c.iters)
         temperature = c.temperature[0] * (c.temperature[1] / c.temperature[0]) ** done
@@ -378,45 +389,55 @@ class MetaTrainer:
         tasks = [_moved(task, self._like) for task in self.sampler.draw(c.tasks, random)]
         masks: list[_Gates] = []
         drawn: list[_Gates] = []
-        for task in tasks:
-            index = torch.randperm(len(task.support), generator=random)[: c.set_size].to(self.device)
-            y = task.support_y[index] if self.generator.labels else None
-            logits = self.generator.logits(
-                self.model, task.support[index], y=y, generator=random, learn=True, weights=self._weights,
-                cost=self.cost if c.penalty == "projected" else None, budget=budget,
-            )  # fmt: skip
-            pi, gates = self._gates(logits, budget, temperature)
-            masks.append(pi)
+        mine = range(len(tasks))[world.shard(len(tasks))]
+        rivals = {place: (place + 1) % len(tasks) for place in mine}
+        for place, task in enumerate(tasks):
+            # Other processes' tasks are read, too, so that all draw and learn statistics alike; but not judged.
+            with torch.set_grad_enabled(place in mine or place in rivals.values()):
+                index = torch.randperm(len(task.support), generator=random)[: c.set_size].to(self.device)
+                y = task.support_y[index] if self.generator.labels else None
+                logits = self.generator.logits(
+                    self.model, task.support[index], y=y, generator=random, learn=True, weights=self._weights,
+                    cost=self.cost if c.penalty == "projected" else None, budget=budget,
+                )  # fmt: skip
+                pi, gates = self._gates(logits, budget, temperature)
+            # What a mask costs counts where its task is.
+            masks.append(pi if place in mine else {name: value.detach() for name, value in pi.items()})
             drawn.append(gates)
-        outcomes = [self._judged(task, gates) for task, gates in zip(tasks, drawn, strict=True)]
+        outcomes = [self._judged(tasks[place], drawn[place]) for place in mine]
         own = torch.stack([functional.cross_entropy(logits, y) for logits, y in outcomes])
-        loss = own.mean()
+        loss = own.sum() / len(tasks)
         ratios = torch.stack([self.cost.expected(pi) for pi in masks]) / float(self.cost.exact({}))
         loss = loss + self._penalty(masks, ratios, budget, tasks)
         if c.swap and len(tasks) > 1:
-            shifted = zip(tasks, [*drawn[1:], drawn[0]], strict=True)
-            other = torch.stack([functional.cross_entropy(*self._judged(task, gates)) for task, gates in shifted])
-            loss = loss + c.swap * functional.relu(0.2 + own - other).mean()
-        if not bool(torch.isfinite(loss)):
+            shifted = [self._judged(tasks[place], drawn[rival]) for place, rival in rivals.items()]
+            other = torch.stack([functional.cross_entropy(logits, y) for logits, y in shifted])
+            loss = loss + c.swap * functional.relu(0.2 + own - other).sum() / len(tasks)
+        hits = [float((logits.detach().argmax(1) == y).float().mean()) for logits, y in outcomes]
+        said = [float(loss.detach()), float(own.detach().sum() / len(tasks)), sum(hits)]
+        # Double precision for the sums, which accelerators of one process need not have.
+        told = torch.tensor(said, dtype=torch.float64, device=self.device if world.size > 1 else "cpu")
+        world.all_reduce([told])
+        if not bool(torch.isfinite(told[0])):
             raise InputError(
-                f"step {step + 1}: the loss is {float(loss)}; the network gives no finite features for some inputs, or"
-                " lr= is too high"
+                f"step {step + 1}: the loss is {float(told[0])}; the network gives no finite features for some inputs,"
+                " or lr= is too high"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * max(0.05, 1 - done)
         self.optimizer.zero_grad(set_to_none=True)
         cast("Any", loss).backward()
+        world.sum_gradients(self._trained)
         nn.utils.clip_grad_norm_(self._trained, 1.0)
         self.optimizer.step()
         with torch.no_grad():
-            hits = [float((logits.argmax(1) == y).float().mean()) for logits, y in outcomes]
             flat = torch.cat([value for pi in masks for value in pi.values()])
             shared = float("nan")
             if len(tasks) > 1:
                 found = overlap(*(widths_like(pi, _expected_widths(pi)) for pi in masks[:2]))
                 shared = sum(found.values()) / len(found)
             spread = float((flat * (1 - flat)).mean())
-        return float(own.detach().mean()), sum(hits) / len(hits), float(ratios.detach().mean()), spread, shared
+        return float(told[1]), float(told[2]) / len(tasks), float(ratios.detach().mean()), spread, shared
 
     def _gates(self, logits: _Gates, budget: float, temperature: float) -> tuple[_Gates, _Gates]:
         """Return keep probabilities, and the gates that the network is run with."""

@@ -5,7 +5,6 @@ All can be traced. ResNets and MobileNetV2 name their modules as torchvision doe
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 from shared_core.objects import load_function, one_line
 
 __all__ = [
@@ -512,11 +511,7 @@ def factory(text: str) -> Callable[..., nn.Module]:
     if text in NETWORKS:
         return NETWORKS[text]
     if ":" not in text:
-        close = difflib.get_close_matches(text, NETWORKS, n=1)
-        hint = f"did you mean '{close[0]}'? There are " if close else "there are "
-        raise InputError(
-            f"no network is called '{text}'; {hint}{', '.join(NETWORKS)}; your own is package.module:function"
-        )
+        raise UnknownKeyError(f"{no_such('network', text, NETWORKS)}; your own is package.module:function")
     found = load_function(text)
     if isinstance(found, nn.Module):
         raise InputError(f"{text}: is a {type(found).__name__} already; name a function that makes a network")

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from shared_core.errors import no_such
 from shared_core.objects import one_line
 from shared_core.runs import atomic_path
 from stamp._files import (
@@ -96,7 +97,7 @@ class PrunePlan:
         for what, values in (("keep", self.keep), ("scores", self.scores), ("gates", self.gates or {})):
             for name, value in values.items():
                 if name not in self.groups:
-                    raise PlanError(f"{what}: there is no group '{name}'; there are {', '.join(self.groups)}")
+                    raise PlanError(str(no_such("group", name, self.groups, where=what)))
                 group = self.groups[name]
                 if value.shape != (group.width,) or (value.dtype == torch.bool) != (what == "keep"):
                     kind = "booleans" if what == "keep" else "floats"

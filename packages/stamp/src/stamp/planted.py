@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal, TypedDict
 
@@ -233,19 +234,20 @@ def study(
     device : where
     advance : called with a note and the number of seeds done
     """
-    seen: dict[int, Seen] = {}
-    for seed in seeds:
 
-        def compute(seed: int = seed) -> Seen:
-            with protocol.alone(device):
-                return _seen(
-                    kind, domains(seed), {} if unseen is None else unseen(seed), seed, protocol, budget, channels,
-                    device, control=control, draws=draws, min_channels=min_channels,
-                )  # fmt: skip
+    def compute(seed: int) -> Seen:
+        with protocol.alone(device):
+            return _seen(
+                kind, domains(seed), {} if unseen is None else unseen(seed), seed, protocol, budget, channels, device,
+                control=control, draws=draws, min_channels=min_channels,
+            )  # fmt: skip
 
-        seen[seed] = run.once(f"{kind}/{seed}", compute)
-        own = ", ".join(f"{name} {100 * row['own']:.1f} %" for name, row in seen[seed]["recalibrated"].items())
-        advance(f"{kind}, own masks: {own}", 1)
+    def told(key: str, found: Seen) -> None:
+        own = ", ".join(f"{name} {100 * row['own']:.1f} %" for name, row in found["recalibrated"].items())
+        advance(f"{key}, own masks: {own}", 1)
+
+    found = run.each({f"{kind}/{seed}": partial(compute, seed) for seed in seeds}, told)
+    seen = {seed: found[f"{kind}/{seed}"] for seed in seeds}
     what = f"{kind} network" if unseen is None else f"unseen by a {kind} network"
     return Study(_rows(what, seen), _claims(kind, what, seen), seen)
 

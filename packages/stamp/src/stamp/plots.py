@@ -33,11 +33,11 @@ __all__ = [
     "StepLike",
     "plot_adaptivity",
     "plot_comparison",
+    "plot_history",
     "plot_latency",
     "plot_overlap",
     "plot_rapid",
     "plot_tradeoff",
-    "plot_training",
     "plot_widths",
 ]
 
@@ -659,7 +659,7 @@ def _first_reached(course: Course, goal: float) -> tuple[float, float] | None:
     return None
 
 
-def plot_training(path: str | Path, history: Sequence[StepLike], *, window: int | None = None) -> Path:
+def plot_history(path: str | Path, history: Sequence[StepLike], *, window: int | None = None) -> Path:
     """Draw loss, how undecided the gates are, and the overlap of different tasks' masks along meta-training.
 
     Dotted lines are what to stay below: gates that undecided do not survive being cut, and masks that alike do not

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 from stamp.baselines import SCORERS, Scorer, meta_pruning
 from stamp.counting import CostModel
 from stamp.examples import Examples, as_examples, check_fits
@@ -291,7 +291,7 @@ def _name(method: Method) -> str:
         return "stamp" if method.settings["head"] != "free" else "free-transferred"
     if isinstance(method, str):
         if method not in METHODS:
-            raise UnknownKeyError(f"method: '{method}' is unknown; there are {', '.join(METHODS)}, and generators")
+            raise UnknownKeyError(f"{no_such('method', method, METHODS, where='method')}, and generators")
         return method
     return "scores" if isinstance(method, Mapping) else getattr(method, "__name__", "callable")
 

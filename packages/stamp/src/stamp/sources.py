@@ -5,7 +5,6 @@ Where a source has no split of its own, a fifth of each class is for tests, and 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from shared_core.data import ImageData, MissingFilesError, TableData, available,
 from shared_core.data._files import Source
 from shared_core.data._images import cifar, mnist, resize_area, svhn
 from shared_core.data._registry import entry_of
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 from stamp._readers import TABLES, read_aircraft, read_arrays, read_pictures, read_stl10, read_table, read_tiny_imagenet
 from stamp._rows import Found, Split, Values, Wanted, chosen, in_memory, limited, official, standardised
 from stamp.examples import DataError, Examples, as_examples
@@ -148,10 +147,7 @@ def _found(source: str | Path, wanted: Wanted) -> Found:
         if kind == ".mat":
             return official(lambda part: _shared(svhn, "svhn", part, path.parent), wanted)
         raise InputError(f"{path}: cannot tell what '{path.suffix}' is; give .npz, .csv, .mat or a folder")
-    names = _names()
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UnknownKeyError(f"'{source}' is no file, no folder and no set; {hint}sets are {', '.join(names)}")
+    raise no_such("data set", name, _names(), where=f"'{source}' is no file and no folder")
 
 
 def _names() -> list[str]:

@@ -7,7 +7,6 @@ contributes exactly nothing, whatever its norm would have made of a zero, and cu
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from shared_core.errors import no_such
 from stamp.attention import NarrowAttention
 from stamp.axes import axis_length, axis_places, gate_places, resize
 from stamp.structure import ChannelGroups, Group, Slot
@@ -225,8 +225,7 @@ def restrict(model: nn.Module, groups: ChannelGroups, keep: Keep, tensors: Mappi
 
 def _group(groups: ChannelGroups, name: str) -> Group:
     if name not in groups:
-        near = difflib.get_close_matches(name, groups, n=3) or [group.name for group in groups.prunable][:3]
-        raise KeepError(f"no group is named {name!r}; did you mean {' or '.join(map(repr, near))}?")
+        raise KeepError(str(no_such("group", name, [group.name for group in groups.prunable])))
     return groups[name]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from shared_core.device import World
 from shared_core.errors import InputError
 from stamp.attention import NarrowAttention
 from stamp.drawing import drawn_linear
@@ -374,6 +375,7 @@ class _Run:
     optimizer: torch.optim.SGD
     data: Examples
     settings: dict[str, int | float]
+    world: World
     step: int = 0
     seconds: float = 0.0
     records: list[Record] = field(default_factory=list[Record])
@@ -425,24 +427,42 @@ class _Run:
         self.model.train()
         for index in self._order(number)[: last - self.step]:
             self.optimizer.param_groups[0]["lr"] = lr(self.step)
+            # A transform sees the whole batch, so that all processes draw one.
             x, y = self.data.inputs(index), self.data.y[index]
-            logits = _checked_logits(self.model(_fed(self.model, x)), self.data)
-            loss = functional.cross_entropy(logits, y.to(logits.device))
+            own = self.world.shard(len(index))
+            logits = _checked_logits(self.model(_fed(self.model, x[own])), self.data)
+            loss = functional.cross_entropy(logits, y[own].to(logits.device)) * (len(y[own]) / len(y))
             self.optimizer.zero_grad(set_to_none=True)
             cast("Any", loss).backward()
+            self.world.sum_gradients(self._parameters())
             self.optimizer.step()
             part = loss.detach() * len(y)
             total = part if total is None else total + part
             seen += len(y)
             self.step += 1
-        return float("nan") if total is None else float(total) / seen
+        self._average_statistics()
+        if total is None:
+            return float("nan")
+        self.world.all_reduce([total])
+        return float(total) / seen
+
+    def _average_statistics(self) -> None:
+        """Give every process the mean of the batch norms' running statistics, of which each has seen a part."""
+        if self.world.size == 1:
+            return
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+        self.world.all_reduce(buffers)
+        for buffer in buffers:
+            buffer /= self.world.size
 
     def _order(self, number: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(int(self.settings["seed"]) * 1_000_003 + number)
         order = torch.randperm(len(self.data), generator=generator).to(self.data.x.device)
         chunks = list(order.split(int(self.settings["batch_size"])))
-        # A batch norm cannot train on the one example that may be left.
-        return chunks[:-1] if len(chunks) > 1 and len(chunks[-1]) == 1 < len(chunks[0]) else chunks
+        # A batch norm cannot train on the one example that may be left to a process.
+        few = len(chunks[-1]) < min(2 * self.world.size, len(chunks[0]))
+        return chunks[:-1] if few else chunks
 
 
 def finetune(
@@ -460,6 +480,7 @@ def finetune(
     state: Mapping[str, Any] | None = None,
     on_epoch: Callable[[EpochEnd], None] | None = None,
     target: float | None = None,
+    world: World | None = None,
 ) -> History:
     """Train a network in place by SGD, with a learning rate that falls to zero along a cosine (spec 2.8).
 
@@ -480,6 +501,9 @@ def finetune(
     state : what `EpochEnd.state` gave in a training with the same settings, to go on from
     on_epoch : called after each epoch
     target : stop as soon as the validation accuracy is at least this
+    world : processes that share each batch, from `shared_core.device.process_group`; all end with the same network. Up
+        to rounding it is that of one process, unless batch norms see only a share of a batch, or the last batch of an
+        epoch is left out because there are fewer than two examples a process in it
 
     Returns
     -------
@@ -516,12 +540,16 @@ def finetune(
         "examples": len(train),
     }  # fmt: skip
     optimizer = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    run = _Run(model, optimizer, train, settings)
+    world = world or World()
+    if (most := min(batch_size, len(train))) < world.size:
+        raise TrainingError(f"batch_size: {most} examples of a step cannot be shared by {world.size} processes")
+    run = _Run(model, optimizer, train, settings, world)
     of_epoch = len(run._order(0))  # pyright: ignore[reportPrivateUsage]
     last = epochs * of_epoch if steps is None else steps
     settings["steps"] = last
     if state is not None:
         run.resume(state)
+    world.broadcast([*model.parameters(), *model.buffers()])
 
     def scheduled(step: int) -> float:
         return lr * (1 + math.cos(math.pi * step / last)) / 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, not_installed
 from stamp.axes import BATCH, CONVS
 from stamp.baselines.channels import Scores
 from stamp.drawing import sampled_batches
@@ -100,9 +100,8 @@ def _peer() -> Any:
     try:
         return importlib.import_module("torch_pruning")
     except ImportError as error:
-        raise PeerError(
-            'method "torch-pruning-...": the package torch_pruning is not installed; pip install torch-pruning'
-        ) from error
+        missing = not_installed("method torch-pruning-...", "torch-pruning", "stamp[torch-pruning]")
+        raise PeerError(str(missing)) from error
 
 
 def _scored(peer: Any, importance: Any, model: nn.Module, groups: ChannelGroups) -> Scores:
