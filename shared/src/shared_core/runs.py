@@ -442,7 +442,7 @@ class Run:
             told(key)
 
     def spread_parts(
-        self, parts: Mapping[str, Callable[[Run], None]], told: Callable[[str], None] = lambda _: None
+        self, parts: Mapping[str, Callable[[Run], object]], told: Callable[[str], None] = lambda _: None
     ) -> None:
         """Like :meth:`spread`, for pieces of which many share something costly that is not stored, such as a network.
 
@@ -527,7 +527,7 @@ class Run:
         return summary
 
 
-def _new_cells(run: Run, part: Callable[[Run], None]) -> dict[str, Any]:
+def _new_cells(run: Run, part: Callable[[Run], object]) -> dict[str, Any]:
     """Do a part with a copy of a run, and return what it stored."""
     known = set(run._cells)  # pyright: ignore[reportPrivateUsage]
     part(run)
