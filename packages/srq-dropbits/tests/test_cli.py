@@ -189,11 +189,23 @@ def test_compare_on_a_users_table_and_pictures_of_it(done, wine):
     assert {"pareto.png", "points.json"} <= set(swept.artifacts)
 
 
+def test_workers_find_what_one_process_finds(done, wine, tmp_path):
+    command = (
+        "compare", "wine.csv", "--methods", "ptq srq", "--bits", "3/3", "--seeds", 2, "--rates", "0.001,0.003",
+        "--epochs", 1, "--float-epochs", 2,
+    )  # fmt: skip
+    one, two = done(*command, "--out", "one"), done(*command, "--workers", 2, "--out", "two")
+    rows = [[row.model_dump(exclude={"seconds"}) for row in found.results if row.unit != "s"] for found in (one, two)]
+    assert rows[0] == rows[1]
+    assert one.claims == two.claims
+    assert (tmp_path / "one/grids.json").read_bytes() == (tmp_path / "two/grids.json").read_bytes()
+
+
 def test_wrong_input_gets_one_line(wrong, wine, tmp_path):
     assert "weight_bits is 9" in wrong("train", "wine.csv", "--weight-bits", 9, "--out", "r")
     assert "2 to 8" in wrong("train", "wine.csv", "--weight-bits", 1, "--out", "r")
     assert "act_bits" in wrong("train", "wine.csv", "--act-bits", 12, "--out", "r")
-    assert "did you mean lsq" in wrong("train", "wine.csv", "--method", "lsqq", "--out", "r")
+    assert "did you mean 'lsq'" in wrong("train", "wine.csv", "--method", "lsqq", "--out", "r")
     assert "matches no layer" in wrong("train", "wine.csv", "--exclude", "nothing*", "--out", "r")
     message = wrong("train", "wine.csv", "--target-bytes", 10, "--out", "r")
     assert "target_bytes 10" in message

@@ -39,9 +39,9 @@ def test_methods_are_parsed_with_their_settings():
     assert learned.learn_bits is not None
     assert (learned.learn_bits.max_bits, learned.learn_bits.target_bits) == (4, 2.5)
     assert parse_method("cpq+dropbits", 3, 3) == parse_method("srq+dropbits", 3, 3)
-    with pytest.raises(InputError, match="unknown setting 'tempreature'"):
+    with pytest.raises(InputError, match="no setting 'tempreature'; did you mean 'temperature'"):
         parse_method("rq:tempreature=2", 3, 3)
-    with pytest.raises(InputError, match="did you mean mode_soft"):
+    with pytest.raises(InputError, match="did you mean 'mode_soft'"):
         parse_method("mode_sofd", 3, 3)
     with pytest.raises(InputError, match="is not key=value"):
         parse_method("rq:fast", 3, 3)

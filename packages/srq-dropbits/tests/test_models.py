@@ -115,7 +115,7 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("spec", "shape", "message"),
         [
-            ("lenet", (1, 8, 8), "no model is called 'lenet'; did you mean 'lenet5'"),
+            ("lenet", (1, 8, 8), "no network 'lenet'; did you mean 'lenet5'"),
             ("digits-cnn", (13,), r"needs images .* shape \(13,\)"),
             ("vgg7", (1, 4, 4), "at least 8 x 8 pixels"),
             ("vgg7:wide", (3, 32, 32), "'vgg7:wide': the width is a factor"),

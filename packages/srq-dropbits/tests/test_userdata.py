@@ -454,7 +454,7 @@ class TestReadRows:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("a,bb\n1,2\n", ["no column 'b'", "is it 'bb'"]),
+            ("a,bb\n1,2\n", ["no column 'b'", "there are a, bb"]),
             ("1,2,3,4\n", ["4 columns", "trained on 2"]),
             ("a,b\n1,x\n", ["line 2", "'x'"]),
         ],

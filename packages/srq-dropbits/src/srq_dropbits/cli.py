@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from shared_core.cli import Advance, CommandConfig, CommandLine, Outcome, Session, argument
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Result, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class CompareConfig(TaskOptions):
     epochs: int | None = Field(None, ge=0, description="epochs after quantization (default: the task's)")
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Compare quantizers from the same float networks, each at its best learning rate, over bit-widths and seeds."""
     from srq_dropbits.experiments import compare as run_comparison
@@ -143,7 +143,7 @@ def _tasks(config: CompareConfig | SweepConfig | LotteryConfig) -> list[Task]:
         return [Task(**fields)]
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in TASKS]:
-        raise InputError(f"no task and no file '{unknown[0]}'; tasks: {', '.join(TASKS)}; or a file or folder of data")
+        raise InputError(f"{no_such('task', unknown[0], TASKS)}, and files and folders of data")
     return [task_named(name, **changes) for name in names]
 
 
@@ -177,7 +177,7 @@ class SweepConfig(LearningOptions):
     epochs: int | None = Field(None, ge=1, description="epochs after quantization (default: the task's)")
 
 
-@line.command(SweepConfig)
+@line.command(SweepConfig, spread=True)
 def sweep(config: SweepConfig, session: Session) -> Outcome:
     """Draw accuracy against average bits: uniform bit-widths and learned ones."""
     from srq_dropbits.experiments import sweep as run_sweep
@@ -234,7 +234,7 @@ class LotteryConfig(LearningOptions):
     float_epochs: int | None = Field(None, ge=1, description="epochs of the float network, and from random weights")
 
 
-@line.command(LotteryConfig)
+@line.command(LotteryConfig, spread=True)
 def lottery(config: LotteryConfig, session: Session) -> Outcome:
     """Test the quantized lottery ticket: bits learned together with the weights against the same bits retrained."""
     from srq_dropbits.experiments import lottery as run_lottery

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from shared_core.errors import no_such
 from srq_dropbits.errors import InvalidBitsError, OverrideError, SrqError
 from srq_dropbits.functional import Baseline
 
@@ -265,12 +266,7 @@ class QuantConfig(_Strict):
         if name.startswith("cpq"):
             name = "srq" + name.removeprefix("cpq")
         if name not in METHODS:
-            from difflib import get_close_matches
-
-            near = get_close_matches(name, METHODS, 1)
-            raise SrqError(
-                f"no method '{name}'{f'; did you mean {near[0]}?' if near else ''}; methods: {', '.join(METHODS)}"
-            )
+            raise no_such("method", name, METHODS)
         settings: dict[str, Any] = {"weight_bits": weight_bits, "act_bits": act_bits, **METHODS[name]}
         if settings.get("learn_bits") is True:
             settings["learn_bits"] = LearnBits(max_bits=weight_bits) if weight_bits > 2 else None

@@ -13,15 +13,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import nn
 
 from shared_core.device import one_thread
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, Run, interval, summarize
 from srq_dropbits.config import DropBits, LearnBits, QuantConfig, Weighting
 from srq_dropbits.models import build
@@ -65,6 +66,10 @@ SRQ_VARIANTS = (
 )
 """Methods that forward the mode of the distribution and differentiate the distribution."""
 _FLOAT = "float32"
+
+
+_Advance = Callable[[str], None]
+_Found = TypeVar("_Found")
 
 
 def _silent(note: str) -> None:
@@ -146,7 +151,7 @@ def task_named(name: str, **changes: Any) -> Task:
     **changes : fields; those that are None stay
     """
     if name not in TASKS:
-        raise InputError(f"no task '{name}'; tasks: {', '.join(TASKS)}")
+        raise no_such("task", name, TASKS)
     return replace(TASKS[name], **{key: value for key, value in changes.items() if value is not None})
 
 
@@ -184,7 +189,7 @@ def parse_method(spec: str, weight_bits: int, act_bits: int | None, seed: int = 
             nested["learn_bits"][key] = parsed
         else:
             known = sorted({*QuantConfig.model_fields, *DropBits.model_fields, *LearnBits.model_fields} - {*nested})
-            raise InputError(f"method '{spec}': unknown setting '{key}'; settings: {', '.join(known)}")
+            raise no_such("setting", key, known, where=f"method '{spec}'")
     settings = config.model_dump() | values
     for part, changes in nested.items():
         if changes:
@@ -326,6 +331,29 @@ class _Bench:
 
         return self.run.once(f"{self.task.key}/{self.device}/float/{seed}", compute)
 
+    def each(self, parts: Sequence[Callable[[_Bench, _Advance], _Found]], advance: _Advance) -> list[_Found]:
+        """Do parts, each of trainings that share float networks, by the run's workers; return what each found.
+
+        Parameters
+        ----------
+        parts : functions of a bench and of what is told after each training
+        advance : called after each training; where workers train, when its part is done
+        """
+        found: dict[str, _Found] = {}
+
+        def told(name: str) -> None:
+            # All that it asks for is stored now.
+            found[name] = parts[int(name)](self, advance)
+
+        work = {str(place): partial(_elsewhere, self.task, self.device, part) for place, part in enumerate(parts)}
+        self.run.spread_parts(work, told)
+        return [found[str(place)] if str(place) in found else part(self, advance) for place, part in enumerate(parts)]
+
+
+def _elsewhere(task: Task, device: str, part: Callable[[_Bench, _Advance], object], run: Run) -> None:
+    """Do a part in another process."""
+    part(_Bench(run, task, device), _silent)
+
 
 class Comparison(NamedTuple):
     """What a comparison found: rows, claims, the learning rates tried and chosen, and lines for a person."""
@@ -372,17 +400,10 @@ def compare(
     for task in tasks:
         bench = _Bench(run, task, device)
         chosen = _tune(bench, methods, bits, tuning_seeds, rates, found, advance)
-        cells: dict[tuple[str, int, int | None], list[Cell]] = {}
-        floats: list[dict[str, float]] = []
         # Seed by seed, so that one float network is in memory at a time.
-        for seed in seeds:
-            floats.append(bench.float_cell(seed))
-            advance(f"{task.name}, float32, seed {seed}: {floats[-1]['test_accuracy']:.3f}")
-            for pair in bits:
-                for method in methods:
-                    cell = bench.cell(method, parse_method(method, *pair, seed), chosen[method, pair], seed)
-                    cells.setdefault((method, *pair), []).append(cell)
-                    advance(f"{task.name} {_label(pair)}, {method}, seed {seed}: {cell['test_accuracy']:.3f}")
+        by_seed = bench.each([partial(_of_seed, chosen=chosen, seed=seed) for seed in seeds], advance)
+        floats = [own for own, _ in by_seed]
+        cells = {(method, *pair): [own[method, pair] for _, own in by_seed] for pair in bits for method in methods}
         found.results.extend(_rows(task, methods, bits, cells, floats, chosen))
         found.claims.extend(_claims(task, methods, bits, cells, floats))
     found.notes.append(
@@ -392,6 +413,20 @@ def compare(
     if any(width == 2 and parse_method(method, 2, None).dropbits for width, _ in bits for method in methods):
         found.notes.append("at 2 bits DropBits has no level to drop, so that it changes nothing")
     return found
+
+
+def _of_seed(
+    bench: _Bench, advance: _Advance, *, chosen: Mapping[tuple[str, tuple[int, int | None]], float], seed: int
+) -> tuple[dict[str, float], dict[tuple[str, tuple[int, int | None]], Cell]]:
+    """Train the float network of a seed, and every method from it at every bit-width."""
+    name = bench.task.name
+    network = bench.float_cell(seed)
+    advance(f"{name}, float32, seed {seed}: {network['test_accuracy']:.3f}")
+    cells: dict[tuple[str, tuple[int, int | None]], Cell] = {}
+    for (method, pair), lr in chosen.items():
+        cells[method, pair] = cell = bench.cell(method, parse_method(method, *pair, seed), lr, seed)
+        advance(f"{name} {_label(pair)}, {method}, seed {seed}: {cell['test_accuracy']:.3f}")
+    return network, cells
 
 
 def _check(
@@ -440,25 +475,44 @@ def _tune(
     A method whose best rate is the grid's lowest or highest may try further ones on that side.
     """
     if len(rates) == 1:
-        return {(method, pair): rates[0] for method in methods for pair in bits}
+        return {(method, pair): rates[0] for pair in bits for method in methods}
+    parts = [partial(_tried, method=method, bits=bits, seeds=seeds, rates=rates) for method in methods]
+    by_method = dict(zip(methods, bench.each(parts, advance), strict=True))
     chosen: dict[tuple[str, tuple[int, int | None]], float] = {}
     for pair in bits:
         grid = found.grids.setdefault(f"{bench.task.name} {_label(pair)}", {})
         for method in methods:
-            tried: dict[float, tuple[float, float]] = {}
-            # Rounding trains nothing: there is no rate to choose.
-            waiting = sorted(rates)[: 1 if parse_method(method, *pair).estimator == "ptq" else None]
-            best, most = waiting[0], len(waiting) + _FURTHER
-            while waiting:
-                for lr in waiting:
-                    each = [bench.cell(method, parse_method(method, *pair, seed), lr, seed) for seed in seeds]
-                    tried[lr] = _mean(each, "validation_accuracy"), -_mean(each, "validation_loss")
-                    advance(f"{bench.task.name} {_label(pair)}, {method}, lr {lr:g}: {tried[lr][0]:.3f}")
-                best = max(tried, key=lambda lr: tried[lr])
-                waiting = _beyond(best, sorted(tried)) if len(tried) < most else []
+            scores, best = by_method[method][pair]
             chosen[method, pair] = best
-            grid[method] = {f"{lr:g}": tried[lr][0] for lr in sorted(tried)} | {"chosen": best}
+            grid[method] = {f"{lr:g}": scores[lr] for lr in sorted(scores)} | {"chosen": best}
     return chosen
+
+
+def _tried(
+    bench: _Bench,
+    advance: _Advance,
+    *,
+    method: str,
+    bits: Sequence[tuple[int, int | None]],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+) -> dict[tuple[int, int | None], tuple[dict[float, float], float]]:
+    """Try a method's learning rates at each bit-width; return validation accuracies by rate, and the best rate."""
+    found: dict[tuple[int, int | None], tuple[dict[float, float], float]] = {}
+    for pair in bits:
+        tried: dict[float, tuple[float, float]] = {}
+        # Rounding trains nothing: there is no rate to choose.
+        waiting = sorted(rates)[: 1 if parse_method(method, *pair).estimator == "ptq" else None]
+        best, most = waiting[0], len(waiting) + _FURTHER
+        while waiting:
+            for lr in waiting:
+                each = [bench.cell(method, parse_method(method, *pair, seed), lr, seed) for seed in seeds]
+                tried[lr] = _mean(each, "validation_accuracy"), -_mean(each, "validation_loss")
+                advance(f"{bench.task.name} {_label(pair)}, {method}, lr {lr:g}: {tried[lr][0]:.3f}")
+            best = max(tried, key=lambda lr: tried[lr])
+            waiting = _beyond(best, sorted(tried)) if len(tried) < most else []
+        found[pair] = {lr: accuracy for lr, (accuracy, _) in tried.items()}, best
+    return found
 
 
 def _beyond(best: float, tried: Sequence[float]) -> list[float]:
@@ -477,6 +531,10 @@ _METRICS: tuple[tuple[str, str, str], ...] = (
     ("average bits", "avg_bits", "lower"),
     ("bytes", "bytes", "lower"),
 )
+
+
+def _unit(key: str) -> str:
+    return "bytes" if key == "bytes" else "bits" if key.endswith("bits") else "1"
 
 
 def _summary(values: Iterable[float], **options: Any) -> Result:
@@ -501,13 +559,13 @@ def _rows(
                 options: dict[str, Any] = {
                     "metric": metric,
                     "better": better,
-                    "unit": "bytes" if key == "bytes" else "1",
+                    "unit": _unit(key),
                 }
                 rows.append(_summary(values, dataset=dataset, method=_FLOAT, seconds=seconds, **options))
             for method in methods:
                 each = cells[method, *pair]
                 seconds = math.fsum(cell["seconds"] for cell in each)
-                options = {"metric": metric, "better": better, "unit": "bytes" if key == "bytes" else "1"}
+                options = {"metric": metric, "better": better, "unit": _unit(key)}
                 values = [float(cell[key]) for cell in each]  # pyright: ignore[reportTypedDictNotRequiredAccess]
                 rows.append(_summary(values, dataset=dataset, method=method, seconds=seconds, **options))
         for method in methods:
@@ -638,14 +696,18 @@ def sweep(
     for penalty in penalties:
         learn = LearnBits(max_bits=max_bits, penalty=penalty, weighting=weighting)
         configs[f"learned, penalty {penalty:g}"] = _learning(method, max_bits, act_bits, learn)
-    cells: dict[str, list[Cell]] = {name: [] for name in configs}
-    floats: list[float] = []
-    for seed in seeds:
-        floats.append(bench.float_cell(seed)["test_accuracy"])
+
+    def of_seed(bench: _Bench, advance: _Advance, seed: int) -> tuple[float, dict[str, Cell]]:
+        network = bench.float_cell(seed)["test_accuracy"]
+        found: dict[str, Cell] = {}
         for name, config in configs.items():
-            cell = bench.cell(name, config.model_copy(update={"seed": seed}), lr, seed, epochs=epochs)
-            cells[name].append(cell)
+            found[name] = cell = bench.cell(name, config.model_copy(update={"seed": seed}), lr, seed, epochs=epochs)
             advance(f"{task.name}, {name}, seed {seed}: {cell[key]:.2f} bits, {cell['test_accuracy']:.3f}")
+        return network, found
+
+    by_seed = bench.each([partial(of_seed, seed=seed) for seed in seeds], advance)
+    floats = [network for network, _ in by_seed]
+    cells = {name: [found[name] for _, found in by_seed] for name in configs}
     results: list[Result] = [
         _summary(floats, dataset=task.name, method=_FLOAT, metric="test accuracy", better="higher")
     ]
@@ -662,7 +724,7 @@ def sweep(
                     method=name,
                     metric=metric,
                     better=better,
-                    unit="bytes" if field == "bytes" else "bits" if "bits" in field else "1",
+                    unit=_unit(field),
                     seconds=math.fsum(cell["seconds"] for cell in each),
                 )
             )
@@ -733,7 +795,7 @@ def lottery(
     max_bits : width that learned layers start from
     act_bits : of activations
     weighting : what bits are averaged over
-    method : of both arms
+    method : of both trainings
     lr : learning rate from the float network; from random weights it is the task's own
     epochs : after quantization; None takes the task's
     scratch_epochs : from random weights; None takes as many as the float network got
@@ -744,8 +806,9 @@ def lottery(
     learn = LearnBits(max_bits=max_bits, penalty=penalty, target_bits=target, weighting=weighting)
     joint = _learning(method, max_bits, act_bits, learn)
     key = "layer_bits" if weighting == "layer" else "avg_bits"
-    cells: dict[str, list[Cell]] = {}
-    for seed in seeds:
+
+    def of_seed(bench: _Bench, advance: _Advance, seed: int) -> dict[str, Cell]:
+        found: dict[str, Cell] = {}
         for start, fresh in (("float network", False), ("random weights", True)):
             rate = task.float_lr if fresh else lr
             count = (scratch_epochs or task.float_epochs) if fresh else epochs
@@ -756,15 +819,19 @@ def lottery(
             bits: dict[str, Any] = {name: {"weight_bits": width} for name, width in together["bits"].items() if width}
             fixed = QuantConfig(**(fixed.model_dump() | {"overrides": bits}))
             again = bench.cell("retrained", fixed, rate, seed, fresh=fresh, epochs=count)
-            for arm, cell in (("joint", together), ("retrained", again)):
-                cells.setdefault(f"{arm}, from {start}", []).append(cell)
-                advance(f"{task.name}, {arm} from {start}, seed {seed}: {cell['test_accuracy']:.3f}")
+            for how, cell in (("joint", together), ("retrained", again)):
+                found[f"{how}, from {start}"] = cell
+                advance(f"{task.name}, {how} from {start}, seed {seed}: {cell['test_accuracy']:.3f}")
+        return found
+
+    by_seed = bench.each([partial(of_seed, seed=seed) for seed in seeds], advance)
+    cells = {name: [found[name] for found in by_seed] for name in by_seed[0]}
     results: list[Result] = []
     for metric, field, better in (("test accuracy", "test_accuracy", "higher"), ("average bits", key, "lower")):
         for name, each in cells.items():
             values = [float(cell[field]) for cell in each]  # pyright: ignore[reportTypedDictNotRequiredAccess, reportGeneralTypeIssues]
             seconds = math.fsum(cell["seconds"] for cell in each)
-            options: dict[str, Any] = {"metric": metric, "better": better, "seconds": seconds}
+            options: dict[str, Any] = {"metric": metric, "better": better, "unit": _unit(field), "seconds": seconds}
             results.append(_summary(values, dataset=task.name, method=name, **options))
     claims: list[Claim] = []
     for start in ("float network", "random weights"):

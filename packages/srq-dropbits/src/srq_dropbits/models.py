@@ -6,7 +6,6 @@ folds into the scales of the integers before it. ``build`` makes one from a shor
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import pickle
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 from shared_core.objects import load_function, one_line
 
 __all__ = [
@@ -407,11 +406,7 @@ def build(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> nn.Mo
         if name in _MODELS:
             return _MODELS[name](tuple(shape), classes, options)
         if not options:
-            close = difflib.get_close_matches(name, _MODELS, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            raise InputError(
-                f"no model is called '{spec}'; {hint}there are {', '.join(_MODELS)}; your own is package.module:factory"
-            )
+            raise UnknownKeyError(f"{no_such('network', name, _MODELS)}; your own is package.module:factory")
         known = {"in_shape": tuple(shape), "classes": classes, "seed": seed}
         model = _call(load_function(spec), known, spec)
     if not isinstance(model, nn.Module):

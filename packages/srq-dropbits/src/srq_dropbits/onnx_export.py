@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from shared_core.errors import InputError
+from shared_core.errors import not_installed
 from shared_core.runs import atomic_path
 from srq_dropbits.deploy import IntegerConv, IntegerLayer, convolve, integer_layers, run_model, swap_modules
 from srq_dropbits.errors import ExportError, NothingToQuantizeError
@@ -201,9 +201,7 @@ def _require_onnx() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise InputError(
-                f"ONNX export needs {name}, which is not installed; pip install 'srq-dropbits[onnx]'"
-            ) from error
+            raise not_installed("ONNX export", name, "srq-dropbits[onnx]") from error
 
 
 @lru_cache(maxsize=1)

@@ -247,7 +247,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     folder = Path(folder)
     path = folder / _ABOUT
     if folder.is_file() or (folder.exists() and not path.exists()):
-        raise InputError(f"{folder} is not the run folder of a finished 'srq-dropbits train'")
+        raise InputError(f"{folder}: has no {_ABOUT}; give the run folder of a finished 'srq-dropbits train'")
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if about.get("version") != _VERSION:

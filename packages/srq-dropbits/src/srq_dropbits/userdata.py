@@ -8,7 +8,6 @@ model so that :func:`read_rows` can give it new rows later.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import importlib
 import math
@@ -25,11 +24,12 @@ from jaxtyping import Float32, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared_core.arrays import read_arrays
 from shared_core.data import ImageData, MissingFilesError, TableData, available, load
 from shared_core.data._files import Source
 from shared_core.data._images import cifar, mnist
 from shared_core.data._registry import entry_of
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, no_such, not_installed
 
 __all__ = ["DataSplit", "InputFormat", "LabelledData", "load_images_or_table", "read_rows"]
 
@@ -384,9 +384,7 @@ def load_images_or_table(
         data = _file(path, target, allow_gaps)
     else:
         names = [entry.name for entry in available() if issubclass(entry.kind, ImageData | TableData)]
-        close = difflib.get_close_matches(str(source), names, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise InputError(f"'{source}' is no file, no folder and no set; {hint}sets are {', '.join(names)}")
+        raise no_such("data set", source, names, where=f"'{source}' is no file and no folder")
     return _checked(data if size is None else _resized(data, size)).limit(limit, seed, test_rows=test_limit)
 
 
@@ -525,7 +523,7 @@ def _pillow() -> Any:
     try:
         return importlib.import_module("PIL.Image")
     except ImportError:
-        raise InputError("reading image files needs pillow: pip install 'srq-dropbits[images]'") from None
+        raise not_installed("reading image files", "pillow", "srq-dropbits[images]") from None
 
 
 def _picture_folder(path: Path, size: int | None, limit: int | None, test_limit: int | None, seed: int) -> LabelledData:
@@ -721,9 +719,7 @@ class _Table:
                 f"{self.path}: no column '{target}'; the file has no header: give a column's number,"
                 f" 1 to {len(self.names)}"
             )
-        close = difflib.get_close_matches(target, self.names, n=3, cutoff=0.5)
-        shown = f"did you mean {' or '.join(repr(name) for name in close)}?" if close else ", ".join(self.names[:20])
-        raise InputError(f"{self.path}: no column '{target}' for the labels; {shown}")
+        raise no_such("column", target, self.names, where=f"{self.path}: labels")
 
     def label(self, place: int) -> str:
         return f"{place + 1} ('{self.names[place]}')" if self.header else f"{place + 1}"
@@ -796,14 +792,7 @@ def _npz(path: Path, allow_gaps: bool) -> LabelledData:
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; check the path") from error
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, AttributeError, TypeError) as error:
-        detail = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable npz file of plain arrays ({detail}); is it damaged?") from error
+    return read_arrays(path)
 
 
 def _flat(labels: NDArray[Any], path: Path, name: str, rows: int) -> NDArray[Any]:
@@ -943,9 +932,7 @@ def _table_rows(path: Path, inputs: InputFormat) -> NDArray[np.float32]:
     if table.header and inputs.feature_names:
         absent = next((name for name in inputs.feature_names if name not in table.names), None)
         if absent is not None:
-            close = difflib.get_close_matches(absent, table.names, n=1)
-            hint = f"; is it '{close[0]}'?" if close else ""
-            raise InputError(f"{path}: no column '{absent}', which the model was trained on{hint}")
+            raise no_such("column", absent, table.names, where=f"{path}: the model was trained on other columns")
         places = [table.names.index(name) for name in inputs.feature_names]
     else:
         places, wanted = list(range(len(table.names))), math.prod(inputs.shape)
