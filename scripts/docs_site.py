@@ -150,6 +150,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Scale out": "scale-out.md"},
         {"Contributing": "contributing.md"},
         {"Changes": "changes.md"},
+        {"Security": "security.md"},
     ]
     return config
 
@@ -177,6 +178,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         ("README.md", "index.md"),
         ("CONTRIBUTING.md", "contributing.md"),
         ("CHANGELOG.md", "changes.md"),
+        ("SECURITY.md", "security.md"),
     ):
         text = (ROOT / name).read_text(encoding="utf-8")
         for folder in PACKAGES:
@@ -185,7 +187,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 text = text.replace(f"(packages/{folder.name}/docs/{picture})", f"(packages/{folder.name}/{picture})")
                 if files.get_file_from_path(f"packages/{folder.name}/{picture}") is None:
                     add(f"packages/{folder.name}/{picture}", (folder / "docs" / picture).read_bytes())
-        text = text.replace("(CONTRIBUTING.md)", "(contributing.md)").replace("(CHANGELOG.md)", "(changes.md)")
+        for at, page in (
+            ("CONTRIBUTING.md", "contributing.md"),
+            ("CHANGELOG.md", "changes.md"),
+            ("SECURITY.md", "security.md"),
+            ("docs/scale-out.md", "scale-out.md"),
+        ):
+            text = text.replace(f"({at})", f"({page})")
         if files.get_file_from_path(uri) is None:
             add(uri, text)
     return files
