@@ -24,7 +24,7 @@ def test_what_was_saved_is_read(tmp_path):
             np.testing.assert_array_equal(read[name], array)
     assert list(read_arrays(tmp_path / "a.npz", names=["y", "z"])) == ["y"]
     np.save(tmp_path / "a.npy", ARRAYS["x"])
-    np.testing.assert_array_equal(read_arrays(tmp_path / "a.npy")[""], ARRAYS["x"])
+    np.testing.assert_array_equal(read_arrays(tmp_path / "a.npy", single=True)[""], ARRAYS["x"])
 
 
 def npy(header, content=b""):
@@ -52,15 +52,15 @@ HEADER = {"descr": "<f8", "fortran_order": False, "shape": (3,)}
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is neither an NPZ nor an NPY file; save arrays with numpy.savez"),
-        (b"PK\x03\x04 and no more", "not a whole NPZ or NPY file"),
+        (b"", "is not an NPZ file; save arrays with numpy.savez"),
+        (b"PK\x03\x04 and no more", "not a whole NPZ file"),
         (npz(x=saved(np.array([{}]))), "'x' holds Python objects, which are never unpickled; save numbers"),
-        (saved(np.array([{}])), "f.npz holds Python objects"),
-        (npz(x=npy(HEADER, bytes(16))), "not a whole NPZ or NPY file"),
-        (npz(x=npy(HEADER | {"shape": (1 << 60,)}, bytes(16))), "not a whole NPZ or NPY file"),
+        (saved(np.arange(3)), r"is one array; give an NPZ of named ones: numpy\.savez"),
+        (npz(x=npy(HEADER, bytes(16))), "not a whole NPZ file"),
+        (npz(x=npy(HEADER | {"shape": (1 << 60,)}, bytes(16))), "not a whole NPZ file"),
         (npz(x=npy(HEADER | {"descr": "|S0", "shape": (1 << 40,)})), r"'x' is an array of \|S0"),
         (npz(x=npy(HEADER | {"descr": [("a", "<f4")]}, bytes(12))), "'x' is an array of"),
-        (npz(x=npy("__import__('os').getcwd()", bytes(24))), "not a whole NPZ or NPY file"),
+        (npz(x=npy("__import__('os').getcwd()", bytes(24))), "not a whole NPZ file"),
         (npz(x=saved(np.array(["ab"])).replace(b"b\0\0\0", b"\xff\xff\xff\0")), "'x' holds texts that are damaged"),
         (npz(x=bytes(3000)), "its arrays take 3,000 bytes, at most 2,000 are read"),
     ],

@@ -484,7 +484,7 @@ def test_draws_of_generated_sets_are_seeds(name):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("nowhere", {}, "no data set 'nowhere', and no such file; there are: ihdp, twins"),
+        ("nowhere", {}, "no data set and no file 'nowhere'; there are ihdp, twins"),
         ("nowhere.csv", {"treatment": "t", "outcome": "y"}, "nowhere.csv: No such file"),
         ("nowhere.npz", {}, "nowhere.npz: No such file"),
         ("diabetes", {"treatment": "t"}, "--treatment is for your own table"),
@@ -550,7 +550,7 @@ def test_least_of_a_cfr_file(tmp_path):
         ({"t": np.array(list("abcdef"))}, "'t' is not numbers"),
         ({"x": np.zeros((0, 2)), "t": np.zeros(0), "yf": np.zeros(0)}, "the arrays are empty"),
         ({"feature_names": np.array(["a"])}, "for 1 feature names"),
-        ({"yf": np.array([{}] * 6, dtype=object)}, "not a readable npz file"),
+        ({"yf": np.array([{}] * 6, dtype=object)}, "holds Python objects"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -563,14 +563,14 @@ def test_wrong_cfr_files(tmp_path, change, message):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04broken", b"\x93NUMPY"])
 def test_damaged_npz(tmp_path, content):
     (tmp_path / "own.npz").write_bytes(content)
-    fails("own.npz: not a readable npz file", lambda: load(tmp_path / "own.npz"))
-    fails("own.npz: not a readable npz file", lambda: draws(tmp_path / "own.npz"))
+    fails(r"own\.npz: ((not a whole|is not an) NPZ file|is one array)", lambda: load(tmp_path / "own.npz"))
+    fails(r"own\.npz: ((not a whole|is not an) NPZ file|is one array)", lambda: draws(tmp_path / "own.npz"))
 
 
 def test_an_npy_file_under_the_name_of_an_npz(tmp_path):
     np.save(tmp_path / "own.npy", np.zeros(3))
     (tmp_path / "own.npy").rename(tmp_path / "own.npz")
-    fails("own.npz: not a readable npz file", lambda: load(tmp_path / "own.npz"))
+    fails("own.npz: is one array", lambda: load(tmp_path / "own.npz"))
 
 
 # Users' own tables
@@ -684,8 +684,8 @@ def test_what_the_outcome_is(values, positive, binary, expected):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"treatment": "T"}, "no column 'T'; there are: a, t, y, w"),
-        ({}, {"outcome": "Y"}, "no column 'Y'; there are: a, t, y, w"),
+        ({}, {"treatment": "T"}, "no column 'T'; there are a, t, y, w"),
+        ({}, {"outcome": "Y"}, "no column 'Y'; there are a, t, y, w"),
         ({}, {"exclude": ["z"]}, "no column 'z'"),
         ({}, {"outcome": "t"}, "'t' is named as treatment and as outcome"),
         ({}, {"exclude": ["y"]}, "'y' is excluded, and it is needed"),

@@ -269,7 +269,7 @@ def test_unreadable_listings_are_told(tmp_path):
         ({"y": np.zeros(20)}, "has the single class '0'; a task needs at least two"),
         ({"y": np.linspace(0, 1, 20)}, "row 2: y is 0.0526316, expected whole numbers or text"),
         ({"y": np.where(np.arange(20) == 4, np.nan, 1.0)}, "row 5: y is nan"),
-        ({"y": np.array([{}] * 20)}, "Object arrays cannot be loaded when allow_pickle=False); save y as text"),
+        ({"y": np.array([{}] * 20)}, "holds Python objects, which are never unpickled"),
         ({"y": np.arange(20).astype("complex")}, "y is complex128"),
     ],
 )
@@ -284,11 +284,11 @@ def test_wrong_arrays_by_other_rules(tmp_path):
     np.savez(tmp_path / "only.npz", x=np.zeros((3, 3)))
     told(one(tmp_path, "only.npz"), "has no array 'y'")
     (tmp_path / "text.npz").write_text("hello")
-    told(one(tmp_path, "text.npz"), "text.npz: not a readable NPZ (BadZipFile: File is not a zip file)")
+    told(one(tmp_path, "text.npz"), "text.npz: is not an NPZ file")
     npz(tmp_path)
     cut = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(cut[: len(cut) // 2])
-    told(one(tmp_path, "cut.npz"), "cut.npz: not a readable NPZ")
+    told(one(tmp_path, "cut.npz"), "cut.npz: not a whole NPZ file")
     npz(tmp_path, x=np.where(np.arange(60).reshape(20, 3) == 31, np.nan, 1.0))
     told(one(tmp_path, "a.npz", 'scale = "none"'), "row 11, input 2 is missing", "leave out scale")
 
@@ -299,7 +299,7 @@ def test_hostile_arrays_are_refused_before_they_are_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
         archive.writestr("x.npy", header.getvalue() + b"0" * 64)
         archive.writestr("y.npy", header.getvalue() + b"0" * 64)
-    told(one(tmp_path, "huge.npz"), "huge.npz: not a readable NPZ")
+    told(one(tmp_path, "huge.npz"), "huge.npz: not a whole NPZ file")
 
 
 @pytest.mark.parametrize(

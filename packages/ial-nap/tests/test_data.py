@@ -403,7 +403,7 @@ def test_an_npz_has_names_units_and_lengths(tmp_path):
         ({"feature_names": np.array(["LDL", "LDL"])}, "feature 'LDL' is there twice"),
         ({"feature_names": np.array(["LDL"])}, "1 feature names for 2"),
         ({"ids": np.array(["a"] * 6)}, "instance id 'a' is there twice"),
-        ({"feature_names": np.array(["LDL", None], dtype=object)}, "'feature_names' holds pickled objects"),
+        ({"feature_names": np.array(["LDL", None], dtype=object)}, "'feature_names' holds Python objects"),
     ],
 )
 def test_a_bad_npz_is_said(tmp_path, change, said):

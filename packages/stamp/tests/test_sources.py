@@ -412,7 +412,7 @@ def test_what_is_wrong_with_files(tmp_path):
     np.savez(tmp_path / "p.npz", x=np.array([{}], dtype=object), y=Y)
     (tmp_path / "empty").mkdir()
     for name, words in (
-        ("a.npz", "cannot be read"), ("a.exe", "cannot tell"), ("a.npy", "one array"), ("p.npz", "cannot be read"),
+        ("a.npz", "not a whole NPZ"), ("a.exe", "cannot tell"), ("a.npy", "one array"), ("p.npz", "holds Python objects"),
         ("empty", "no classes of images"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words) as caught:

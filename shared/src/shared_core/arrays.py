@@ -19,14 +19,15 @@ _KINDS = "biufcSUmM"
 
 
 def read_arrays(
-    path: str | Path, *, names: Collection[str] | None = None, most_bytes: int = _MOST_BYTES
+    path: str | Path, *, names: Collection[str] | None = None, single: bool = False, most_bytes: int = _MOST_BYTES
 ) -> dict[str, NDArray[Any]]:
-    """Read the arrays of an NPZ file by name, or that of an NPY file, whose name is "".
+    """Read the arrays of an NPZ file by name.
 
     Parameters
     ----------
     path : the file; what it is is seen from its first bytes
     names : read only these of an NPZ, if they are there; None reads all
+    single : read an NPY file too, whose array has the name ""
     most_bytes : that the arrays may take in memory
 
     Raises
@@ -41,10 +42,12 @@ def read_arrays(
         with path.open("rb") as stream:
             start = stream.read(6)
             stream.seek(0)
+            if start == b"\x93NUMPY" and not single:
+                raise InputError(f"{path}: is one array; give an NPZ of named ones: numpy.savez(file, x=array)")
             if start == b"\x93NUMPY":
                 return {"": _array(stream, f"{path}")}
             if start[:2] != b"PK":
-                raise InputError(f"{path}: is neither an NPZ nor an NPY file; save arrays with numpy.savez")
+                raise InputError(f"{path}: is not an NPZ file; save arrays with numpy.savez")
             with zipfile.ZipFile(stream) as archive:
                 members = {
                     info.filename.removesuffix(".npy"): info
@@ -64,7 +67,7 @@ def read_arrays(
         raise InputError(f"{path}: {error.strerror or error}; check the path") from error
     except DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: not a whole NPZ or NPY file ({reason[:200]}); save it again") from error
+        raise InputError(f"{path}: not a whole NPZ file ({reason[:200]}); save it again") from error
 
 
 def _array(stream: IO[bytes], place: str) -> NDArray[Any]:

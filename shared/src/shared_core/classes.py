@@ -724,13 +724,13 @@ def _divided_by_folders(
 
 def _array_file(path: Path, wanted: _Wanted) -> ClassImages:
     wanted.allow("an array", "class")
-    found = _read_arrays(path)
+    found = _read_arrays(path, single=True)
     chosen = _in_split(found.class_names, wanted.split, wanted.seed, str(path))
     return _resized(wanted.part_of(found, chosen), wanted.size)
 
 
 def _read_arrays(path: Path) -> ClassImages:
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, single=True)
     if "" in arrays:
         arrays = {"x": arrays[""]}
     if "x" not in arrays:

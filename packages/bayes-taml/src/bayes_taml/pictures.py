@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +12,14 @@ from jaxtyping import Float32, Shaped
 from torch import Tensor
 
 from bayes_taml.ragged import UnknownLabelError
+from shared_core.arrays import read_arrays
 from shared_core.classes import load_classes, read_labelled, read_unlabelled
 from shared_core.data._images import resize_area
 from shared_core.errors import InputError
-from shared_core.objects import one_line
 
 __all__ = ["Labelled", "read_query", "read_support"]
 
 _ARRAYS = (".npz", ".npy")
-_DAMAGE = (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 Invert = Literal["auto"] | bool
 
@@ -116,19 +113,12 @@ def _labelled_arrays(path: Path, size: int, channels: Any, invert: Invert) -> La
 
 def _bare_arrays(path: Path) -> tuple[np.ndarray, bool]:
     """Return ``x``, and whether there is a ``y`` beside it."""
-    try:
-        with path.open("rb") as stream:
-            loaded: Any = np.load(stream, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded, False
-            with loaded:
-                if "x" not in loaded.files:
-                    raise InputError(f"{path}: needs an array 'x', found {', '.join(loaded.files) or 'nothing'}")
-                return loaded["x"], "y" in loaded.files
-    except InputError:
-        raise
-    except _DAMAGE as error:
-        raise InputError(f"{path}: cannot be read as arrays ({one_line(error)}); give an NPZ with 'x'") from error
+    arrays = read_arrays(path, single=True)
+    if "" in arrays:
+        return arrays[""], False
+    if "x" not in arrays:
+        raise InputError(f"{path}: needs an array 'x', found {', '.join(arrays) or 'nothing'}")
+    return arrays["x"], "y" in arrays
 
 
 def _prepared(x: np.ndarray, size: int, channels: int) -> Tensor:

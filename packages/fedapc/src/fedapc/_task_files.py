@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +19,11 @@ from torch import Tensor
 from fedapc.messages import MOST_NAME
 from fedapc.seeds import generator
 from fedapc.tasks import Task
+from shared_core.arrays import read_arrays
 from shared_core.classes import read_labelled, read_unlabelled
 from shared_core.data import ImageData
 from shared_core.data import load as load_shared
 from shared_core.errors import InputError, UnknownKeyError
-from shared_core.objects import one_line
 from shared_core.runs import atomic_path
 from shared_core.tables import TableSchema, learn_scale, read_table
 
@@ -455,23 +453,9 @@ def _npz(path: Path, *, labelled: bool) -> tuple[Shaped[np.ndarray, "n ..."], li
 
 
 def _arrays(path: Path) -> Arrays:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > _MOST_BYTES:
-            raise InputError(f"{path}: would take {size:,} bytes of memory, more than the {_MOST_BYTES:,} allowed")
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror or error}; check the path, relative to that of tasks.toml"
-        ) from error
-    except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError, NotImplementedError) as error:
-        reason = one_line(error)
-        hint = "; save y as text or whole numbers" if "pickle" in reason else ""
-        raise InputError(f"{path}: not a readable NPZ ({reason}){hint}") from error
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; check the path, relative to that of tasks.toml")
+    return read_arrays(path, most_bytes=_MOST_BYTES)
 
 
 def _array_labels(y: Shaped[np.ndarray, "..."], count: int, path: Path) -> list[str]:

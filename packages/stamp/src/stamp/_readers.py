@@ -179,8 +179,6 @@ def _lines(path: Path) -> list[str]:
 def read_arrays(path: Path, wanted: Wanted) -> Found:
     """Read an NPZ of one pair of arrays, or of a pair a split."""
     arrays: dict[str, Values] = {name.lower(): array for name, array in load_arrays(path).items()}
-    if "" in arrays:
-        raise InputError(f"{path}: is one array; give an NPZ with x and y")
     names = _class_names(arrays, path)
 
     def pair(suffix: str) -> Found | None:
