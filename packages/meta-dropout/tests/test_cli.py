@@ -17,7 +17,7 @@ from PIL import Image
 from meta_dropout.cli import line
 from meta_dropout.learner import MetaLearner
 from shared_core.runs import Summary
-from shared_core.testing import Caller
+from shared_core.testing import Caller, figures
 
 TASK = ("--size", 16, "--ways", 3, "--queries", 2, "--filters", 4, "--blocks", 2, "--inner-steps", 1, "--samples", 2,
         "--steps", 4, "--meta-batch", 2, "--episodes", 6, "--device", "cpu")  # fmt: skip
@@ -169,6 +169,14 @@ def test_diagnosis_takes_the_noise_away(trained, done):
 @pytest.mark.parametrize("kind", ["auto", "history", "gates", "boundary"])
 def test_plots_of_a_learner(trained, done, kind):
     assert len(done("plot", "m", "--kind", kind, "--out", f"p-{kind}").artifacts) == 1
+
+
+def test_workers_do_not_change_a_comparison(done):
+    attack = ("--attack", "linf", "--radii", "0.2", "--attack-episodes", 2, "--attack-steps", 2)
+    small = ("--methods", "pixels,maml", "--seeds", 1, "--tune", "--trials", 2, "--steps", 3, *attack)
+    one, two = (done("compare", "own", *TASK, *small, "--workers", n, "--out", f"w{n}") for n in (1, 2))
+    assert [row for row in figures(two) if row.unit != "ms"] == [row for row in figures(one) if row.unit != "ms"]
+    assert "area under accuracy (linf)" in {row.metric for row in two.results}
 
 
 def test_comparisons_with_attacks_and_trials(done, home):

@@ -105,7 +105,7 @@ def test_a_resumed_comparison_trains_nothing_twice(splits, tmp_path, monkeypatch
     monkeypatch.setattr(experiments, "train", original)
     seen: list[int] = []
     found = compare(
-        run(tmp_path, resume=True), splits, on_learner=lambda name, seed, *_: seen.append(seed), **arguments
+        run(tmp_path, resume=True), splits, on_learner=lambda run, name, seed, *_: seen.append(seed), **arguments
     )
     assert seen == [1]
     assert found[2]["maml"].keys() == {0, 1}
@@ -153,7 +153,7 @@ def test_attacked_accuracy_never_rises_with_the_radius(splits, method):
 
 
 def test_names_and_seeds_are_checked(splits, tmp_path):
-    with pytest.raises(UnknownKeyError, match="no method 'noise'; there are: pixels, meta_dropout"):
+    with pytest.raises(UnknownKeyError, match="no method 'noise'; there are pixels, meta_dropout"):
         compare(run(tmp_path), splits, methods=("noise",), seeds=(0,), protocol=PROTOCOL)
     with pytest.raises(InputError, match="need at least one"):
         compare(run(tmp_path), splits, methods=("maml",), seeds=(), protocol=PROTOCOL)

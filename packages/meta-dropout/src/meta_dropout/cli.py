@@ -11,7 +11,7 @@ from pydantic import Field
 
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path, read_summary, summarize, write_json
+from shared_core.runs import Result, Run, atomic_path, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +109,7 @@ class DemoConfig(CommandConfig):
     episodes: int = Field(200, ge=1, description="test episodes")
 
 
-@line.command(DemoConfig)
+@line.command(DemoConfig, spread=True)
 def demo(config: DemoConfig, session: Session) -> Outcome:
     """Learn to tell characters apart from one example of each, with and without learned noise (under a minute)."""
     from meta_dropout.experiments import Protocol, compare, load_splits
@@ -172,7 +172,7 @@ def _radii(norm: str, size: int) -> tuple[float, ...]:
     return tuple(round(radius * (size / 28) ** power, 3) for radius in _RADII[norm])
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Train methods alike and test them on the same episodes of classes that none of them saw."""
     import numpy as np
@@ -188,7 +188,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     splits = _splits(config.data, config)
     radii = {norm: config.radii or _radii(norm, config.size) for norm in config.attack}
 
-    def attack(name: str, seed: int, learner: MetaLearner, history: Any) -> None:
+    def attack(run: Run, name: str, seed: int, learner: MetaLearner, history: Any) -> None:
         del history
         source = experiments.source_of(splits.test, protocol, seed=seed + 1, test=True)
         for norm in config.attack:
@@ -196,7 +196,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
                 learner, source, norm, radii[norm], episodes=config.attack_episodes, steps=config.attack_steps,
                 seed=seed,
             )  # fmt: skip
-            session.run.once(f"attack/{norm}/{name}/{seed}", found.tolist)
+            run.once(f"attack/{norm}/{name}/{seed}", found.tolist)
 
     seeds = range(config.seed, config.seed + config.seeds)
     with session.progress("compare", config.seeds * len(config.methods)) as advance:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -21,7 +22,7 @@ from meta_dropout.learner import MetaLearner, Step
 from meta_dropout.methods import METHODS, Method, find_method
 from shared_core.classes import OTHER_DOMAINS
 from shared_core.device import one_thread
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, Run, summarize
 
 __all__ = [
@@ -271,10 +272,11 @@ def tune(
     steps = max(1, round(protocol.tune_share * protocol.steps))
     judge = source_of(splits.validation, protocol, seed=seed + 7919, test=True)
     found: list[float] = []
-    for setting in candidates:
-        learner = make_learner(name, protocol, splits.channels, seed=seed, setting=setting, device=device)
-        train(learner, splits.train, protocol, seed=seed, setting=setting, steps=steps)
-        found.append(learner.evaluate(judge, episodes=min(100, protocol.episodes)).mean)
+    with one_thread(str(device) == "cpu"):
+        for setting in candidates:
+            learner = make_learner(name, protocol, splits.channels, seed=seed, setting=setting, device=device)
+            train(learner, splits.train, protocol, seed=seed, setting=setting, steps=steps)
+            found.append(learner.evaluate(judge, episodes=min(100, protocol.episodes)).mean)
     return candidates[int(np.argmax(found))]
 
 
@@ -326,7 +328,7 @@ def compare(
     tuned: bool = False,
     device: torch.device | str = "cpu",
     advance: Callable[[str, int], None] = _silent,
-    on_learner: Callable[[str, int, MetaLearner, list[Step]], None] | None = None,
+    on_learner: Callable[[Run, str, int, MetaLearner, list[Step]], None] | None = None,
 ) -> tuple[list[Result], list[Claim], dict[str, dict[int, Cell]]]:
     """Train every method under every seed, and test all of a seed on the same episodes.
 
@@ -340,7 +342,8 @@ def compare(
     tuned : choose each method's setting on validation classes under the first seed, with the same number of trials
     device : where
     advance : called with a note after each piece
-    on_learner : called with each trained learner and its history; not for what a resumed run had done before
+    on_learner : called with the run, each trained learner (its method, its seed, itself) and its history, in a worker
+        where one trains; what it keeps goes into that run. Not for what a resumed run had done before
 
     Returns
     -------
@@ -348,27 +351,56 @@ def compare(
     """
     for name in methods:
         if name != PIXELS and name not in METHODS:
-            raise UnknownKeyError(f"no method '{name}'; there are: {PIXELS}, {', '.join(METHODS)}")
+            raise no_such("method", name, [PIXELS, *METHODS])
     if not seeds:
         raise InputError("seeds: need at least one")
-    cells: dict[str, dict[int, Cell]] = {name: {} for name in methods}
+    tuning = {
+        f"setting/{name}": partial(tune, name, splits, protocol, seed=seeds[0], device=device)
+        for name in methods
+        if tuned and name != PIXELS
+    }
+    settings = run.each(tuning)
+    parts: dict[str, Callable[[Run], Cell]] = {}
     for seed in seeds:
         for name in methods:
+            setting = settings.get(f"setting/{name}", {})
+            parts[f"{name}/{seed}"] = partial(
+                _train_and_test, name=name, splits=splits, protocol=protocol, seed=seed, setting=setting,
+                device=device, on_learner=on_learner,
+            )  # fmt: skip
 
-            def choose(name: str = name) -> dict[str, float]:
-                with one_thread(str(device) == "cpu"):
-                    return tune(name, splits, protocol, seed=seeds[0], device=device)
+    def tell(key: str) -> None:
+        advance(f"{key.partition('/')[0]}: {100 * np.mean(parts[key](run)['accuracy']):.1f} %", 1)
 
-            def compute(name: str = name, seed: int = seed) -> Cell:
-                if name == PIXELS:
-                    return _pixels(splits, protocol, seed)
-                setting = run.once(f"setting/{name}", choose) if tuned else {}
-                with one_thread(str(device) == "cpu"):
-                    return _cell(name, splits, protocol, seed, setting, device, on_learner)
-
-            cells[name][seed] = run.once(f"{name}/{seed}", compute)
-            advance(f"{name}: {100 * np.mean(cells[name][seed]['accuracy']):.1f} %", 1)
+    run.spread_parts(parts, tell)
+    cells: dict[str, dict[int, Cell]] = {name: {} for name in methods}
+    for key, part in parts.items():
+        name, _, seed = key.partition("/")
+        cells[name][int(seed)] = part(run)
+        if not run.spreads:
+            tell(key)
     return _rows(splits.test.name, protocol, cells), paired(cells), cells
+
+
+def _train_and_test(
+    run: Run,
+    *,
+    name: str,
+    splits: Splits,
+    protocol: Protocol,
+    seed: int,
+    setting: Mapping[str, float],
+    device: torch.device | str,
+    on_learner: Callable[[Run, str, int, MetaLearner, list[Step]], None] | None,
+) -> Cell:
+    def compute() -> Cell:
+        if name == PIXELS:
+            return _pixels(splits, protocol, seed)
+        watch = None if on_learner is None else partial(on_learner, run)
+        with one_thread(str(device) == "cpu"):
+            return _cell(name, splits, protocol, seed, setting, device, watch)
+
+    return run.once(f"{name}/{seed}", compute)
 
 
 def _cell(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meta_dropout.learner import TaskModel
 from meta_dropout.passes import Pass, running
-from shared_core.errors import InputError
+from shared_core.errors import not_installed
 from shared_core.runs import atomic_path
 
 __all__ = ["export_onnx"]
@@ -64,7 +64,7 @@ def export_onnx(task: TaskModel, path: str | Path, *, example: Tensor, classes: 
     try:
         import onnx
     except ImportError as error:
-        raise InputError("export needs onnx: pip install 'meta-dropout[onnx]'") from error
+        raise not_installed("export", "onnx", "meta-dropout[onnx]") from error
     plain = _Plain(task).eval()
     batch = torch.export.Dim("batch", min=1)
     # It warns of operators of packages that are not installed, and of itself.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meta_dropout.layers import Noise
-from shared_core.errors import UnknownKeyError
+from shared_core.errors import no_such
 
 __all__ = ["METHODS", "Method", "find_method"]
 
@@ -109,5 +109,5 @@ def find_method(name: str) -> Method:
     'multiplicative'
     """
     if name not in METHODS:
-        raise UnknownKeyError(f"no method '{name}'; there are: {', '.join(METHODS)}")
+        raise no_such("method", name, METHODS)
     return METHODS[name]
