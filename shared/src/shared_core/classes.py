@@ -724,7 +724,7 @@ def _divided_by_folders(
 
 def _array_file(path: Path, wanted: _Wanted) -> ClassImages:
     wanted.allow("an array", "class")
-    found = _read_arrays(path, single=True)
+    found = _read_arrays(path)
     chosen = _in_split(found.class_names, wanted.split, wanted.seed, str(path))
     return _resized(wanted.part_of(found, chosen), wanted.size)
 
