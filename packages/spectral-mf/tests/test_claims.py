@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spectral_mf import exact_enumeration, exact_transfer, generate
-from spectral_mf.experiments import run_arm
+from spectral_mf.experiments import run_method
 
 pytestmark = pytest.mark.claims
 
@@ -25,9 +25,9 @@ def drawn(family: str, n: int, strength: float, count: int) -> tuple[np.ndarray,
 
 
 @functools.cache
-def off(arm: str, family: str, n: int, strength: float, count: int) -> np.ndarray:
+def off(method: str, family: str, n: int, strength: float, count: int) -> np.ndarray:
     A, b, truth = drawn(family, n, strength, count)
-    return np.abs(np.asarray(run_arm(arm, A, b).value) - truth)
+    return np.abs(np.asarray(run_method(method, A, b).value) - truth)
 
 
 def mean_off(*args: object) -> float:
@@ -87,7 +87,7 @@ def test_4_modes(family, strength):
     error = mean_off("modes", family, 20, strength, 8)
     assert error < (0.6 if strength <= 3 else 1.0)
     if strength >= 1:
-        others = min(mean_off(arm, family, 20, strength, 8) for arm in ("spectral", "bp-damped", "mini-bucket"))
+        others = min(mean_off(method, family, 20, strength, 8) for method in ("spectral", "bp-damped", "mini-bucket"))
         assert error < 0.25 * others
 
 
@@ -101,11 +101,11 @@ def test_4_annealing_from_the_modes_beats_annealing_from_the_uniform_law(strengt
 # ---- 6: grids, where belief propagation and sampling are at home and this method is not
 
 
-def worst_on_grid(arm: str, strength: float, field: float, couplings: str) -> float:
+def worst_on_grid(method: str, strength: float, field: float, couplings: str) -> float:
     models = [generate("grid", 100, strength, seed, field=field, couplings=couplings) for seed in range(3)]
     A, b = np.stack([A for A, _ in models]), np.stack([b for _, b in models])
     truth = np.asarray(exact_transfer(A, b, shape=(10, 10)).value)
-    return float(np.abs(np.asarray(run_arm(arm, A, b).value) - truth).max())
+    return float(np.abs(np.asarray(run_method(method, A, b).value) - truth).max())
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.25, 0.5, 1, 2])

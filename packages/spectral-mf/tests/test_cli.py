@@ -158,12 +158,12 @@ def test_an_rbm_under_common_names_and_turned(done, tmp_path, names):
 
 
 def test_compare_own_real_and_drawn(done, model):
-    own = done("compare", "m.npz", "--arms", "spectral,modes,low-rank-2", "--out", "a")
+    own = done("compare", "m.npz", "--methods", "spectral,modes,low-rank-2", "--out", "a")
     assert {row.metric for row in own.results} == {"error of log Z"}
-    real = done("compare", "digits20", "--arms", "spectral,modes", "--seeds", "2", "--out", "b")
+    real = done("compare", "digits20", "--methods", "spectral,modes", "--seeds", "2", "--out", "b")
     assert {row.n for row in real.results} == {2}
-    arms = "spectral,modes,bp-200,mean-field-1,mini-bucket"
-    drawn = done("compare", "complete,er", "--n", "8", "--seeds", "2", "--strengths", "0.5,1", "--arms", arms,
+    methods = "spectral,modes,bp-200,mean-field-1,mini-bucket"
+    drawn = done("compare", "complete,er", "--n", "8", "--seeds", "2", "--strengths", "0.5,1", "--methods", methods,
                  "--sizes", "6,8", "--out", "c")  # fmt: skip
     assert {"time.png", "strength-er.png", "comparison.png"} <= set(drawn.artifacts)
     assert any("mean field" in claim.text for claim in drawn.claims)
@@ -172,10 +172,20 @@ def test_compare_own_real_and_drawn(done, model):
     assert done("plot", "m.npz", "--out", "e").artifacts == ["model.png"]
 
 
+@pytest.mark.parametrize("what", [("m.npz",), ("complete,er", "--n", "8", "--seeds", "2", "--strengths", "0.5,1")])
+def test_workers_find_what_one_process_finds(done, model, what):
+    command = ("compare", *what, "--methods", "spectral,modes,ais,mean-field-20")
+    one, two = done(*command, "--out", "a"), done(*command, "--workers", "2", "--out", "b")
+    assert [row.model_dump(exclude={"seconds"}) for row in one.results] == [
+        row.model_dump(exclude={"seconds"}) for row in two.results
+    ]
+    assert one.claims == two.claims
+
+
 def test_compare_where_nothing_is_exact(done, tmp_path):
     A, b = generate("complete", 30, 0.1, 0)
     np.savez(tmp_path / "big.npz", A=A, b=b)
-    summary = done("compare", "big.npz", "--arms", "spectral,mean-field-20", "--budget", "2", "--out", "r")
+    summary = done("compare", "big.npz", "--methods", "spectral,mean-field-20", "--budget", "2", "--out", "r")
     assert {row.metric for row in summary.results} == {"log Z"}
 
 
@@ -183,13 +193,13 @@ def test_compare_where_nothing_is_exact(done, tmp_path):
     ("args", "told"),
     [
         (["logz", "nothing.npz"], "nothing.npz"),
-        (["logz", "m.npz", "--method", "bethe"], "unknown method 'bethe'"),
+        (["logz", "m.npz", "--method", "bethe"], "no method 'bethe'; there are auto, "),
         (["logz", "m.npz", "--method", "modes", "--tol", "-1"], "tol"),
         (["logz", "m.npz", "--clamp", "99"], "clamp"),
         (["logz", "m.xyz"], "m.xyz"),
-        (["compare", "m.npz", "--arms", "nothing"], "unknown method 'nothing'"),
-        (["compare", "grid", "--n", "900", "--arms", "spectral", "--seeds", "1"], "exact"),
-        (["demo", "--arms", "nothing"], "unknown method 'nothing'"),
+        (["compare", "m.npz", "--methods", "nothing"], "no method 'nothing'; there are spectral, "),
+        (["compare", "grid", "--n", "900", "--methods", "spectral", "--seeds", "1"], "exact"),
+        (["demo", "--methods", "nothing"], "no method 'nothing'; there are spectral, "),
         (["generate", "--family", "tree"], "tree"),
         (["convert", "m.npz", "m.doc"], "m.doc"),
         (["marginals", "m.npz", "--method", "spectral"], "no marginals"),
@@ -210,7 +220,9 @@ def test_wrong_input(wrong, model, tmp_path, args, told):
 
 
 def test_summaries_are_the_same_for_the_same_seed(done, model):
-    first, second = (done("compare", "m.npz", "--arms", "ais,modes", "--seed", "3", "--out", f"r{k}") for k in (1, 2))
+    first, second = (
+        done("compare", "m.npz", "--methods", "ais,modes", "--seed", "3", "--out", f"r{k}") for k in (1, 2)
+    )
     assert [r.mean for r in first.results] == [r.mean for r in second.results]
 
 

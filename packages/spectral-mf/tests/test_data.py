@@ -62,7 +62,7 @@ def test_votes_are_majorities():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(InputError, match="unknown data set 'mnist': choose digits20, digits64, ability, votes"):
+    with pytest.raises(InputError, match="no data set 'mnist'; there are digits20, digits64, ability, votes"):
         load_spins("mnist")
 
 

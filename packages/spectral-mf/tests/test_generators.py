@@ -158,8 +158,8 @@ def test_ferromagnets_only_attract():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cube", 4, 1.0, 0, {}), "unknown family 'cube'; choose one of complete, er, grid"),
-        (("sk", 4, 1.0, 0, {"p": 0.5}), "family 'sk' has no option 'p'; its options are field"),
+        (("cube", 4, 1.0, 0, {}), "no family 'cube'; there are complete, er, grid"),
+        (("sk", 4, 1.0, 0, {"p": 0.5}), "family 'sk': no option 'p'; there are field"),
         (("sk", 0, 1.0, 0, {}), "n is 0"),
         (("sk", 4, math.nan, 0, {}), "strength is nan"),
         (("complete", 4, 1.0, 0, {"field": math.inf}), "field is inf"),

@@ -339,7 +339,7 @@ GOOD = [[0, 1, 0], [1, 1, 0], [1, 0, 1]]
         (lambda: IsingModel(l2=0.0).fit(GOOD), "l2 must be positive, got 0"),
         (lambda: IsingModel(max_iter=0).fit(GOOD), "max_iter must be positive"),
         (lambda: IsingModel(loss="exact").fit(GOOD), "unknown loss 'exact': choose pseudo or likelihood"),
-        (lambda: IsingModel(logz="magic").fit(GOOD), "unknown logz 'magic': choose auto, "),
+        (lambda: IsingModel(logz="magic").fit(GOOD), "logz: no method 'magic'; there are auto, "),
         (lambda: IsingModel(coding="bits").fit(GOOD), "unknown coding"),
         (lambda: IsingModel(loss="likelihood", logz="ais").fit(GOOD), "logz='ais' has no gradients"),
         (lambda: IsingModel().fit(GOOD, sample_weight=[1, 1]), "one number a row"),

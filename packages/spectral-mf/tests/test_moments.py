@@ -128,7 +128,7 @@ def test_wrong_wishes():
         pair_moments(A, b, method="belief_propagation")
     with pytest.raises(InputError, match="not affordable"):
         marginals(A, b, method="exact")
-    with pytest.raises(InputError, match="unknown method"):
+    with pytest.raises(InputError, match="no method"):
         Ising(A, b).marginals(method="nothing")
     with pytest.raises(InputError, match="at least 1"):
         sample(A, b, k=0)

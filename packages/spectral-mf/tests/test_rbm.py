@@ -211,7 +211,7 @@ def test_square_state_dict_with_an_answer():
         (lambda r: r.free_energy([[0, 1, -1, 1]]), r"X\[0,2\] is -1; turn -1/\+1 into 0/1"),
         (lambda r: r.free_energy([[0, 1, math.nan, 1]]), r"X\[0,2\] is nan; units are 0 or 1"),
         (lambda r: rbm_log_likelihood(r, np.zeros((0, 4))), "X has no rows"),
-        (lambda r: rbm_log_likelihood(r, np.zeros((1, 4)), method="guess"), "unknown method 'guess'"),
+        (lambda r: rbm_log_likelihood(r, np.zeros((1, 4)), method="guess"), "no method 'guess'"),
         (lambda r: rbm_log_likelihood(r, np.zeros((1, 4)), budget_s=0.0), "budget_s must be positive"),
         (lambda r: rbm_ais(r, levels=0), "levels must be at least 1"),
         (lambda r: rbm_ais(r, base_rates=[0.5]), "base_rates must be 4 numbers"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from shared_core.cli import Advance, CommandConfig, CommandLine, Outcome, Session, argument
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ main = line.main
 
 _FAMILIES = ("complete", "er", "grid", "sk", "hopfield", "rbm", "ferromagnet", "chain")
 _REAL = ("digits20", "digits-rbm", "ability")
-_ARMS = ("spectral", "modes", "ais", "ais-modes", "tap", "mean-field-1", "mean-field-20", "bp-200", "bp-damped",
+_METHODS = ("spectral", "modes", "ais", "ais-modes", "tap", "mean-field-1", "mean-field-20", "bp-200", "bp-damped",
          "mini-bucket", "sdp-rounding")  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class DemoConfig(CommandConfig):
     seeds: int = Field(3, ge=1, description="repetitions of the real models: different training parts")
     models: int = Field(12, ge=1, description="drawn models of each strength")
     n: int = Field(16, ge=4, le=22, description="spins of the drawn models")
-    arms: tuple[str, ...] = Field(_ARMS, description="methods")
+    methods: tuple[str, ...] = Field(_METHODS, description="methods")
     real: tuple[str, ...] = Field(("digits20", "digits-rbm"), description="models fitted to real data")
     strengths: tuple[float, ...] = Field(
         (0.05, 0.25, 0.5, 1.0, 2.0, 5.0), description="coupling strengths of the drawn models"
@@ -97,7 +97,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     from spectral_mf.experiments import compare_families, compare_model, real_models
     from spectral_mf.plots import plot_curves, plot_opinions
 
-    _check_arms(config.arms)
+    _check_methods(config.methods)
     seeds = [config.seed + k for k in range(config.seeds)]
     results: list[Result] = []
     claims: list[Claim] = []
@@ -105,7 +105,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     certain: dict[str, tuple[float, float]] = {}
     truth: dict[str, float] = {}
     notes: list[str] = []
-    steps = len(config.arms) * (len(config.real) + len(config.strengths))
+    steps = len(config.methods) * (len(config.real) + len(config.strengths))
     with session.progress("demo", steps) as advance:
         for name in config.real:
             models = [real_models(name, seed) for seed in seeds]
@@ -113,7 +113,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
                 session.run,
                 name,
                 models,
-                arms=config.arms,
+                methods=config.methods,
                 seed=config.seed,
                 device=session.device.type,
                 advance=_noting(advance),
@@ -132,7 +132,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
             ["complete"],
             n=config.n,
             strengths=config.strengths,
-            arms=config.arms,
+            methods=config.methods,
             seeds=[config.seed + k for k in range(config.models)],
             device=session.device.type,
             advance=_noting(advance),
@@ -152,12 +152,12 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     return Outcome(results, claims, notes)
 
 
-def _check_arms(arms: Sequence[str]) -> None:
-    from spectral_mf.experiments import ARMS
+def _check_methods(methods: Sequence[str]) -> None:
+    from spectral_mf.experiments import METHODS
 
-    for arm in arms:
-        if arm not in ARMS:
-            raise InputError(f"--arms: unknown method '{arm}': choose from {', '.join(ARMS)}")
+    for method in methods:
+        if method not in METHODS:
+            raise no_such("method", method, METHODS, where="--methods")
 
 
 class CompareConfig(ModelOptions):
@@ -167,7 +167,7 @@ class CompareConfig(ModelOptions):
         f"model file, a family ({', '.join(_FAMILIES)}; several with commas), or a real model ({', '.join(_REAL)})",
         "complete,er",
     )
-    arms: tuple[str, ...] = Field(_ARMS, description="methods")
+    methods: tuple[str, ...] = Field(_METHODS, description="methods")
     seeds: int = Field(10, ge=1, description="repetitions: drawn models, training parts, or the methods' randomness")
     n: int = Field(20, ge=2, description="spins of drawn models")
     strengths: tuple[float, ...] = Field(
@@ -177,24 +177,24 @@ class CompareConfig(ModelOptions):
     budget: float = Field(20.0, gt=0, description="seconds for the reference where no exact log Z is affordable")
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Compare all methods on drawn models, real models, or your own."""
     from spectral_mf.experiments import compare_families, compare_model, compare_times, real_models
     from spectral_mf.plots import plot_comparison, plot_curves, plot_opinions
 
-    _check_arms(config.arms)
+    _check_methods(config.methods)
     seeds = [config.seed + k for k in range(config.seeds)]
     names = [part.strip() for part in config.model.split(",") if part.strip()]
     if names and all(name in _FAMILIES for name in names):
-        steps = len(config.arms) * (len(names) * len(config.strengths) + len(config.sizes))
+        steps = len(config.methods) * (len(names) * len(config.strengths) + len(config.sizes))
         with session.progress("compare", steps) as advance:
             results, claims, curves = compare_families(
                 session.run,
                 names,
                 n=config.n,
                 strengths=config.strengths,
-                arms=config.arms,
+                methods=config.methods,
                 seeds=seeds,
                 device=session.device.type,
                 advance=_noting(advance),
@@ -205,7 +205,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
                     sorted(config.sizes),
                     family=names[0],
                     strength=1.0,
-                    arms=config.arms,
+                    methods=config.methods,
                     seed=config.seed,
                     device=session.device.type,
                     advance=_noting(advance),
@@ -235,12 +235,12 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     else:
         path = Path(config.model)
         models, shown = [_read(path, config)], path.stem
-    with session.progress("compare", len(config.arms)) as advance:
+    with session.progress("compare", len(config.methods)) as advance:
         results, claims, opinions, about = compare_model(
             session.run,
             shown,
             models,
-            arms=config.arms,
+            methods=config.methods,
             seed=config.seed,
             budget_s=config.budget,
             device=session.device.type,
@@ -316,7 +316,7 @@ def logz(config: LogzConfig, session: Session) -> Outcome:
     )
     write_pr(session.run.artifact(f"{name}.PR"), value)
     if config.opinions:
-        asked = [arm for arm in _ARMS if arm != "ais"] + ["ais"]
+        asked = [method for method in _METHODS if method != "ais"] + ["ais"]
         others = opinions_of(model, asked, seed=config.seed, device=session.device.type)
         error = None if found.std_error is None else _float(found.std_error)
         ours = Opinion(f"{found.method} (value)", value, error)

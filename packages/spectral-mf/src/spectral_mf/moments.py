@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from spectral_mf._inputs import Given, Problem, as_problem, is_a
 from spectral_mf.baselines.ais import anneal, gibbs
 from spectral_mf.baselines.exact import exact_sample, structure
@@ -158,7 +158,7 @@ def sample(
 def _resolve(problem: Problem, method: str) -> str:
     if method not in ("auto", "exact"):
         if method not in METHODS:
-            raise InputError(f"unknown method '{method}': choose auto, exact, clamp, {', '.join(METHODS)}")
+            raise no_such("method", method, ("auto", "exact", "clamp", *METHODS))
         return method
     chosen = plan(Given(problem))
     if chosen.exact:

@@ -19,7 +19,7 @@ from scipy import special
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from spectral_mf._inputs import is_a
 from spectral_mf.baselines.ais import Annealed
 from spectral_mf.estimate import METHODS, log_partition
@@ -282,7 +282,7 @@ def rbm_log_likelihood(
     else:
         name = "exact_rbm" if method in ("auto", "exact") else method
         if name not in METHODS:
-            raise InputError(f"unknown method '{method}': choose auto, exact, ais, {', '.join(METHODS)}")
+            raise no_such("method", method, dict.fromkeys(("auto", "exact", "ais", *METHODS)))
         A, b, const = rbm.to_ising()
         found = _shifted(log_partition(A, b, method=name, generator=generator), const)
     per_row = -rbm.free_energy(data) - float(found.value)
