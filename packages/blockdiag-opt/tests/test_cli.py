@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_breast_cancer, load_diabetes
 
 from blockdiag_opt.cli import line
+from blockdiag_opt.training import load_trained
 from shared_core.runs import Summary, read_summary
 from shared_core.testing import Caller, figures
 
@@ -109,6 +110,22 @@ def test_train_images_and_a_users_own_model(done, tmp_path):
         5,
     )
     assert value(summary, "test accuracy") > 0.9
+
+
+def test_two_processes_share_every_batch_and_learn_the_same(done, cancer, tmp_path):
+    """``torchrun --nproc-per-node=2``: each takes its rows of a batch, the last of which has only one."""
+    arguments = ["train", "cancer.csv", "--target", "y", "--epochs", "2", "--batch-size", "227", "--device", "cpu"]
+    done(*arguments, "--out", "one")
+    script = tmp_path / "main.py"
+    script.write_text("from blockdiag_opt.cli import main\n\nmain()\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    result = subprocess.run(
+        [*torchrun, *arguments, "--out", "two"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    one, two = (load_trained(tmp_path / run / "model.safetensors")[0].state_dict() for run in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_an_interrupted_training_ends_as_if_nothing_had_happened(done, call, cancer, tmp_path, monkeypatch):
@@ -257,6 +274,10 @@ def test_wrong_runs(wrong, call, cancer, tmp_path):
     for command in (("evaluate", "plain.safetensors", "cancer.csv"), ("spectrum", "plain.safetensors")):
         assert "plain.safetensors" in wrong(*command)
     assert "give the run folder of 'blockdiag-opt train'" in wrong("export", "plain.safetensors")
+    (tmp_path / "empty").mkdir()
+    for command, name in (("predict", "model"), ("spectrum", "optimizer"), ("export", "model")):
+        arguments = ("empty", "cancer.csv") if command == "predict" else ("empty",)
+        assert f"empty: has no {name}.safetensors; give the run folder" in wrong(command, *arguments)
     assert (
         call("train", "cancer.csv", "--target", "y", "--epochs", 1, "--optimizer", "sgd", "--out", "s").returncode == 0
     )

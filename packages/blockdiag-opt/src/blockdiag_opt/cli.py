@@ -324,8 +324,9 @@ def train(config: TrainConfig, session: Session) -> Outcome:
             advance(note=f"loss {last['loss']:.4g}")
 
         trained = fit(
-            config.data, scale=not config.raw, device=str(session.device), resume=state, after_epoch=after, **options
-        )
+            config.data, scale=not config.raw, device=str(session.device), resume=state, after_epoch=after,
+            world=session.world, **options,
+        )  # fmt: skip
     save_tree(session.run.artifact("model.safetensors"), trained.saved())
     save_tree(session.run.artifact("optimizer.safetensors"), trained.optimizer_state())
     plot_history(session.run.artifact("history.png"), trained.history)
@@ -385,9 +386,9 @@ def predict(config: PredictConfig, session: Session) -> Outcome:
 
 
 def _load_model(run: Path) -> tuple[nn.Module, Schema, dict[str, Any]]:
-    from blockdiag_opt.training import load_trained
+    from blockdiag_opt.training import file_of_run, load_trained
 
-    return load_trained(run / "model.safetensors" if run.is_dir() else run)
+    return load_trained(file_of_run(run, "model.safetensors"))
 
 
 class SpectrumConfig(CommandConfig):
@@ -401,8 +402,9 @@ def spectrum(config: SpectrumConfig, session: Session) -> Outcome:
     """Show what the optimizer of a finished training saw: condition and off-diagonal energy of every layer's blocks."""
     from blockdiag_opt.monitor import spectrum_of_state
     from blockdiag_opt.plots import plot_spectrum
+    from blockdiag_opt.training import file_of_run
 
-    path = config.run / "optimizer.safetensors" if config.run.is_dir() else config.run
+    path = file_of_run(config.run, "optimizer.safetensors")
     state = load_tree(path)
     if not isinstance(state, dict) or "state" not in state or "param_groups" not in state:
         raise InputError(f"{path} is not the state of an optimizer; give the run folder of 'blockdiag-opt train'")

@@ -8,7 +8,6 @@ correlated weights in a few gradients; Yun, Lozano and Yang (arXiv:1905.10757) t
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import inspect
 import math
@@ -28,7 +27,7 @@ from torch.optim import Optimizer
 from blockdiag_opt import native
 from blockdiag_opt.layout import GROUPINGS, Layout, lay_out
 from blockdiag_opt.optimizer import BlockDiagonal
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["Alternative", "Plan", "PlanRow", "block_groups", "cluster", "discover_groups", "plan"]
 
@@ -94,11 +93,6 @@ def _resolve(weight: _Weight, grouping: str) -> str:
     return grouping
 
 
-def _near(wanted: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(wanted, known, 3, 0.4) or list(known[:3])
-    return ", ".join(f"'{name}'" for name in near)
-
-
 def block_groups(
     model: nn.Module,
     *,
@@ -144,12 +138,10 @@ def block_groups(
     names = [alias for weight in weights for alias in weight.aliases]
     for pattern in overrides or {}:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(
-                f"overrides: '{pattern}' matches no trainable parameter; near names: {_near(pattern, names)}"
-            )
+            raise no_such("trainable parameter", pattern, names, where="overrides")
     for name in blocks or {}:
         if name not in names:
-            raise InputError(f"blocks: no trainable parameter '{name}'; near names: {_near(name, names)}")
+            raise no_such("trainable parameter", name, names, where="blocks")
     groups: list[dict[str, Any]] = []
     for weight in weights:
         settings: dict[str, Any] = {"block_size": block_size, "grouping": grouping}

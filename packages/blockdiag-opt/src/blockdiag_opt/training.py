@@ -18,10 +18,11 @@ from blockdiag_opt.monitor import Monitor
 from blockdiag_opt.optimizer import BlockDiagonal
 from blockdiag_opt.registry import make_optimizer
 from blockdiag_opt.userdata import Schema, Table, build_model, loss_of, metrics_of, read_table, split_rows
+from shared_core.device import World
 from shared_core.errors import InputError
 from shared_core.runs import atomic_path, load_tree
 
-__all__ = ["Trained", "export_run", "fit", "load_trained", "write_predictions"]
+__all__ = ["Trained", "export_run", "file_of_run", "fit", "load_trained", "write_predictions"]
 
 _FORMAT = 1
 
@@ -104,6 +105,7 @@ def fit(
     device: str = "cpu",
     resume: Mapping[str, Any] | None = None,
     after_epoch: Callable[[Trained], None] = _silent,
+    world: World | None = None,
 ) -> Trained:
     """Train a model on a table.
 
@@ -126,11 +128,15 @@ def fit(
     device : where to train
     resume : state of an earlier :class:`Trained`
     after_epoch : called after every epoch
+    world : processes that share each batch, from :func:`shared_core.device.process_group`; all end with the same model
 
     Returns
     -------
     The training, done.
     """
+    world = world or World()
+    if world.size > batch_size:
+        raise InputError(f"{world.size} processes share batches of {batch_size}; use fewer, or a larger --batch-size")
     table = read_table(data)
     parts = split_rows(len(table.values), seed, validation=0.0, test=holdout)
     schema = Schema.learn(table, parts["train"], target, exclude=exclude, kind=kind, scale=scale)
@@ -160,7 +166,9 @@ def fit(
             rate = lr * _factor(epoch * steps + place, total, warmup, schedule)
             for group in opt.param_groups:
                 group["lr"] = rate
-            sum_of_losses += _step(trained, x[rows], y[rows], clip_norm) * len(rows)
+            sum_of_losses += _step(trained, x[rows], y[rows], clip_norm, world) * len(rows)
+        # Running averages of batch norm are over each process's own rows.
+        world.broadcast(network.buffers())
         trained.history.append({"epoch": epoch + 1, "loss": float(sum_of_losses) / len(train), "learning_rate": rate})
         after_epoch(trained)
     if len(test):
@@ -173,10 +181,14 @@ def fit(
     return trained
 
 
-def _step(trained: Trained, x: Tensor, y: Tensor, clip_norm: float | int | None) -> Tensor:
+def _step(trained: Trained, x: Tensor, y: Tensor, clip_norm: float | int | None, world: World) -> Tensor:
     trained.optimizer.zero_grad()
+    own = world.shard(len(x))
+    count = own.stop - own.start
+    # A process that a small last batch leaves without rows reads one that counts nothing.
+    rows = own if count else slice(1)
     try:
-        loss = loss_of(trained.schema.kind, trained.model(x).flatten(1), y)
+        loss = count / len(x) * loss_of(trained.schema.kind, trained.model(x[rows]).flatten(1), y[rows])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         detail = str(error).splitlines()[0]
         wanted = trained.schema.outputs
@@ -185,6 +197,9 @@ def _step(trained: Trained, x: Tensor, y: Tensor, clip_norm: float | int | None)
             f" {detail}"
         ) from error
     loss.backward()
+    world.sum_gradients(trained.model.parameters())
+    loss = loss.detach()
+    world.all_reduce([loss])
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(trained.model.parameters(), clip_norm)
     try:
@@ -193,7 +208,7 @@ def _step(trained: Trained, x: Tensor, y: Tensor, clip_norm: float | int | None)
         raise InputError(f"training diverged: {error}; or give a smaller --lr") from error
     if not bool(loss.isfinite()):
         raise InputError(f"training diverged: the loss is {loss.item()}; give a smaller --lr or --clip-norm")
-    return loss.detach()
+    return loss
 
 
 def _factor(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -272,6 +287,24 @@ def write_predictions(path: str | Path, model: nn.Module, schema: Schema, table:
     ]
 
 
+def file_of_run(run: Path, name: str) -> Path:
+    """Return the file of that name in the folder of a finished ``train``; a file is taken for it itself.
+
+    Parameters
+    ----------
+    run : folder, or file
+    name : of what ``train`` leaves
+
+    Raises
+    ------
+    InputError
+        When the folder has no such file.
+    """
+    if run.is_dir() and not (run / name).is_file():
+        raise InputError(f"{run}: has no {name}; give the run folder of 'blockdiag-opt train'")
+    return run / name if run.is_dir() else run
+
+
 def export_run(run: Path, kind: str, path: str | Path) -> str:
     """Write a trained model, or its optimizer's state, in a form that other programs read.
 
@@ -290,7 +323,7 @@ def export_run(run: Path, kind: str, path: str | Path) -> str:
     if not run.is_dir():
         raise InputError(f"{run}: is no folder; give the run folder of 'blockdiag-opt train'")
     if kind == "optimizer":
-        state = load_tree(run / "optimizer.safetensors")
+        state = load_tree(file_of_run(run, "optimizer.safetensors"))
         flat: dict[str, Tensor] = {}
         for group in state["param_groups"]:
             names = group.get("param_names") or [str(key) for key in group["params"]]
@@ -304,7 +337,7 @@ def export_run(run: Path, kind: str, path: str | Path) -> str:
         with atomic_path(path) as temporary:
             save_file(flat, temporary)
         return f"{len(flat)} tensors of optimizer state"
-    model, schema, _ = load_trained(run / "model.safetensors")
+    model, schema, _ = load_trained(file_of_run(run, "model.safetensors"))
     if kind == "weights":
         weights = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
         with atomic_path(path) as temporary:
