@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 from shared_core.workers import Workers
 
 if TYPE_CHECKING:
@@ -260,14 +260,17 @@ def load_tree(path: str | Path) -> Any:
                     return [decode(value) for value in content]
                 case "tuple":
                     return tuple(decode(value) for value in content)
-                case _:
+                case "value":
                     return content
+                case _:
+                    raise ValueError(f"it holds a {str(kind)[:40]}")
 
         return decode(json.loads(structure))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a saved state, or it is damaged ({error}); give another file") from error
+    except (SafetensorError, *DAMAGE) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path} is not a saved state, or it is damaged ({reason}); give another file") from error
 
 
 class Run:
@@ -319,7 +322,10 @@ class Run:
         self._cells: dict[str, Any] = {}
         if resume:
             self._check_same_config(config)
-            self._cells = {cell["key"]: cell["value"] for cell in _read_lines(self.folder / _CELLS)}
+            cells = _read_lines(self.folder / _CELLS)
+            self._cells = {
+                cell["key"]: cell["value"] for cell in cells if isinstance(cell.get("key"), str) and "value" in cell
+            }
         elif writes:
             self._start_over(overwrite)
         if writes:
@@ -332,10 +338,10 @@ class Run:
         path = Path(folder) / "config.json"
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            owner, config = (stored["package"], stored["command"]), dict(stored["config"])
+            owner, config = (str(stored["package"]), str(stored["command"])), dict(stored["config"])
         except OSError as error:
             raise InputError(f"nothing to resume in {folder}: {path.name}: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             raise InputError(f"{path} is not a run's configuration ({error}); start without --resume") from error
         if owner != (package, command):
             raise InputError(f"{folder} holds a run of '{' '.join(owner)}', not of '{package} {command}'")
@@ -400,8 +406,14 @@ class Run:
         """Return the last checkpoint's state, or None; lines logged after it are dropped, to be logged again."""
         path = self.folder / _CHECKPOINT
         tree: dict[str, Any] = {"state": None, "metric_lines": 0, "seconds": 0.0}
-        tree |= load_tree(path) if path.exists() else {}
-        self._metric_lines, self._earlier_seconds = tree["metric_lines"], tree["seconds"]
+        if path.exists():
+            found = load_tree(path)
+            if not (
+                isinstance(found, dict) and isinstance(found.get("metric_lines"), int) and found.keys() == tree.keys()
+            ):
+                raise InputError(f"{path} is not a checkpoint of a run; start over with --overwrite")
+            tree = found
+        self._metric_lines, self._earlier_seconds = tree["metric_lines"], float(tree["seconds"])
         if self._writes and (self.folder / _METRICS).exists():
             kept = _read_lines(self.folder / _METRICS)[: self._metric_lines]
             with atomic_path(self.folder / _METRICS) as temporary:
@@ -566,8 +578,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines: list[dict[str, Any]] = []
     for line in path.read_bytes().split(b"\n"):
-        with suppress(ValueError):
-            lines.append(json.loads(line))
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                lines.append(found)
     return lines
 
 

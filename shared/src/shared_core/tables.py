@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int64, Shaped
+from pydantic import BaseModel, Field, ValidationError
 
 from shared_core.arrays import read_arrays
 from shared_core.errors import DAMAGE, InputError
@@ -185,6 +186,19 @@ class Column:
         return 1 if self.categories is None else len(self.categories)
 
 
+_Scaling = list[Annotated[float, Field(allow_inf_nan=False)]] | None
+
+
+class _Document(BaseModel):
+    """A schema as JSON."""
+
+    columns: list[tuple[str, tuple[str, ...] | None]]
+    target: str
+    classes: tuple[str, ...] | None
+    offset: _Scaling
+    factor: _Scaling
+
+
 @dataclass(frozen=True)
 class TableSchema:
     """How a table's columns become numbers; learned from the training file, applied to every later one.
@@ -331,14 +345,30 @@ class TableSchema:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TableSchema:
-        """Rebuild what :meth:`to_json` wrote."""
-        return cls(
-            tuple(Column(name, None if values is None else tuple(values)) for name, values in value["columns"]),
-            value["target"],
-            None if value["classes"] is None else tuple(value["classes"]),
-            None if value["offset"] is None else np.asarray(value["offset"], dtype=np.float64),
-            None if value["factor"] is None else np.asarray(value["factor"], dtype=np.float64),
+        """Rebuild what :meth:`to_json` wrote.
+
+        Raises
+        ------
+        InputError
+            For anything else; the line names the place in the document, and callers put the file in front.
+        """
+        try:
+            found = _Document.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the document"
+            raise InputError(f"no schema of a table: {place}: {first['msg']}") from None
+        made = cls(
+            tuple(Column(name, values) for name, values in found.columns),
+            found.target,
+            found.classes,
+            None if found.offset is None else np.asarray(found.offset, dtype=np.float64),
+            None if found.factor is None else np.asarray(found.factor, dtype=np.float64),
         )
+        for name, scale in (("offset", made.offset), ("factor", made.factor)):
+            if scale is not None and len(scale) != len(made.groups):
+                raise InputError(f"no schema of a table: {name} has {len(scale)} numbers for {len(made.groups)} inputs")
+        return made
 
 
 def numeric_columns(
