@@ -256,6 +256,15 @@ def test_demo_and_compare(done, home):
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_workers_find_what_one_process_finds(done):
+    command = ("compare", "gaussian", *SMALL, "--methods", "fedprox,fedapc", "--seeds", 2, "--tune", "--trials", 2)
+    one, two = done(*command, "--out", "one"), done(*command, "--workers", 2, "--out", "two")
+    rows = [[row.model_dump(exclude={"seconds"}) for row in found.results] for found in (one, two)]
+    assert rows[0] == rows[1]
+    assert one.claims == two.claims
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_an_interrupted_comparison_repeats_nothing(done, call, home, monkeypatch):
     import fedapc.experiments as module
 

@@ -153,7 +153,7 @@ def test_repeated_instances_are_told():
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("digit", {}, "there is no 'digit'; choose digits"),
+        ("digit", {}, "no benchmark 'digit'; did you mean 'digits'"),
         ("digits", {"clients": 0}, "clients: 0, expected at least 1"),
         ("digits", {"tasks": 9}, "tasks: 9, and there are 8"),
         ("digits", {"per_class": 60}, "per_class: digits has 3. training instances of a class for 'client0', and 66"),

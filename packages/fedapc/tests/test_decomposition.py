@@ -270,7 +270,7 @@ def test_bad_input_is_named():
         Layout.of(nn.Sequential(nn.ReLU()))
     with pytest.raises(InputError, match="no weight to decompose"):
         Layout.of(nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
-    with pytest.raises(InputError, match="there is no module 'head'; there are 0, 1"):
+    with pytest.raises(InputError, match="no module 'head'; there are 0, 1"):
         Layout.of(mlp(), head="head")
     with pytest.raises(InputError, match="is a ReLU"):
         Layout.of(mlp(), head="1")

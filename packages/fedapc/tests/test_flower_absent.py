@@ -32,7 +32,7 @@ def test_a_network_that_does_not_fit_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(InputError, match="takes images"):
         write_project(tmp_path / "app", benchmark="gaussian", clients=2, tasks=2, per_class=5, network="lenet")
     assert not (tmp_path / "app").exists()
-    with pytest.raises(InputError, match="choose"):
+    with pytest.raises(InputError, match="no benchmark 'moon'"):
         write_project(tmp_path / "app", benchmark="moon")
 
 

@@ -118,7 +118,10 @@ def test_the_same_seed_makes_the_same_network_and_the_global_state_is_left_alone
         (lambda: lenet(side=0), "0 x 0 pixels"),
         (lambda: resnet18(width=0), "width 0"),
         (lambda: resnet18(norm="layer"), "choose group or batch"),
-        (lambda: network("mlpp", torch.rand(2, 4), 2), "there is no 'mlpp'; choose mlp, lenet, resnet18, or name"),
+        (
+            lambda: network("mlpp", torch.rand(2, 4), 2),
+            "no network 'mlpp'; did you mean 'mlp'",
+        ),
         (lambda: network("lenet", torch.rand(2, 4), 2), r"takes images \(channels, height, width\).*\(4,\)"),
         (
             lambda: network("no.such.module:net", torch.rand(2, 4), 2),
@@ -134,7 +137,7 @@ def test_wrong_arguments_are_told(make, says, unchecked):
 
 
 def test_unknown_names_are_key_errors():
-    with pytest.raises(UnknownKeyError, match="choose mlp"):
+    with pytest.raises(UnknownKeyError, match="there are mlp"):
         network("vgg", torch.rand(2, 4), 2)
 
 

@@ -181,7 +181,7 @@ def _outcome(
     return Outcome(kept, claims_of(cells), notes)
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Run methods on the same draws of a benchmark: accuracy, forgetting, bytes."""
     cells = _compared(
@@ -204,7 +204,7 @@ class AblateConfig(ProtocolOptions):
     seeds: int = Field(3, ge=1, description="draws of the benchmark, and runs of each variant")
 
 
-@line.command(AblateConfig)
+@line.command(AblateConfig, spread=True)
 def ablate(config: AblateConfig, session: Session) -> Outcome:
     """Leave out one part of FedAPC at a time."""
     from fedapc.experiments import ABLATIONS
@@ -223,7 +223,7 @@ class TransferConfig(ProtocolOptions):
     train_base: bool = Field(False, description="train the base too, which then carries the knowledge by itself")
 
 
-@line.command(TransferConfig)
+@line.command(TransferConfig, spread=True)
 def transfer(config: TransferConfig, session: Session) -> Outcome:
     """Measure what a client gains from the part of another that learnt the same, and loses by those of strangers."""
     from fedapc import experiments, plots
@@ -263,7 +263,7 @@ def transfer(config: TransferConfig, session: Session) -> Outcome:
                         seconds=seconds,
                     )
                 )
-    plots.plot_comparison(session.run.artifact("transfer.png"), results)
+    plots.plot_comparison(session.run.artifact("comparison.png"), results)
     claims = experiments.transfer_claims(cells)
     return Outcome(
         results, claims, [f"the base is {'trained and averaged' if config.train_base else 'random and fixed'}"]
@@ -288,7 +288,7 @@ class FitConfig(FedAPCFields, CommandConfig):
         "refuse", description="running statistics of batch norms: each task its own, or those of the network given"
     )
     start: Literal["fan_in", "module"] = Field("fan_in", description="weights to begin with: drawn, or the network's")
-    workers: int = Field(1, ge=1, description="threads that clients are spread over")
+    threads: int = Field(1, ge=1, description="threads that clients are spread over")
     processes: int = Field(0, ge=0, description="processes that clients are spread over instead; method fedapc only")
 
 
@@ -362,7 +362,7 @@ def fit(config: FitConfig, session: Session) -> Outcome:
             warnings.simplefilter("ignore", SparsityWarning)
             report = federation.fit(
                 files.tasks,
-                workers=config.workers,
+                workers=config.threads,
                 processes=config.processes,
                 checkpoint=session.run,
                 on_round=after,
@@ -576,10 +576,10 @@ def ledger(config: LedgerConfig, session: Session) -> Outcome:
 
     report = Report.load(config.run)
     sums = report.ledger.sums(*config.by, amount=config.amount)
-    unit = "B" if config.amount.endswith("bytes") else "1"
+    unit = "bytes" if config.amount.endswith("bytes") else "1"
     results = [
         summarize([float(value)], dataset=", ".join(map(str, key)) or "all", method=report.method,
-                  metric=config.amount, unit=unit, better="lower")
+                  metric=config.amount.replace("_", " "), unit=unit, better="lower")
         for key, value in sorted(sums.items(), key=lambda item: tuple(map(str, item[0])))
     ]  # fmt: skip
     _write_ledger(session.run.artifact(_LEDGER), report)

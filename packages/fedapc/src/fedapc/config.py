@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedapc.choices import AdaptiveInit, AttentionInit, Retroactive, Score, Transfer, sampled_parts
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 if TYPE_CHECKING:
     from fedapc.client import Learning
@@ -138,7 +138,7 @@ class FedAPCConfig(FedAPCFields):
             For another name, an unknown setting, a number out of range.
         """
         if name not in PRESETS:
-            raise InputError(f"preset: '{name}'; choose one of {', '.join(PRESETS)}")
+            raise no_such("preset", name, PRESETS)
         try:
             return cls(**{**PRESETS[name], **settings})
         except ValidationError as error:

@@ -25,7 +25,7 @@ from fedapc.seeds import generator
 from fedapc.tasks import Task
 from shared_core.data import ImageData
 from shared_core.data import load as load_shared
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["BENCHMARKS", "Benchmark", "TaskFile", "benchmark", "read_tasks", "write_example"]
 
@@ -69,7 +69,7 @@ def benchmark(
     (torch.Size([100, 64]), 5, '0-4, pixels 0')
     """
     if name not in _BUILDERS:
-        raise UnknownKeyError(f"benchmark: there is no '{name}'; choose {', '.join(_BUILDERS)}")
+        raise no_such("benchmark", name, _BUILDERS)
     for what, number in (("clients", clients), ("tasks", tasks), ("per_class", per_class)):
         if number is not None and number < 1:
             raise InputError(f"{what}: {number}, expected at least 1")

@@ -29,7 +29,7 @@ from fedapc.errors import ModelMismatchError, TaskError
 from fedapc.seeds import generator
 from fedapc.sparse import SparseStack, SparseTensor
 from fedapc.states import bytes_of, tensor_of
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 
 __all__ = [
     "AdaptiveInit",
@@ -119,7 +119,7 @@ class Layout:
         head = linear[-1] if head is None else head
         for name in (head, *exclude):
             if name not in modules:
-                raise InputError(f"there is no module '{name}'; there are {', '.join(filter(None, modules))}")
+                raise no_such("module", name, filter(None, modules))
         last = modules[head]
         if not isinstance(last, nn.Linear):
             raise InputError(f"head '{head}' is a {type(last).__name__}, expected a Linear")

@@ -7,7 +7,8 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -72,6 +73,11 @@ _METRICS: dict[str, tuple[str, float, str, Literal["lower", "higher"]]] = {
     "capacity": ("weights held, in networks", 1.0, "1", "lower"),
 }
 Cell = dict[str, Any]
+_Made = TypeVar("_Made")
+
+
+def _silent(note: str, done: float) -> None:
+    del note, done
 
 
 @dataclass(frozen=True)
@@ -242,13 +248,14 @@ def compare(
     tuned: bool = False,
     device: str = "cpu",
     options: Mapping[str, Any] | None = None,
-    advance: Callable[[str, float], None] | None = None,
+    advance: Callable[[str, float], None] = _silent,
 ) -> dict[str, dict[int, Cell]]:
     """Run methods on the same draws of a benchmark.
 
     Parameters
     ----------
-    store : keeps what is done, so that an interrupted comparison repeats only the run it was in
+    store : keeps what is done, so that an interrupted comparison repeats only the run it was in; its workers take a
+        run each, or the tuning of a method
     name : of the benchmark
     methods : to compare
     seeds : each a draw of the benchmark, and of everything else
@@ -265,44 +272,86 @@ def compare(
     for method in methods:
         find_method(method)
 
-    def drawn(seed: int) -> Benchmark:
-        return benchmark(
-            name,
-            clients=protocol.clients,
-            tasks=protocol.tasks,
-            per_class=protocol.per_class,
-            seed=seed,
-            **(options or {}),
-        )
-
+    drawn = _Last(partial(_drawn, name, protocol, options or {}))
     settings: dict[str, dict[str, float]] = {method: {} for method in methods}
     if tuned:
-        seed = seeds[0] + _TUNING_SEED
-        data = drawn(seed)
-        for method in methods:
-            settings[method] = tune(store.once, method, data, protocol, seed=seed, device=device)
-            if advance is not None:
-                advance(f"{method} tuned", protocol.trials)
-    cells: dict[str, dict[int, Cell]] = {method: {} for method in methods}
-    for seed in seeds:
-        data = drawn(seed)
-        for method in methods:
-            chosen = settings[method]
+        settings = _tuned(store, methods, drawn, protocol, seeds[0] + _TUNING_SEED, device, advance)
+    work = {
+        f"{method} {seed}": partial(_cell, drawn, method, seed, protocol, settings[method], device)
+        for seed in seeds
+        for method in methods
+    }
+    found = store.each(work, lambda key, _: advance(key, 1))
+    return {method: {seed: found[f"{method} {seed}"] for seed in seeds} for method in methods}
 
-            def compute(
-                method: str = method, seed: int = seed, data: Benchmark = data, chosen: Mapping[str, float] = chosen
-            ) -> Cell:
-                begun = time.perf_counter()
-                found = run(
-                    method, data, protocol, seed=seed, lr=chosen.get("lr"), strength=chosen.get("strength"),
-                    device=device,
-                )  # fmt: skip
-                return {**measure(found), "seconds": time.perf_counter() - begun, "setting": dict(chosen)}
 
-            cells[method][seed] = store.once(f"{method} {seed}", compute)
-            if advance is not None:
-                advance(f"{method}, seed {seed}", 1)
-    return cells
+def _drawn(name: str, protocol: Protocol, options: Mapping[str, Any], seed: int) -> Benchmark:
+    return benchmark(
+        name, clients=protocol.clients, tasks=protocol.tasks, per_class=protocol.per_class, seed=seed, **options
+    )
+
+
+class _Last(Generic[_Made]):
+    """Makes what belongs to a seed, and keeps it until another is asked for; other processes make their own."""
+
+    def __init__(self, make: Callable[[int], _Made]) -> None:
+        self._make = make
+        self._kept: dict[int, _Made] = {}
+
+    def __call__(self, seed: int) -> _Made:
+        if seed not in self._kept:
+            self._kept = {seed: self._make(seed)}
+        return self._kept[seed]
+
+    def __reduce__(self) -> tuple[type[_Last[_Made]], tuple[Callable[[int], _Made]]]:
+        return type(self), (self._make,)
+
+
+def _cell(
+    drawn: Callable[[int], Benchmark],
+    method: str,
+    seed: int,
+    protocol: Protocol,
+    chosen: Mapping[str, float],
+    device: str,
+) -> Cell:
+    begun = time.perf_counter()
+    found = run(
+        method, drawn(seed), protocol, seed=seed, lr=chosen.get("lr"), strength=chosen.get("strength"), device=device
+    )
+    return {**measure(found), "seconds": time.perf_counter() - begun, "setting": dict(chosen)}
+
+
+def _tuned(
+    store: Run,
+    methods: Sequence[str],
+    drawn: Callable[[int], Benchmark],
+    protocol: Protocol,
+    seed: int,
+    device: str,
+    advance: Callable[[str, float], None],
+) -> dict[str, dict[str, float]]:
+    """Tune each method, one a worker: which settings it tries depends on what the first ones gave."""
+    done: set[str] = set()
+
+    def told(method: str) -> None:
+        done.add(method)
+        advance(f"{method} tuned", protocol.trials)
+
+    options: dict[str, Any] = {"drawn": drawn, "protocol": protocol, "seed": seed, "device": device}
+    store.spread_parts({method: partial(_tuned_in, method=method, **options) for method in methods}, told)
+    settings: dict[str, dict[str, float]] = {}
+    for method in methods:
+        settings[method] = _tuned_in(store, method=method, **options)
+        if method not in done:
+            told(method)
+    return settings
+
+
+def _tuned_in(
+    store: Run, *, method: str, drawn: Callable[[int], Benchmark], protocol: Protocol, seed: int, device: str
+) -> dict[str, float]:
+    return tune(store.once, method, drawn(seed), protocol, seed=seed, device=device)
 
 
 def results_of(name: str, cells: Mapping[str, Mapping[int, Cell]]) -> list[Result]:
@@ -471,7 +520,7 @@ def transfer(
     train_base: bool = False,
     device: str = "cpu",
     options: Mapping[str, Any] | None = None,
-    advance: Callable[[str, float], None] | None = None,
+    advance: Callable[[str, float], None] = _silent,
 ) -> dict[str, dict[int, Cell]]:
     """Measure what a client gains from the adaptive part of another that has learnt the same, and of strangers.
 
@@ -486,42 +535,56 @@ def transfer(
     Cells of ``related none``, ``related mean``, ``related learned``, and the same ``unrelated``: ``accuracy`` of the
     receiver's second task, and what it attends to: ``donor`` and ``strangers``, mean absolute weights.
     """
-    cells: dict[str, dict[int, Cell]] = {}
-    for seed in seeds:
-        source = benchmark(
-            name, clients=1, tasks=1, per_class=donor + 2 * receiver + 1, seed=derive(seed, "source") % 2**31,
-            **(options or {}),
-        )  # fmt: skip
-        for kind, tasks in zip(
-            ("related", "unrelated"),
-            transfer_tasks(source, donor=donor, receiver=receiver, distractors=distractors, seed=seed),
-            strict=True,
-        ):
-            for how in ("none", "mean", "learned"):
+    drawn = _Last(partial(_transfers, name, donor, receiver, distractors, options or {}))
+    labels = {f"{kind}, {how}": (kind, how) for kind in ("related", "unrelated") for how in ("none", "mean", "learned")}
+    work = {
+        f"{label} {seed}": partial(
+            _transfer_cell, drawn, *labels[label], seed, protocol, train_base=train_base, device=device
+        )
+        for seed in seeds
+        for label in labels
+    }
+    found = store.each(work, lambda key, _: advance(key, 1))
+    return {label: {seed: found[f"{label} {seed}"] for seed in seeds} for label in labels}
 
-                def compute(
-                    tasks: dict[str, list[Task]] = tasks, how: str = how, seed: int = seed, source: Benchmark = source
-                ) -> Cell:
-                    settings = {**(protocol.config or {}), "transfer": how, "train_base": train_base}
-                    found = run(
-                        "fedapc", replace(source, tasks=tasks), replace(protocol, config=settings), seed=seed,
-                        device=device,
-                    )  # fmt: skip
-                    place = found.clients.index("receiver")
-                    slots = found.attention("receiver", 1).values()
-                    strangers = [abs(weight) for layer in slots for (of, _), weight in layer.items() if of != "donor"]
-                    return {
-                        "accuracy": float(found.matrix[place, 1, 1]),
-                        "donor": _mean([layer["donor", 0] for layer in slots if ("donor", 0) in layer]),
-                        "strangers": _mean(strangers),
-                        "seconds": found.seconds,
-                    }
 
-                label = f"{kind}, {how}"
-                cells.setdefault(label, {})[seed] = store.once(f"{label} {seed}", compute)
-                if advance is not None:
-                    advance(f"{label}, seed {seed}", 1)
-    return cells
+_Transfers = tuple[Benchmark, dict[str, dict[str, list[Task]]]]
+
+
+def _transfers(
+    name: str, donor: int, receiver: int, distractors: int, options: Mapping[str, Any], seed: int
+) -> _Transfers:
+    source = benchmark(
+        name, clients=1, tasks=1, per_class=donor + 2 * receiver + 1, seed=derive(seed, "source") % 2**31, **options
+    )
+    related, unrelated = transfer_tasks(source, donor=donor, receiver=receiver, distractors=distractors, seed=seed)
+    return source, {"related": related, "unrelated": unrelated}
+
+
+def _transfer_cell(
+    drawn: Callable[[int], _Transfers],
+    kind: str,
+    how: str,
+    seed: int,
+    protocol: Protocol,
+    *,
+    train_base: bool,
+    device: str,
+) -> Cell:
+    source, tasks = drawn(seed)
+    settings = {**(protocol.config or {}), "transfer": how, "train_base": train_base}
+    found = run(
+        "fedapc", replace(source, tasks=tasks[kind]), replace(protocol, config=settings), seed=seed, device=device
+    )
+    place = found.clients.index("receiver")
+    slots = found.attention("receiver", 1).values()
+    strangers = [abs(weight) for layer in slots for (of, _), weight in layer.items() if of != "donor"]
+    return {
+        "accuracy": float(found.matrix[place, 1, 1]),
+        "donor": _mean([layer["donor", 0] for layer in slots if ("donor", 0) in layer]),
+        "strangers": _mean(strangers),
+        "seconds": found.seconds,
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

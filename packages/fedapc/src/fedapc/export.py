@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, not_installed
 from shared_core.runs import atomic_path
 
 __all__ = ["export_network"]
@@ -74,7 +74,7 @@ def _graph(net: nn.Module, path: Path, example: Tensor) -> Tensor:
         import onnxruntime
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise InputError("export to ONNX needs packages: pip install 'fedapc[onnx]'") from error
+        raise not_installed("export to ONNX", error.name or "onnxruntime", "fedapc[onnx]") from error
     # It warns of operators of packages that are not installed, and of itself.
     logger = logging.getLogger("torch.onnx")
     before = logger.level

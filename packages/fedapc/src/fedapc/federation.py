@@ -27,7 +27,7 @@ from fedapc.roles import Coordinator, Participant
 from fedapc.server import Server
 from fedapc.tasks import Task
 from shared_core.device import resolve_device
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Run, load_tree, save_tree
 
 __all__ = ["FedAPC", "Federation", "Progress", "training_of"]
@@ -274,7 +274,7 @@ class Federation:
 
     def _client(self, name: str) -> Participant:
         if name not in self._clients:
-            raise UnknownKeyError(f"there is no client '{name}'; there are {', '.join(self._clients) or 'none yet'}")
+            raise no_such("client", name, self._clients)
         return self._clients[name]
 
     def _module(self, client: str) -> nn.Module:

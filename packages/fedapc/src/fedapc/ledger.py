@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 __all__ = ["Amount", "Direction", "Entry", "Event", "Kind", "Ledger"]
 
@@ -123,7 +123,7 @@ class Ledger:
         names = {field.name for field in fields(Entry)}
         unknown = ({*by, *where} - names) or ({amount} - set(_AMOUNTS))
         if unknown:
-            raise InputError(f"ledger: no field '{sorted(unknown)[0]}'; there are {', '.join(sorted(names))}")
+            raise no_such("field", min(unknown), sorted(names), where="ledger")
         found: dict[tuple[object, ...], int] = {}
         for entry in self._entries:
             if all(getattr(entry, name) == value for name, value in where.items()):

@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 from shared_core.objects import load_function, one_line
 
 __all__ = ["NETWORKS", "SamePool", "lenet", "mlp", "network", "resnet18"]
@@ -261,10 +261,8 @@ def _image(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
 
 def _found(name: str) -> Callable[..., object]:
     if ":" not in name:
-        raise UnknownKeyError(
-            f"network: there is no '{name}'; choose {', '.join(NETWORKS)}, or name a function, package.module:function"
-            " or path/to/file.py:function"
-        )
+        known = no_such("network", name, NETWORKS)
+        raise UnknownKeyError(f"{known}; your own is package.module:function or path/to/file.py:function")
     return load_function(name)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float64
 
 from fedapc import metrics
 from fedapc.ledger import Ledger
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 from shared_core.runs import atomic_path, write_json
 
 __all__ = ["Attention", "Report", "plain_numbers"]
@@ -120,7 +120,7 @@ class Report:
 
     def _known(self, client: str, task: int) -> None:
         if client not in self.clients:
-            raise UnknownKeyError(f"there is no client '{client}'; there are {', '.join(self.clients)}")
+            raise no_such("client", client, self.clients)
         if not 0 <= task < len(self.tasks[client]):
             raise UnknownKeyError(f"client '{client}' has no task {task}; it has 0..{len(self.tasks[client]) - 1}")
 
@@ -161,6 +161,9 @@ class Report:
         try:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             ledger = Ledger.from_jsonl((Path(folder) / _LEDGER).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            missing = Path(error.filename).name
+            raise InputError(f"{folder}: has no {missing}; give the run folder of 'fedapc fit'") from error
         except OSError as error:
             raise InputError(f"{error.filename}: {error.strerror}; give the run folder of 'fedapc fit'") from error
         except UnicodeDecodeError as error:

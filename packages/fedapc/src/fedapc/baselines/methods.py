@@ -20,7 +20,7 @@ from fedapc.decomposition import Layout, initial_base
 from fedapc.roles import Coordinator, Participant
 from fedapc.server import Server
 from fedapc.tasks import Task
-from shared_core.errors import UnknownKeyError
+from shared_core.errors import no_such
 
 __all__ = ["METHODS", "MethodInfo", "build", "find_method"]
 
@@ -252,7 +252,7 @@ def find_method(name: str) -> MethodInfo:
         That lists all.
     """
     if name not in METHODS:
-        raise UnknownKeyError(f"method '{name}' is unknown; choose of {', '.join(METHODS)}")
+        raise no_such("method", name, METHODS)
     return METHODS[name]
 
 

@@ -205,7 +205,7 @@ import torch
 from fedapc.config import FedAPCConfig
 from fedapc.data import benchmark, read_tasks
 from fedapc.networks import network
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 
 
 def settings(context):
@@ -234,7 +234,7 @@ def client_tasks(context):
             raise InputError(f"partition-id {number!r} of the node: there are {len(names)} clients, counted from 0")
         name = names[number]
     if name not in found:
-        raise InputError(f"client '{name}' of the node: there are {', '.join(sorted(found))}")
+        raise no_such("client", name, sorted(found), where="the node's client")
     return name, found[name]
 
 
