@@ -232,10 +232,10 @@ def test_inputs_to_predict_are_checked(tmp_path):
         ("[[clients.a.tasks]]\nname = 'x'", "clients.a.tasks[0].file: is missing"),
         (
             "[[clients.a.tasks]]\nfile = 'a'\nlable = 'x'",
-            "clients.a.tasks[0].lable: there is no such key; did you mean 'label'?",
+            "clients.a.tasks[0]: no key 'lable'; did you mean 'label'?",
         ),
-        ("[clients.a]\ntask = ['a.npz']", "clients.a.task: there is no such key; did you mean 'tasks'?"),
-        ("netwrk = 'mlp'\n[clients.a]\ntasks = ['a']", "netwrk: there is no such key; did you mean 'network'?"),
+        ("[clients.a]\ntask = ['a.npz']", "clients.a: no key 'task'; did you mean 'tasks'?"),
+        ("netwrk = 'mlp'\n[clients.a]\ntasks = ['a']", "no key 'netwrk'; did you mean 'network'?"),
         ("test_share = 1.0\n[clients.a]\ntasks = ['a']", "test_share: input should be less than 1, got '1.0'"),
         ("scale = 'minmax'\n[clients.a]\ntasks = ['a']", "scale: input should be 'standard' or 'none'"),
         ("[clients.a\n", "not valid TOML"),

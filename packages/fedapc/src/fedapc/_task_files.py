@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from shared_core.arrays import read_arrays
 from shared_core.classes import read_labelled, read_unlabelled
 from shared_core.data import ImageData
 from shared_core.data import load as load_shared
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, UnknownKeyError, no_such
 from shared_core.runs import atomic_path
 from shared_core.tables import TableSchema, learn_scale, read_table
 
@@ -153,7 +152,7 @@ class TaskFile:
             For a file that cannot be read, or has inputs of another shape.
         """
         if client not in self.tasks:
-            raise UnknownKeyError(f"there is no client '{client}'; there are {', '.join(self.tasks)}")
+            raise no_such("client", client, self.tasks)
         if not 0 <= task < len(self.tasks[client]):
             raise UnknownKeyError(f"client '{client}' has {len(self.tasks[client])} tasks, not task {task}")
         path = Path(path)
@@ -275,9 +274,7 @@ def _first_fault(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         kinds = (_Entries, _ClientEntry, _TaskEntry)
         known = list(kinds[min(2, len(fault["loc"]) // 2)].model_fields)
-        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        return f"{place}: there is no such key; {hint}there are {', '.join(known)}"
+        return str(no_such("key", fault["loc"][-1], known, where=place.rpartition(".")[0]))
     if fault["type"] == "missing":
         example = 'add [clients.NAME] with tasks = ["a.csv"]' if fault["loc"] == ("clients",) else "add it"
         return f"{place}: is missing; {example}"
