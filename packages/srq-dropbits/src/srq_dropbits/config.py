@@ -266,7 +266,7 @@ class QuantConfig(_Strict):
         if name.startswith("cpq"):
             name = "srq" + name.removeprefix("cpq")
         if name not in METHODS:
-            raise no_such("method", name, METHODS)
+            raise SrqError(str(no_such("method", name, METHODS)))
         settings: dict[str, Any] = {"weight_bits": weight_bits, "act_bits": act_bits, **METHODS[name]}
         if settings.get("learn_bits") is True:
             settings["learn_bits"] = LearnBits(max_bits=weight_bits) if weight_bits > 2 else None

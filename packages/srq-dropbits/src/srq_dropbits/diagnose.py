@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shared_core.errors import no_such
 from srq_dropbits.config import METHODS, Estimator
 from srq_dropbits.errors import InvalidBitsError, SrqError
 from srq_dropbits.functional import (
@@ -64,7 +65,7 @@ def _settings(name: str) -> tuple[Estimator, Baseline]:
     settings = METHODS.get(name, {})
     estimator = settings.get("estimator")
     if estimator is None or "dropbits" in settings or estimator in {"pact", "ste_minmax", "lsq+"}:
-        raise SrqError(f"no estimator '{name}' in the lab; choose from {', '.join([*LAB, 'rq_local'])}")
+        raise SrqError(str(no_such("estimator", name, [*LAB, "rq_local"])))
     return estimator, settings.get("baseline", "input")
 
 
