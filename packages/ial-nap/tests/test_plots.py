@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 
 from ial_nap import plots
 from ial_nap.annotations import Annotation, disagreements
@@ -19,6 +17,7 @@ from ial_nap.page_report import Certified, Heat, Report, Scored, report_html
 from shared_core.errors import InputError
 from shared_core.plots import short_names
 from shared_core.runs import Result
+from shared_core.testing import keep_figures, misplaced
 
 METHODS = ("retain", "drop", "ial-nap", "ial-nap:influence-counterfactual")
 FEATURES = ("mean radius", "texture", "LDL cholesterol, fasting", "systolic blood pressure at rest", "age", "HDL")
@@ -43,37 +42,7 @@ class Round:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
-    """Collect the figures that functions would save."""
-    kept: list[Figure] = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.append(figure))
-    return kept
-
-
-def overlapping(figure: Figure) -> list[tuple[str, str]]:
-    """Name pairs of visible texts that cover each other, and texts beyond the edge."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    hidden = set()
-    for line in [line for axes in figure.axes for line in (axes.xaxis, axes.yaxis)]:
-        low, high = sorted(line.get_view_interval())
-        # Ticks beyond the view keep their text but are not drawn, nor are those of hidden axes.
-        beyond = [tick for tick in line.get_major_ticks() + line.get_minor_ticks() if not low <= tick.get_loc() <= high]
-        beyond += [] if line.axes.axison else line.get_major_ticks()
-        hidden |= {id(label) for tick in beyond for label in (tick.label1, tick.label2)}
-    boxes = []
-    for text in figure.findobj(Text):
-        box = text.get_window_extent(renderer)
-        if text.get_visible() and text.get_text().strip() and box.width > 0 and id(text) not in hidden:
-            boxes.append((text.get_text(), box))
-    edge = figure.bbox
-    beyond = [(text, "the edge") for text, box in boxes if box.x0 < edge.x0 - 1 or box.x1 > edge.x1 + 1]
-    return beyond + [
-        (a, b)
-        for place, (a, one) in enumerate(boxes)
-        for b, two in boxes[place + 1 :]
-        if min(one.x1, two.x1) - max(one.x0, two.x0) > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 1
-    ]
+    return keep_figures(monkeypatch, plots, write=False)
 
 
 def results(datasets=("cells",), metrics=("auroc", "area under the curve"), methods=METHODS) -> list[Result]:
@@ -169,7 +138,7 @@ EVERY = {
 @pytest.mark.parametrize("name", EVERY)
 def test_every_picture_is_drawn_without_text_on_text(name, tmp_path, drawn):
     EVERY[name](tmp_path / "picture.png")
-    assert overlapping(drawn[0]) == []
+    assert misplaced(drawn[0]) == []
     edge = drawn[0].bbox
     for legend in drawn[0].legends:
         box = legend.get_window_extent()

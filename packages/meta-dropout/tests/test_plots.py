@@ -7,58 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-import shared_core.plots
 from meta_dropout import plots
 from meta_dropout.attacks import RobustnessCurve
 from meta_dropout.diagnose import Gate, Panel, Plane
 from meta_dropout.learner import Step
 from shared_core.errors import InputError
 from shared_core.runs import Result
+from shared_core.testing import keep_figures, misplaced
 
 METHODS = ("meta_dropout", "maml", "information_dropout")
 
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
-    """Collect the figures that functions save."""
-    kept: list[Figure] = []
-    original = plots.save_figure
-
-    def save(figure, path):
-        kept.append(figure)
-        return original(figure, path)
-
-    monkeypatch.setattr(plots, "save_figure", save)
-    monkeypatch.setattr(shared_core.plots, "save_figure", save)
-    return kept
-
-
-def overlapping(figure: Figure) -> list[tuple[str, str]]:
-    """Name pairs of visible texts that cover each other."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    hidden = set()
-    for line in [line for axes in figure.axes for line in (axes.xaxis, axes.yaxis)]:
-        low, high = sorted(line.get_view_interval())
-        # Ticks beyond the view keep their text but are not drawn.
-        beyond = [tick for tick in line.get_major_ticks() + line.get_minor_ticks() if not low <= tick.get_loc() <= high]
-        hidden |= {id(label) for tick in beyond for label in (tick.label1, tick.label2)}
-    boxes = []
-    for text in figure.findobj(Text):
-        box = text.get_window_extent(renderer)
-        if text.get_visible() and text.get_text().strip() and box.width > 0 and id(text) not in hidden:
-            boxes.append((text.get_text(), box))
-    return [
-        (a, b)
-        for place, (a, one) in enumerate(boxes)
-        for b, two in boxes[place + 1 :]
-        if min(one.x1, two.x1) - max(one.x0, two.x0) > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 1
-    ]
+    return keep_figures(monkeypatch, plots)
 
 
 def results(datasets=("glyphs",), metrics=("accuracy", "ece"), methods=METHODS) -> list[Result]:
@@ -149,7 +113,7 @@ EVERY = {
 def test_every_picture_is_drawn_without_text_on_text(name, tmp_path, drawn):
     assert EVERY[name](tmp_path / "picture.png") == tmp_path / "picture.png"
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert overlapping(drawn[0]) == []
+    assert misplaced(drawn[0]) == []
     edge = drawn[0].bbox
     for legend in [*drawn[0].legends, *(axis.get_legend() for axis in drawn[0].axes if axis.get_legend())]:
         box = legend.get_window_extent()

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-import shared_core.plots
 from shared_core.errors import InputError
 from shared_core.runs import Result
+from shared_core.testing import keep_figures, misplaced, visible_texts
 from stamp import plots
 from stamp.plots import Course, Point
 
@@ -52,51 +49,7 @@ class Step:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
-    """Collect the figures that functions would save: to write them takes longer than all else."""
-    kept: list[Figure] = []
-
-    def save(figure, path):
-        kept.append(figure)
-        return Path(path)
-
-    monkeypatch.setattr(plots, "save_figure", save)
-    monkeypatch.setattr(shared_core.plots, "save_figure", save)
-    return kept
-
-
-def texts(figure: Figure) -> list[tuple[str, object]]:
-    """Give every visible text with its box."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw_without_rendering()
-    hidden = set()
-    for line in [line for axes in figure.axes for line in (axes.xaxis, axes.yaxis)]:
-        low, high = sorted(line.get_view_interval())
-        # Ticks beyond the view keep their text but are not drawn.
-        for tick in line.get_major_ticks() + line.get_minor_ticks():
-            if not (low <= tick.get_loc() <= high and line.get_visible() and line.axes.axison):
-                hidden |= {id(tick.label1), id(tick.label2)}
-    boxes = []
-    for text in figure.findobj(Text):
-        box = Text.get_window_extent(text, renderer)  # an annotation's own has its arrow in it
-        if text.get_visible() and text.get_text().strip() and box.width > 0 and id(text) not in hidden:
-            boxes.append((text.get_text(), box))
-    return boxes
-
-
-def misplaced(figure: Figure) -> list[tuple[str, str]]:
-    """Name pairs of texts that cover each other, and texts beyond the edge of the page."""
-    boxes, edge = texts(figure), figure.bbox
-    beyond = [
-        (text, "the edge")
-        for text, box in boxes
-        if box.x0 < edge.x0 - 1 or box.x1 > edge.x1 + 1 or box.y0 < edge.y0 - 1 or box.y1 > edge.y1 + 1
-    ]
-    return beyond + [
-        (a, b)
-        for place, (a, one) in enumerate(boxes)
-        for b, two in boxes[place + 1 :]
-        if min(one.x1, two.x1) - max(one.x0, two.x0) > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 1
-    ]
+    return keep_figures(monkeypatch, plots, write=False)
 
 
 def networks(methods=METHODS, budgets=(0.1, 0.25, 0.5), spread: float = 12.0, worst: float = 25.0) -> list[Point]:
@@ -350,7 +303,7 @@ def test_bars_are_the_share_kept_with_the_channels_above(tmp_path, drawn):
 
 def test_layers_are_named_under_the_last_panel_of_each_column(tmp_path, drawn):
     plots.plot_widths(tmp_path / "w.png", widths(METHODS[:7], 4))
-    shown = [text for text, _ in texts(drawn[0])]
+    shown = [text for text, _ in visible_texts(drawn[0])]
     assert [shown.count(f"conv{k}  ({64 * 2**k})") for k in range(4)] == [4] * 4
 
 

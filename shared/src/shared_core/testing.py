@@ -36,6 +36,7 @@ from shared_core.runs import Result, Summary
 if TYPE_CHECKING:
     from hypothesis import settings
     from hypothesis.strategies import DataObject, DrawFn, SearchStrategy
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Caller",
@@ -44,9 +45,12 @@ __all__ = [
     "figures",
     "fuzz",
     "fuzz_file",
+    "keep_figures",
+    "misplaced",
     "mutations",
     "survives",
     "unchecked",
+    "visible_texts",
 ]
 
 _ROOM = 3 << 30
@@ -124,6 +128,82 @@ def figures(summary: Summary) -> list[Result]:
     summary : of the run
     """
     return [row.model_copy(update={"seconds": 0.0}) for row in summary.results]
+
+
+def keep_figures(monkeypatch: pytest.MonkeyPatch, plots: ModuleType, *, write: bool = True) -> list[Figure]:
+    """Collect the figures that a module saves, to look at their parts.
+
+    Parameters
+    ----------
+    monkeypatch : of pytest
+    plots : module whose functions call `shared_core.plots.save_figure`, or let that module do it
+    write : write them too; it takes longer than all else
+
+    Returns
+    -------
+    A list that fills.
+    """
+    import shared_core.plots
+
+    kept: list[Figure] = []
+    original = shared_core.plots.save_figure
+
+    def save(figure: Figure, path: str | Path) -> Path:
+        kept.append(figure)
+        return original(figure, path) if write else Path(path)
+
+    for module in (plots, shared_core.plots):
+        monkeypatch.setattr(module, "save_figure", save)
+    return kept
+
+
+def visible_texts(figure: Figure) -> list[tuple[str, Any]]:
+    """Return every text that is seen in a figure, with its box in pixels.
+
+    Parameters
+    ----------
+    figure : of matplotlib
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    hidden = set[int]()
+    for line in [line for axes in figure.axes for line in (axes.xaxis, axes.yaxis)]:
+        low, high = sorted(line.get_view_interval())
+        # Ticks beyond the view keep their text but are not drawn.
+        for tick in [*line.get_major_ticks(), *line.get_minor_ticks()]:
+            if not (low <= tick.get_loc() <= high and line.get_visible() and line.axes.axison):
+                hidden |= {id(tick.label1), id(tick.label2)}
+    found: list[tuple[str, Any]] = []
+    for text in figure.findobj(Text):
+        box = Text.get_window_extent(text, renderer)  # an annotation's own has its arrow in it
+        if text.get_visible() and text.get_text().strip() and box.width > 0 and id(text) not in hidden:
+            found.append((text.get_text(), box))
+    return found
+
+
+def misplaced(figure: Figure) -> list[tuple[str, str]]:
+    """Name pairs of texts of a figure that cover each other, and texts beyond the edge of the page.
+
+    Parameters
+    ----------
+    figure : of matplotlib
+    """
+    boxes, edge = visible_texts(figure), figure.bbox
+    beyond = [
+        (text, "the edge")
+        for text, box in boxes
+        if box.x0 < edge.x0 - 1 or box.x1 > edge.x1 + 1 or box.y0 < edge.y0 - 1 or box.y1 > edge.y1 + 1
+    ]
+    return beyond + [
+        (a, b)
+        for place, (a, one) in enumerate(boxes)
+        for b, two in boxes[place + 1 :]
+        if min(one.x1, two.x1) - max(one.x0, two.x0) > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 1
+    ]
 
 
 class Caller:
