@@ -18,7 +18,7 @@ from bayes_taml.cli import line
 from bayes_taml.learner import MetaLearner
 from shared_core.classes import load_classes
 from shared_core.runs import Summary
-from shared_core.testing import Caller
+from shared_core.testing import Caller, figures
 
 TASK = ("--size", 16, "--ways", 3, "--high", 4, "--queries", 2, "--test-queries", 3, "--filters", 4, "--blocks", 2,
         "--inner-steps", 2, "--test-steps", 2, "--samples", 2, "--steps", 4, "--meta-batch", 2, "--episodes", 6,
@@ -273,6 +273,12 @@ def test_two_pictures_are_named_by_the_output(trained, done, home):
     assert (home / "mine-gamma.svg").exists()
 
 
+def test_workers_do_not_change_a_comparison(done):
+    small = ("--methods", "pixels,metasgd", "--seeds", 1, "--tune", "--trials", 2, "--steps", 3, "--episodes", 3)
+    one, two = (done("compare", "own", *TASK, *small, "--workers", n, "--out", f"w{n}") for n in (1, 2))
+    assert [row for row in figures(two) if row.unit != "ms"] == [row for row in figures(one) if row.unit != "ms"]
+
+
 def test_comparisons_with_trials_modes_and_other_domains(done, home):
     options = ("--methods", "pixels,metasgd,naive_taml,bayesian_taml", "--modes", "class,task", "--others", "other")
     found = done("compare", "own", *TASK, *options, "--seeds", 2, "--tune", "--trials", 2, "--out", "c")
@@ -328,7 +334,7 @@ def test_data_says_which_tasks_a_source_allows(call):
         (("evaluate", "m", "--counts", "6"), "has 8 images; 6 shots and 3 queries need 9"),
         (("adapt", "m", "asked", "asked"), "0 classes"),
         (("adapt", "m", "new", "nothing"), "nothing"),
-        (("adapt", "m", "support.npz", "nothing.npz"), "nothing.npz: cannot be read"),
+        (("adapt", "m", "support.npz", "nothing.npz"), "nothing.npz: No such file"),
         (("adapt", "m", "one.npz", "query.npz"), "all labels are 'cat'; a task needs at least two classes"),
         (("adapt", "m", "support.npz", "unknown.npz"), "row 0 is of class 'fox', and the support has cat, dog, eel"),
         (("adapt", "m", "support.npz", "nan.npz"), "row 2 of 'x' holds NaN or infinity"),

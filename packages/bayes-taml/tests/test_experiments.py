@@ -214,7 +214,7 @@ def test_training_keeps_what_is_best_on_validation_classes(splits):
 
 def test_names_seeds_and_tasks_are_checked_before_anything_is_trained(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "train", None)
-    with pytest.raises(UnknownKeyError, match="no method 'noise'; there are: pixels, bayesian_taml"):
+    with pytest.raises(UnknownKeyError, match="no method 'noise'; there are pixels, bayesian_taml"):
         compare(run(tmp_path), splits, methods=("noise",), seeds=(0,), protocol=PROTOCOL)
     with pytest.raises(InputError, match="need at least one"):
         compare(run(tmp_path), splits, methods=("maml",), seeds=(), protocol=PROTOCOL)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
-from shared_core.errors import InputError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Result, atomic_path, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class DemoConfig(CommandConfig):
     samples: int = Field(5, ge=1, description="samples of the balancing variables in tests")
 
 
-@line.command(DemoConfig)
+@line.command(DemoConfig, spread=True)
 def demo(config: DemoConfig, session: Session) -> Outcome:
     """Learn characters from 1 to 10 examples of each, with and without balancing; then handwritten digits."""
     from bayes_taml.experiments import Protocol, compare, load_splits, paired
@@ -204,7 +204,7 @@ class CompareConfig(TaskOptions):
     trials: int = Field(3, ge=1, description="settings to try for each method")
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Train methods alike and test them on the same episodes: classes that none of them saw, and other domains."""
     from bayes_taml import experiments
@@ -736,7 +736,7 @@ def _draw_sizes(run: Path, methods: Sequence[str], path: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise InputError(f"{kept}: is not what compare writes ({error!r})") from error
     if unknown := [name for name in methods if name not in bins]:
-        raise InputError(f"--methods: no method '{unknown[0]}' in {run}; there are {', '.join(bins)}")
+        raise no_such("method", unknown[0], bins, where=str(run))
     shown = {name: bins[name] for name in methods or bins if bins[name]}
     plot_sizes(path, shown, reference="metasgd" if "metasgd" in shown else None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -21,7 +22,7 @@ from bayes_taml.networks import conv_features
 from shared_core.classes import NAMES, OTHER_DOMAINS, SplitBy
 from shared_core.device import one_thread
 from shared_core.episodes import TooFewItemsError
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, Run, summarize
 
 __all__ = [
@@ -446,15 +447,16 @@ def tune(
     steps = max(1, round(protocol.tune_share * protocol.steps))
     judge = source_of(splits.validation, protocol, seed=seed + _VALIDATION_SEED, test=True)
     found: list[float] = []
-    for setting in candidates:
-        learner = make_learner(name, protocol, splits.channels, seed=seed, setting=setting, device=device)
-        try:
-            train(learner, splits.train, protocol, seed=seed, setting=setting, steps=steps)
-        except ArithmeticError:
-            found.append(0.0)
-            continue
-        # At the means of the balancing variables, as the paper judges while it trains.
-        found.append(learner.evaluate(judge, tasks=min(100, protocol.episodes), samples=0).mean)
+    with one_thread(str(device) == "cpu"):
+        for setting in candidates:
+            learner = make_learner(name, protocol, splits.channels, seed=seed, setting=setting, device=device)
+            try:
+                train(learner, splits.train, protocol, seed=seed, setting=setting, steps=steps)
+            except ArithmeticError:
+                found.append(0.0)
+                continue
+            # At the means of the balancing variables, as the paper judges while it trains.
+            found.append(learner.evaluate(judge, tasks=min(100, protocol.episodes), samples=0).mean)
     return candidates[int(np.argmax(found))]
 
 
@@ -602,7 +604,8 @@ def compare(
     modes : of the tests on new classes, see :func:`sources_of`
     device : where
     advance : called with a note and the number of methods done
-    on_learner : called with each trained learner and its history; not for what a resumed run had done before
+    on_learner : called with each trained learner and its history; not for what a resumed run had done before, and
+        where workers train, in theirs
 
     Returns
     -------
@@ -611,7 +614,7 @@ def compare(
     methods = tuple(dict.fromkeys(methods))
     for name in methods:
         if name != PIXELS and name not in METHODS:
-            raise UnknownKeyError(f"no method '{name}'; there are: {PIXELS}, {', '.join(METHODS)}")
+            raise no_such("method", name, [PIXELS, *METHODS])
     if not seeds or not methods:
         raise InputError("seeds, methods: need at least one of each")
     trainings: dict[str, list[str]] = {}
@@ -621,29 +624,38 @@ def compare(
     source_of(splits.train, protocol, seed=seeds[0])
     if tuned or protocol.validate_every:
         source_of(splits.validation, protocol, seed=seeds[0], test=True)
-    tests = {seed: sources_of(splits, protocol, seed=seed, modes=modes) for seed in seeds}
+    first = next(iter(sources_of(splits, protocol, seed=seeds[0], modes=modes)))
+    tuning = {
+        f"setting/{training}": partial(tune, training, splits, protocol, seed=seeds[0], device=device)
+        for training in trainings
+        if tuned and training != PIXELS
+    }
+    settings = run.each(tuning)
+    pairs = {f"{training}/{seed}": (training, seed) for seed in seeds for training in trainings}
+    work = {
+        key: partial(
+            _cells,
+            training,
+            trainings[training],
+            splits,
+            protocol,
+            modes,
+            seed,
+            settings.get(f"setting/{training}", {}),
+            device,
+            on_learner,
+        )
+        for key, (training, seed) in pairs.items()
+    }
+
+    def tell(_: str, found: dict[str, Cell]) -> None:
+        said = [f"{name}: {100 * np.mean(cell['tests'][first]['accuracy']):.1f} %" for name, cell in found.items()]
+        advance(", ".join(said), len(found))
+
     cells: dict[str, dict[int, Cell]] = {name: {} for name in methods}
-    for seed in seeds:
-        for training, members in trainings.items():
-
-            def choose(training: str = training) -> dict[str, float]:
-                with one_thread(str(device) == "cpu"):
-                    return tune(training, splits, protocol, seed=seeds[0], device=device)
-
-            def compute(
-                training: str = training, members: Sequence[str] = tuple(members), seed: int = seed
-            ) -> dict[str, Cell]:
-                if training == PIXELS:
-                    return {PIXELS: _pixels(tests[seed], protocol)}
-                setting = run.once(f"setting/{training}", choose) if tuned else {}
-                with one_thread(str(device) == "cpu"):
-                    return _cells(training, members, splits, tests[seed], protocol, seed, setting, device, on_learner)
-
-            for name, cell in run.once(f"{training}/{seed}", compute).items():
-                cells[name][seed] = cell
-            first = next(iter(tests[seed]))
-            said = [f"{name}: {100 * np.mean(cells[name][seed]['tests'][first]['accuracy']):.1f} %" for name in members]
-            advance(", ".join(said), len(members))
+    for key, found in run.each(work, tell).items():
+        for name, cell in found.items():
+            cells[name][pairs[key][1]] = cell
     return _rows(cells), paired(cells), cells
 
 
@@ -651,31 +663,35 @@ def _cells(
     training: str,
     members: Sequence[str],
     splits: Splits,
-    tests: Mapping[str, AnyShotSource],
     protocol: Protocol,
+    modes: Sequence[Mode],
     seed: int,
     setting: Mapping[str, float],
     device: torch.device | str,
     on_learner: Callable[[str, int, MetaLearner, list[Step]], None] | None,
 ) -> dict[str, Cell]:
     """Train once, and test every method that shares the training."""
-    learner = make_learner(training, protocol, splits.channels, seed=seed, setting=setting, device=device)
-    started = time.perf_counter()
-    history = train(learner, splits.train, protocol, seed=seed, setting=setting, validation=splits.validation)
-    seconds = time.perf_counter() - started
-    found: dict[str, Cell] = {}
-    for name in members:
-        at_means = 0 if METHODS[name].naive else None
-        found[name] = {
-            "tests": {
-                test: answers_of(learner.evaluate(source, tasks=protocol.episodes, samples=at_means), protocol.bins)
-                for test, source in tests.items()
-            },
-            "train_seconds": seconds,
-            "step_ms": 1000 * seconds / len(history) if history else 0.0,
-            "skipped": learner.skipped,
-            "setting": dict(setting),
-        }
+    tests = sources_of(splits, protocol, seed=seed, modes=modes)
+    if training == PIXELS:
+        return {PIXELS: _pixels(tests, protocol)}
+    with one_thread(str(device) == "cpu"):
+        learner = make_learner(training, protocol, splits.channels, seed=seed, setting=setting, device=device)
+        started = time.perf_counter()
+        history = train(learner, splits.train, protocol, seed=seed, setting=setting, validation=splits.validation)
+        seconds = time.perf_counter() - started
+        found: dict[str, Cell] = {}
+        for name in members:
+            at_means = 0 if METHODS[name].naive else None
+            found[name] = {
+                "tests": {
+                    test: answers_of(learner.evaluate(source, tasks=protocol.episodes, samples=at_means), protocol.bins)
+                    for test, source in tests.items()
+                },
+                "train_seconds": seconds,
+                "step_ms": 1000 * seconds / len(history) if history else 0.0,
+                "skipped": learner.skipped,
+                "setting": dict(setting),
+            }
     if on_learner is not None:
         on_learner(training, seed, learner, history)
     return found
@@ -866,24 +882,33 @@ def pooling_study(
     Accuracy of each episode by variant (``mean n``; ``mean n, shuffled`` for those that see cardinalities) and seed;
     the same episodes for all.
     """
+    pairs = {f"pooling/{' '.join(names)}/{seed}": (tuple(names), seed) for seed in seeds for names in variants}
+    work = {
+        key: partial(_pooled, method, names, splits, protocol, seed, device) for key, (names, seed) in pairs.items()
+    }
+
+    def tell(_: str, made: dict[str, list[float]]) -> None:
+        label, accuracy = next(iter(made.items()))
+        advance(f"{label}: {100 * np.mean(accuracy):.1f} %", 1)
+
     found: dict[str, dict[int, list[float]]] = {}
-    for seed in seeds:
-        for names in variants:
-            label = " ".join(names)
-
-            def compute(seed: int = seed, names: Sequence[str] = names, label: str = label) -> dict[str, list[float]]:
-                mine = replace(protocol, pooling=tuple(names))
-                with one_thread(str(device) == "cpu"):
-                    learner = make_learner(method, mine, splits.channels, seed=seed, device=device)
-                    train(learner, splits.train, mine, seed=seed, validation=splits.validation)
-                    source = source_of(splits.test, mine, seed=seed + 1, test=True)
-                    made = {label: learner.evaluate(source, tasks=mine.episodes).accuracy.tolist()}
-                    if "n" in names:
-                        changed = learner.evaluate(source, tasks=mine.episodes, change_counts=shuffled_counts(seed))
-                        made[f"{label}, shuffled"] = changed.accuracy.tolist()
-                return made
-
-            for name, accuracy in run.once(f"pooling/{label}/{seed}", compute).items():
-                found.setdefault(name, {})[seed] = accuracy
-            advance(f"{label}: {100 * np.mean(found[label][seed]):.1f} %", 1)
+    for key, made in run.each(work, tell).items():
+        for name, accuracy in made.items():
+            found.setdefault(name, {})[pairs[key][1]] = accuracy
     return found
+
+
+def _pooled(
+    method: str, names: tuple[str, ...], splits: Splits, protocol: Protocol, seed: int, device: torch.device | str
+) -> dict[str, list[float]]:
+    """Train with an inference network that sees these statistics, and test it."""
+    mine, label = replace(protocol, pooling=names), " ".join(names)
+    with one_thread(str(device) == "cpu"):
+        learner = make_learner(method, mine, splits.channels, seed=seed, device=device)
+        train(learner, splits.train, mine, seed=seed, validation=splits.validation)
+        source = source_of(splits.test, mine, seed=seed + 1, test=True)
+        made = {label: learner.evaluate(source, tasks=mine.episodes).accuracy.tolist()}
+        if "n" in names:
+            changed = learner.evaluate(source, tasks=mine.episodes, change_counts=shuffled_counts(seed))
+            made[f"{label}, shuffled"] = changed.accuracy.tolist()
+    return made

@@ -17,7 +17,7 @@ from torch.nn import functional
 from bayes_taml.engine import HEAD_BIAS, HEAD_WEIGHT
 from bayes_taml.learner import TaskClassifier
 from bayes_taml.networks import Pass, running
-from shared_core.errors import InputError
+from shared_core.errors import not_installed
 from shared_core.runs import atomic_path
 
 __all__ = ["export_onnx"]
@@ -86,7 +86,7 @@ def export_onnx(task: TaskClassifier, path: str | Path, *, support: Shaped[Tenso
         import onnx
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise InputError("export needs onnx and onnxscript: pip install 'bayes-taml[onnx]'") from error
+        raise not_installed("export", "onnxscript", "bayes-taml[onnx]") from error
     plain = _Plain(task, support).cpu().eval()
     plain.statistics = [{name: (m.cpu(), v.cpu()) for name, (m, v) in each.items()} for each in plain.statistics]
     batch = torch.export.Dim("batch", min=1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from shared_core.errors import UnknownKeyError
+from shared_core.errors import no_such
 
 __all__ = ["METHODS", "Method", "find_method"]
 
@@ -75,5 +75,5 @@ def find_method(name: str) -> Method:
     'learned'
     """
     if name not in METHODS:
-        raise UnknownKeyError(f"no method '{name}'; there are: {', '.join(METHODS)}")
+        raise no_such("method", name, METHODS)
     return METHODS[name]
