@@ -2,7 +2,8 @@
 
 Builds every wheel and source distribution twice and compares them byte for byte, renders their metadata, looks for the
 licence and for files that do not belong, installs them into an empty environment of each Python 3.11 to 3.13 that is
-here (``pip check``, import, ``--version``, ``--help`` of each), and writes a bill of materials into ``dist/sbom``.
+here (``pip check``, import, ``--version``, ``--help`` of each), and writes bills of materials (CycloneDX): of each such
+environment into ``dist/sbom``, and of everything that ``constraints.txt`` pins into ``dist/sbom.json``.
 """
 
 from __future__ import annotations
@@ -119,6 +120,24 @@ def install(uv: Path, python: str, dist: Path, room: Path) -> Path:
     return here / "python"
 
 
+def bill_of_pins(tools: Path, scratch: Path) -> dict[str, object]:
+    """List all that is pinned, with its address (purl) and, of what is installed here, its licence."""
+    pinned, installed = scratch / "pinned.json", scratch / "installed.json"
+    make = (tools / "cyclonedx-py", "--output-reproducible", "-o")
+    run(make[0], "requirements", ROOT / "constraints.txt", *make[1:], pinned)
+    run(make[0], "environment", sys.executable, *make[1:], installed)
+    known = {
+        component["purl"]: component["licenses"]
+        for component in json.loads(installed.read_text(encoding="utf-8"))["components"]
+        if "purl" in component and "licenses" in component
+    }
+    bill = json.loads(pinned.read_text(encoding="utf-8"))
+    for component in bill["components"]:
+        if licences := known.get(component["purl"]):
+            component["licenses"] = licences
+    return bill
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("uv", type=Path)
@@ -153,6 +172,10 @@ def main() -> None:
             bill = sbom / f"python-{number}.cdx.json"
             run(asked.tools / "cyclonedx-py", "environment", "--output-reproducible", "-o", bill, installed)
             print(f"{bill.relative_to(ROOT)}: {len(json.loads(bill.read_text())['components'])} components")
+        bill = bill_of_pins(asked.tools, Path(scratch))
+        (dist / "sbom.json").write_text(json.dumps(bill, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        with_licence = sum("licenses" in component for component in bill["components"])
+        print(f"dist/sbom.json: {len(bill['components'])} pinned, the licence of {with_licence} known")
     (dist / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(first.items())))
     print("dist/SHA256SUMS")
 
