@@ -21,3 +21,12 @@ def test_it_is_an_input_error_and_a_key_error():
 @pytest.mark.parametrize(("install", "shown"), [("ray", "ray"), ("stamp[onnx]", "'stamp[onnx]'"), ("a>=2", "'a>=2'")])
 def test_what_a_shell_would_read_otherwise_is_quoted(install, shown):
     assert str(not_installed("x", "y", install)) == f"x needs y, which is not installed: pip install {shown}"
+
+
+def test_a_message_is_one_line_whatever_a_file_put_into_it():
+    hostile = "\x1b[31m\n\r\x0b\u2028\ud800é"
+    for error in (InputError(hostile), no_such("column", hostile, ["age"])):
+        assert len(str(error).splitlines()) == 1
+        assert str(error).isprintable()
+        assert r"\x1b[31m" in str(error)
+        assert "é" in str(error)

@@ -38,13 +38,21 @@ class InputError(ValueError):
     shared_core.errors.InputError: ratings.csv:17: expected 3 fields (user, item, rating), got 2
     """
 
+    def __str__(self) -> str:
+        """Return the message on one line: what files put into it can neither break it nor steer a terminal."""
+        message = " ".join(map(str, self.args))
+        if message.isprintable():
+            return message
+        return "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in message
+        )
+
 
 class UnknownKeyError(InputError, KeyError):
     """A name (a user, an item, a data set) that is not known; both an ``InputError`` and a ``KeyError``."""
 
-    def __str__(self) -> str:
-        """Return the message as it is: ``KeyError`` would put it in quotes."""
-        return str(self.args[0]) if self.args else ""
+    # ``KeyError`` would put the message in quotes.
+    __str__ = InputError.__str__
 
 
 def no_such(kind: str, name: object, known: Iterable[object], *, where: str = "") -> UnknownKeyError:
