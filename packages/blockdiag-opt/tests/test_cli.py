@@ -14,7 +14,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 
 from blockdiag_opt.cli import line
 from blockdiag_opt.training import load_trained
-from shared_core.runs import Summary, read_summary
+from shared_core.runs import Summary, load_tree, read_summary
 from shared_core.testing import Caller, figures
 
 
@@ -110,6 +110,12 @@ def test_train_images_and_a_users_own_model(done, tmp_path):
         5,
     )
     assert value(summary, "test accuracy") > 0.9
+
+
+def test_training_discovers_groups_in_the_users_table(done, cancer, tmp_path):
+    done("train", "cancer.csv", "--target", "y", "--epochs", 1, "--optimizer", "block-adam:discover=true", "--out", "d")
+    groups = load_tree(tmp_path / "d/optimizer.safetensors")["param_groups"]
+    assert any(group.get("blocks") is not None for group in groups)
 
 
 def test_two_processes_share_every_batch_and_learn_the_same(done, cancer, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -141,10 +141,20 @@ def fit(
     parts = split_rows(len(table.values), seed, validation=0.0, test=holdout)
     schema = Schema.learn(table, parts["train"], target, exclude=exclude, kind=kind, scale=scale)
     network = build_model(model, len(schema.features), schema.outputs, seed, schema.shape).to(device)
-    # The warm-up starts at a share of `lr`, so that bounds that follow it are known.
-    opt = make_optimizer(optimizer, network, lr)
     x, y = schema.inputs(table).to(device), schema.targets(table).to(device)
     train, test = (torch.from_numpy(parts[name]).to(device) for name in ("train", "test"))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        random = torch.Generator().manual_seed(seed)
+        while True:
+            rows = train[torch.randint(len(train), (batch_size,), generator=random).to(device)]
+            yield x[rows], y[rows]
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss_of(schema.kind, module(batch[0]).flatten(1), batch[1])
+
+    # The warm-up starts at a share of `lr`, so that bounds that follow it are known.
+    opt = make_optimizer(optimizer, network, lr, (batches(), loss))
     steps = -(-len(train) // batch_size)
     total = steps * epochs
     options = {"model": model, "optimizer": optimizer, "lr": lr, "epochs": epochs, "seed": seed, "target": target}

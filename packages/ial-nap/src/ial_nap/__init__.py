@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ial_nap.reports import Moved as Moved
     from ial_nap.reports import Stability as Stability
     from ial_nap.reports import Worth as Worth
+    from ial_nap.reports import certificate as certificate
     from ial_nap.reports import certify as certify
     from ial_nap.reports import faithfulness as faithfulness
     from ial_nap.reports import stability as stability
@@ -94,6 +95,7 @@ __getattr__, __dir__, __all__ = attach(
             "Moved",
             "Stability",
             "Worth",
+            "certificate",
             "certify",
             "faithfulness",
             "stability",
