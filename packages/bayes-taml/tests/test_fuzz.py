@@ -1,0 +1,65 @@
+"""Every reader of this package meets damaged files: it reads them, or refuses them in one line."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bayes_taml.learner import MetaLearner
+from bayes_taml.networks import conv_features
+from bayes_taml.pictures import read_query, read_support
+from shared_core.testing import fuzz, fuzz_file
+
+NETWORK = {"size": 8, "filters": 3, "blocks": 2, "norm": "batch"}
+
+READERS = {}
+
+
+def reader(make):
+    """Name what writes valid files into a folder and returns them with what reads them."""
+    READERS[make.__name__] = make
+    return make
+
+
+@reader
+def learners(folder):
+    made = MetaLearner(conv_features(**NETWORK), "bayesian_taml", input_shape=(1, 8, 8), inner_steps=1, max_shot=3)
+    path = folder / "m.safetensors"
+    made.save(path, network=NETWORK)
+    return [path], functools.partial(MetaLearner.load, path)
+
+
+@reader
+def pictures(folder):
+    files = [folder / "support.npz", folder / "query.npz"]
+    for file in files:
+        np.savez(file, x=np.random.default_rng(0).integers(0, 256, (6, 9, 9)).astype(np.uint8), y=np.arange(6) % 3)
+
+    def read():
+        known = read_support(files[0], 8, 1)
+        return read_query(files[1], 8, 1, known)
+
+    return files, read
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return functools.cache(lambda name: READERS[name](tmp_path_factory.mktemp(name)))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_valid_files_are_read(name, made):
+    made(name)[1]()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", READERS)
+@fuzz(15)
+@given(data=st.data())
+def test_fuzz(name, made, data):
+    files, read = made(name)
+    fuzz_file(data, data.draw(st.sampled_from(files)), read)
