@@ -147,3 +147,27 @@ def test_readme_says_when_not_to_use_it_and_what_is_confirmed(package: Package):
     for target in re.findall(r"\]\((?!http|#|mailto)([^)#]+)", readme(package)):
         assert (package.folder / target).exists(), target
     assert re.search(r"!\[[^\]]+\]\([^)]+\.png\)", readme(package))
+
+
+def test_paper_to_code_names_what_exists_and_the_tutorial_is_run(package: Package):
+    pages = ROOT / "docs" / "packages" / package.name
+    paper = (pages / "paper.md").read_text(encoding="utf-8")
+    assert paper.startswith(f"# {package.name}: paper to code\n")
+    own = package.module().__name__
+    linked = re.findall(rf"\]\[({own}\.[\w.]+)\]", paper)
+    assert linked
+    for name in linked:
+        module, _, thing = name.rpartition(".")
+        assert resolves(module, thing), name
+    tutorial = (pages / "tutorial.md").read_text(encoding="utf-8")
+    ran = re.findall(r'^```python exec="1"', tutorial, re.MULTILINE)
+    assert len(ran) >= 2, "a tutorial is made of code that the site runs"
+
+
+def resolves(module: str, name: str) -> bool:
+    try:
+        return hasattr(import_module(module), name)
+    except ImportError:
+        # A method: the class is an attribute of its module.
+        outer, _, kind = module.rpartition(".")
+        return bool(outer) and hasattr(getattr(import_module(outer), kind, None), name)
