@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from cib_ite.data import NAMES
 from cib_ite.estimator import CIB
 from shared_core.cli import Outcome
 from shared_core.runs import Run, Summary, read_summary
-from shared_core.testing import Caller
+from shared_core.testing import Caller, figures
 
 FAST = ("--members", 2, "--width", 8, "--latent", 2, "--device", "cpu")
 COLUMNS = ("--treatment", "arm", "--outcome", "days", "--exclude", "id")
@@ -330,6 +332,16 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(call, done, home, tr
     assert done("plot", "c", "--out", "pc").artifacts == ["comparison.png"]
 
 
+def test_workers_do_not_change_a_comparison(done, truth):
+    args = ("compare", truth, *COMPARE, "--methods", "ols2,tarnet")
+    one, two = (done(*args, "--workers", n, "--out", f"w{n}") for n in (1, 2))
+    assert {row.method for row in two.results} == {"ols2", "tarnet"}
+    # Their width follows the forest of the overlap, which is small in this process only.
+    others, ours = ([row for row in figures(each) if not row.metric.startswith("ite")] for each in (one, two))
+    assert len(ours) > 20
+    assert ours == others
+
+
 def test_compare_on_the_papers_data(done, data_folder):
     if not (data_folder / "ihdp").is_dir():
         pytest.skip("needs ihdp in the data folder")
@@ -349,7 +361,7 @@ def test_a_group_that_training_never_saw_is_looked_at(done, wrong, home, truth):
     found = done("compare", "shift.npz", "--shift", "near", *args, "--out", "s")
     assert {"auroc", "auroc_rate", "sqrt_pehe_unseen"} <= {row.metric for row in found.results}
     assert found.claims[0].holds
-    assert "no covariate 'far'; there are: " in wrong("compare", "shift.npz", "--shift", "far", *args)
+    assert "no covariate 'far'; " in wrong("compare", "shift.npz", "--shift", "far", *args)
     assert "'x1' is not a 0/1 covariate" in wrong("compare", "shift.npz", "--shift", arrays["feature_names"][0], *args)
 
 
@@ -383,6 +395,35 @@ def test_an_interrupted_fit_resumes_to_the_same_bytes(call, fitted, home, monkey
     assert call("fit", "--resume", "--out", "part").returncode == 0
     for name in ("effects.csv", "model.safetensors", "metrics.jsonl"):
         assert (home / "m" / name).read_bytes() == (home / "part" / name).read_bytes(), name
+
+
+# ---- several processes
+
+
+def torchrun(home: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    script = home / "main.py"
+    script.write_text(
+        "from cib_ite import overlap\nfrom cib_ite.cli import main\n\noverlap._TREES = 25\nmain()\n", encoding="utf-8"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    return subprocess.run(
+        [*command, *map(str, args)], cwd=home, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_two_processes_share_the_members_and_fit_the_same(fitted, home, table):
+    """``torchrun --nproc-per-node=2``: each trains its part of the members, and only one writes."""
+    result = torchrun(home, "fit", "patients.csv", *COLUMNS, *FAST, "--steps", 275, "--out", "two")
+    assert result.returncode == 0, result.stderr
+    one, two = (CIB.load(home / run / "model.safetensors") for run in ("m", "two"))
+    for (name, value), other in zip(one.stack_.named_parameters(), two.stack_.parameters(), strict=True):
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=name)
+    for ours, others in zip(two.history_, one.history_, strict=True):
+        assert ours == pytest.approx(others, rel=1e-4, abs=1e-5)
+    first, second = (pd.read_csv(home / run / "effects.csv") for run in ("m", "two"))
+    pd.testing.assert_frame_equal(first, second, rtol=1e-3, atol=1e-4)
+    assert len((home / "two/metrics.jsonl").read_text().splitlines()) == 11
+    assert len(result.stdout.split("run folder:")) == 2
 
 
 # ---- wrong input
@@ -420,14 +461,14 @@ def test_wrong_tables_say_where(wrong, table, home):
         frame.assign(arm=frame["arm"].where(frame.index != 0))
     )
     assert "column 'id' has 220 different texts" in fit(frame, "--treatment", "arm", "--outcome", "days")
-    assert "no column 'dose'; there are: id, age" in fit(frame, "--treatment", "dose", "--outcome", "days")
+    assert "no column 'dose'; there are id, age" in fit(frame, "--treatment", "dose", "--outcome", "days")
     assert "--outcome is not given" in fit(frame, "--treatment", "arm")
     (home / "wrong.csv").write_text("age,age,arm,days\n1,2,drug,3\n")
     assert "wrong.csv" in wrong("fit", "wrong.csv", *COLUMNS[:4])
     (home / "wrong.csv").write_text("age,arm,days\n")
     assert "the table is empty" in wrong("fit", "wrong.csv", *COLUMNS[:4])
     assert "no-such.csv" in wrong("fit", "no-such.csv", *COLUMNS[:4])
-    assert "no data set 'nonsense'" in wrong("fit", "nonsense")
+    assert "no data set or file 'nonsense'" in wrong("fit", "nonsense")
 
 
 def test_wrong_arrays_say_which(wrong, home, truth):
@@ -477,7 +518,7 @@ def test_wrong_rows_to_predict_and_evaluate_say_where(wrong, fitted, home, table
 def test_wrong_run_folders_say_what_to_give(wrong, fitted, tuned, home):
     assert "none: not a folder; give the run folder of 'cib-ite fit'" in wrong("predict", "none", "patients.csv")
     for command in (("predict", "t", "patients.csv"), ("report", "t"), ("export", "t"), ("evaluate", "t", "diabetes")):
-        assert "t: holds no model.safetensors; give the run folder of a finished 'cib-ite fit'" in wrong(*command)
+        assert "t: has no model.safetensors; give the run folder of 'cib-ite fit'" in wrong(*command)
     assert "give a run folder or its summary" in wrong("plot", "none")
     shutil.copytree(home / "m", home / "damaged")
     (home / "damaged/schema.json").write_text("{")

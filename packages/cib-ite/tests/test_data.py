@@ -484,7 +484,7 @@ def test_draws_of_generated_sets_are_seeds(name):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("nowhere", {}, "no data set and no file 'nowhere'; there are ihdp, twins"),
+        ("nowhere", {}, "no data set or file 'nowhere'; there are ihdp, twins"),
         ("nowhere.csv", {"treatment": "t", "outcome": "y"}, "nowhere.csv: No such file"),
         ("nowhere.npz", {}, "nowhere.npz: No such file"),
         ("diabetes", {"treatment": "t"}, "--treatment is for your own table"),

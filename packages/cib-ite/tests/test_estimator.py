@@ -16,6 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from cib_ite.data import confounded, overlap_failure
 from cib_ite.estimator import CIB, Problem, doubt, fit_many
 from cib_ite.inputs import OverlapWarning, SmallArmWarning, pack
+from shared_core.device import World
 from shared_core.errors import InputError
 
 QUICK = {
@@ -381,6 +382,14 @@ def test_an_interrupted_fit_goes_on_to_the_same_model():
     assert states[0]["step"] == 250
     resumed = CIB(**settings).fit(X, t, y, resume=load_tree(path))
     assert np.array_equal(resumed.effect(X), CIB(**settings).fit(X, t, y).effect(X))
+
+
+def test_processes_that_cannot_share_the_members_are_refused():
+    X, t, y = data()
+    with pytest.raises(InputError, match="3 processes cannot share 2 networks; start 2 at most"):
+        CIB(**QUICK | {"n_members": 2}).fit(X, t, y, world=World(0, 3))
+    with pytest.raises(InputError, match="interrupted with 2 processes and goes on with as many, not with 1"):
+        CIB(**QUICK).fit(X, t, y, resume={"step": 25, "parts": [{}, {}]})
 
 
 # ---- unlabelled rows, weights, gaps, names of arms

@@ -445,7 +445,7 @@ def test_a_group_far_from_all_that_was_seen_is_told_apart(shifted, monkeypatch):
 
 
 def test_shift_needs_a_flag_among_the_covariates(shifted):
-    with pytest.raises(InputError, match="no covariate 'far'; there are: a, b, c, d, near"):
+    with pytest.raises(InputError, match="no covariate 'far'; there are a, b, c, d, near"):
         population_shift(shifted, "far")
     with pytest.raises(InputError, match="'a' is not a 0/1 covariate"):
         population_shift(shifted, "a")

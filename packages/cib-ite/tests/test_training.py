@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -367,6 +371,52 @@ def test_resuming_is_the_same_as_never_stopping(settings):
         finished = again.run()
         close(weights(finished.stack), weights(done.stack), 0)
         assert [c.step for c in finished.history] == [c.step for c in done.history]
+
+
+SHARED = """
+import copy
+from dataclasses import replace
+
+import torch
+from test_training import SMALL, close, member, rows, weights
+
+from cib_ite.training import Trainer, train_shared
+from shared_core.device import process_group, resolve_device
+
+data, settings = rows(), replace(SMALL, steps=400, patience=2, lr=0.02)
+members = [member(data, 0, seed) for seed in range(5)]
+
+
+def trainer(part):
+    return Trainer([data], members[part], settings, binary=False, dtype=torch.float64, first=part.start)
+
+
+with process_group(resolve_device("cpu")) as world:
+    part, checks, states = world.shard(5), [], []
+    keep = {"on_check": checks.append, "on_state": lambda state: states.append(copy.deepcopy(state)), "state_every": 1}
+    found, one = train_shared(trainer(part), world, 5, **keep), trainer(slice(0, 5)).run()
+    close(weights(found.stack), weights(one.stack), 1e-7)
+    assert found.step.tolist() == one.step.tolist()
+    assert [(c.step, c.members, c.alive) for c in found.history] == [(c.step, c.members, c.alive) for c in one.history]
+    assert checks == found.history
+    ends = [[len(own["alive"]) > 0 for own in state["parts"]] for state in states]
+    # One of the two has nothing left to do while the other goes on.
+    assert [True, False] in ends or [False, True] in ends
+    for state in (states[1], states[-2]):
+        again = trainer(part)
+        again.load_state(state["parts"][world.rank])
+        resumed = train_shared(again, world, 5, on_check=lambda check: None)
+        close(weights(resumed.stack), weights(found.stack), 0)
+        assert resumed.history == found.history
+"""
+
+
+def test_processes_that_share_the_members_train_what_one_does_and_go_on_after_an_interruption(tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "shared.py"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_member_that_diverges_is_trained_again_with_smaller_steps_or_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -112,7 +113,7 @@ class DemoConfig(CommandConfig):
     steps: int = Field(300, ge=25, description="most training steps of the networks")
 
 
-@line.command(DemoConfig)
+@line.command(DemoConfig, spread=True)
 def demo(config: DemoConfig, session: Session) -> Outcome:
     """Estimate effects on real covariates with a known outcome surface, and test the uncertainty (under a minute)."""
     from cib_ite.data import embedded
@@ -140,7 +141,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
             advance=lambda note, draws: advance(draws, note=note),
             on_model=keep,
         )
-    # After an interruption the model is no longer at hand.
+    # After an interruption, or where a worker made it, the model is not at hand.
     model = models.get("cib") or fit_method("cib", [tables[0]], [config.seed], tune=False, changes=changes)[0].model
     drawn = ("sqrt_pehe out / sd", "spearman", "withholding 20 %", "cate coverage 90 %")
     shown = [r for r in results if r.metric in ("sqrt_pehe out", *drawn)]
@@ -211,7 +212,7 @@ class CompareConfig(DataOptions):
     test: float = Field(0.1, gt=0, lt=0.9, description="share of rows to test on")
 
 
-@line.command(CompareConfig)
+@line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
     """Compare methods over draws: accuracy, and whether the uncertainty predicts the error."""
     from cib_ite.data import draws as count_draws
@@ -259,22 +260,26 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     return Outcome(results, claims, notes if picked and config.tune else [])
 
 
-def _shift(config: CompareConfig, session: Session, tables: dict[int, EffectTable]) -> Outcome:
+def _shift_cell(table: EffectTable, column: str, seed: int, changes: dict[str, Any]) -> dict[str, float]:
+    import math
+
     from cib_ite.experiments import population_shift
 
+    found = cast("dict[str, float]", population_shift(table, column, seed=seed, **changes))
+    return {name: float(value) for name, value in found.items() if not math.isnan(value)}
+
+
+def _shift(config: CompareConfig, session: Session, tables: dict[int, EffectTable]) -> Outcome:
     changes: dict[str, Any] = {"device": str(session.device)}
     changes |= {} if config.steps is None else {"steps": config.steps}
     changes |= {} if config.members is None else {"n_members": config.members}
-    cells: list[dict[str, float]] = []
+    work = {
+        f"shift/{config.shift}/{draw}": partial(_shift_cell, table, config.shift or "", config.seed + draw, changes)
+        for draw, table in tables.items()
+    }
     with session.progress("shift", len(tables)) as advance:
-        for draw, table in tables.items():
-
-            def compute(table: EffectTable = table, draw: int = draw) -> dict[str, float]:
-                found = population_shift(table, config.shift or "", seed=config.seed + draw, **changes)
-                return {key: float(value) for key, value in found.items() if value == value}  # type: ignore[arg-type]
-
-            cells.append(session.run.once(f"shift/{config.shift}/{draw}", compute))
-            advance(note=f"auroc {cells[-1]['auroc']:.3f}")
+        found = session.run.each(work, lambda _, cell: advance(note=f"auroc {cell['auroc']:.3f}"))
+    cells = list(found.values())
     results: list[Result] = []
     for metric in cells[0]:
         values = [cell[metric] for cell in cells if metric in cell]
@@ -332,6 +337,7 @@ def fit(config: FitConfig, session: Session) -> Outcome:
             on_check=after,
             resume=state,
             on_state=session.run.save_checkpoint,
+            world=session.world,
         )
     model.save(session.run.artifact(_MODEL))
     _keep(session.run, config, found)
@@ -441,15 +447,15 @@ def _open_run(folder: Path) -> tuple[CIB, EffectSchema | None, dict[str, Any]]:
     from cib_ite.estimator import CIB
 
     if not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; give the run folder of 'cib-ite fit' (its --out)")
+        raise InputError(f"{folder}: not a folder; give the run folder of 'cib-ite fit'")
     if not (folder / _MODEL).exists():
-        raise InputError(f"{folder}: holds no {_MODEL}; give the run folder of a finished 'cib-ite fit'")
+        raise InputError(f"{folder}: has no {_MODEL}; give the run folder of 'cib-ite fit'")
     model = CIB.load(folder / _MODEL)
     try:
         schema = json.loads((folder / _SCHEMA).read_text(encoding="utf-8"))
         kept = json.loads((folder / _TABLE).read_text(encoding="utf-8"))
         made = None if schema is None else EffectSchema.from_json(schema)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder}: {_SCHEMA} or {_TABLE} is missing or damaged ({error}); fit again") from error
     return model, made, kept
 

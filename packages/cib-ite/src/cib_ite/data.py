@@ -1047,7 +1047,7 @@ def load(
         return Loaded(_named(name, draw, seed, n, 1.0 if kappa is None else kappa, root))
     path = Path(source)
     if not path.suffix and not path.exists():
-        raise no_such("data set and no file", name, NAMES)
+        raise no_such("data set or file", name, NAMES)
     if (arrays := _cfr_arrays(path)) is not None:
         if given:
             raise InputError(f"{path}: --{given[0]} is for tables; this file says with its arrays what is what")

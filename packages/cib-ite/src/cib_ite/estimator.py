@@ -22,8 +22,9 @@ from cib_ite.inputs import OverlapWarning, Preprocessor, as_outcome, as_treatmen
 from cib_ite.network import CIBStack
 from cib_ite.overlap import Overlap, fit_overlap
 from cib_ite.settings import PRESETS, Independence, Likelihood, Settings
-from cib_ite.training import HYPERPARAMETERS, Check, Member, Rows, Trained, Trainer
-from shared_core.errors import InputError
+from cib_ite.training import HYPERPARAMETERS, Check, Member, Rows, Trained, Trainer, train_shared
+from shared_core.device import World, resolve_device
+from shared_core.errors import DAMAGE, InputError, no_such
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -309,7 +310,7 @@ class CIB(TransformerMixin, BaseEstimator):
         True
         """
         if name not in PRESETS:
-            raise InputError(f"no preset '{name}'; there are: {', '.join(PRESETS)}")
+            raise no_such("preset", name, PRESETS)
         return cls(**{**PRESETS[name], **changes})
 
     # ---- fitting
@@ -325,6 +326,7 @@ class CIB(TransformerMixin, BaseEstimator):
         on_check: Callable[[Check], None] | None = None,
         resume: Mapping[str, Any] | None = None,
         on_state: Callable[[dict[str, Any]], None] | None = None,
+        world: World | None = None,
     ) -> CIB:
         """Learn from observed treatments and outcomes.
 
@@ -338,6 +340,8 @@ class CIB(TransformerMixin, BaseEstimator):
         on_check : called after each validation
         resume : a state that `on_state` was given, to go on from
         on_state : called now and then with everything needed to resume
+        world : processes that train together, from :func:`shared_core.device.process_group`: each trains its part of
+            the members, and all end with the same model
 
         Raises
         ------
@@ -345,7 +349,7 @@ class CIB(TransformerMixin, BaseEstimator):
             With one line that says what is wrong with which argument.
         """
         problem = Problem(X, treatment, y, X_unlabeled, sample_weight)
-        fit_many([self], [problem], on_check=on_check, resume=resume, on_state=on_state)
+        fit_many([self], [problem], on_check=on_check, resume=resume, on_state=on_state, world=world)
         return self
 
     def _settings(self) -> Settings:
@@ -965,7 +969,7 @@ class CIB(TransformerMixin, BaseEstimator):
             )
             stack.load_state_dict(weights)
             made.stack_ = stack.requires_grad_(False)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except DAMAGE as error:
             raise InputError(f"{path} was written by another version of cib-ite, or it is damaged ({error})") from error
         return made
 
@@ -996,6 +1000,7 @@ def fit_many(
     resume: Mapping[str, Any] | None = None,
     on_state: Callable[[dict[str, Any]], None] | None = None,
     state_every: int = 10,
+    world: World | None = None,
 ) -> list[CIB]:
     """Fit several estimators, each to its own data, as one batched program.
 
@@ -1010,6 +1015,7 @@ def fit_many(
     resume : a state that `on_state` was given
     on_state : called with everything needed to resume, every `state_every` validations
     state_every : see `on_state`
+    world : processes that share the members, as in :meth:`CIB.fit`
 
     Examples
     --------
@@ -1020,8 +1026,6 @@ def fit_many(
     >>> bool(second.ate(X) > first.ate(X))
     True
     """
-    from shared_core.device import resolve_device
-
     if len(estimators) != len(problems) or not estimators:
         raise InputError(f"fit_many: {len(estimators)} estimators for {len(problems)} problems; need one for each")
     settings = [estimator._settings() for estimator in estimators]  # pyright: ignore[reportPrivateUsage]
@@ -1042,18 +1046,27 @@ def fit_many(
     device = resolve_device(estimators[0].device)
     # A stack's options must hold for its members with the largest weight of each term.
     largest = {name: max(getattr(s, name) for s in settings) for name in common}
-    trainer = Trainer(data, members, replace(settings[0], **largest), binary=binary == {"binary"}, device=device)
+    world = world or World()
+    if world.size > len(members):
+        raise InputError(f"{world.size} processes cannot share {len(members)} networks; start {len(members)} at most")
+    part = world.shard(len(members))
+    how: dict[str, Any] = {"binary": binary == {"binary"}, "device": device, "first": part.start}
+    trainer = Trainer(data, members[part], replace(settings[0], **largest), **how)
     if resume is not None:
-        trainer.load_state(resume)
+        trainer.load_state(_part_of_state(resume, world))
 
     def after(check: Check) -> None:
         if on_check is not None:
             on_check(check)
-        if on_state is not None and (check.step // settings[0].eval_every) % state_every == 0:
+        if world.size == 1 and on_state is not None and (check.step // settings[0].eval_every) % state_every == 0:
             on_state(trainer.state())
 
-    trainer.on_check = after
-    trained = trainer.run()
+    if world.size > 1:
+        more: dict[str, Any] = {"on_check": after, "on_state": on_state, "state_every": state_every}
+        trained = train_shared(trainer, world, len(members), **more)
+    else:
+        trainer.on_check = after
+        trained = trainer.run()
     first = 0
     for place, estimator in enumerate(estimators):
         own = [member for member in members if member.data == place]
@@ -1061,6 +1074,15 @@ def fit_many(
         estimator._finish(stack, settings[place], own, trained, first)  # pyright: ignore[reportPrivateUsage]
         first += len(own)
     return list(estimators)
+
+
+def _part_of_state(state: Mapping[str, Any], world: World) -> Mapping[str, Any]:
+    parts = state.get("parts", [state])
+    if len(parts) != world.size:
+        raise InputError(
+            f"training was interrupted with {len(parts)} processes and goes on with as many, not with {world.size}"
+        )
+    return parts[world.rank]
 
 
 def _history(checks: Sequence[Check], members: range) -> list[dict[str, float]]:

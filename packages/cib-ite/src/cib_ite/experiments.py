@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypedDict, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from cib_ite.overlap import auc
 from cib_ite.settings import PRESETS
 from cib_ite.training import HYPERPARAMETERS
 from shared_core.device import one_thread
-from shared_core.errors import InputError, UnknownKeyError
+from shared_core.errors import InputError, no_such
 from shared_core.runs import Claim, Result, Run, summarize
 
 __all__ = [
@@ -124,7 +125,7 @@ def make_method(name: str, seed: int, **setting: Any) -> Any:
         return CLASSICAL[name](seed).set_params(**setting)
     if name in EXTERNAL:
         return EXTERNAL[name](seed).set_params(**setting)
-    raise UnknownKeyError(f"no method '{name}'; there are: {', '.join(METHODS)}")
+    raise no_such("method", name, METHODS)
 
 
 def _quietly(fit: Callable[[], Any]) -> Any:
@@ -409,7 +410,7 @@ def compare(
     changes : parameters of all networks to change
     fractions : of training, validation and test rows; methods are fitted to the first two and divide them as they like
     advance : called with a note and a number of draws after each piece
-    on_model : called with method, draw and fitted model, where it was not taken from an earlier, interrupted run
+    on_model : called with method, draw and fitted model, where it was made in this process and run
 
     Returns
     -------
@@ -419,36 +420,52 @@ def compare(
         make_method(method, 0)
     draws = sorted(tables)
     parts = {draw: split(tables[draw], seed=seed + draw, fractions=fractions) for draw in draws}
-    cells: dict[str, dict[int, Cell]] = {method: {} for method in methods}
+    pieces: dict[str, tuple[str, list[int]]] = {}
+    work: dict[str, Callable[[], list[Cell]]] = {}
     for start in range(0, len(draws), _CHUNK):
         chunk = draws[start : start + _CHUNK]
         for method in methods:
-
-            def compute(method: str = method, chunk: list[int] = chunk) -> list[Cell]:
-                fitted = [
-                    tables[d].rows(np.concatenate([parts[d].train, parts[d].validation])) for d in chunk
-                ]  # fmt: skip
-                seeds = [seed + d for d in chunk]
-                settled = fit_method(method, fitted, seeds, tune=tune, changes=changes)
-                if on_model is not None:
-                    for d, s in zip(chunk, settled, strict=True):
-                        on_model(method, d, s.model)
-                return [
-                    {
-                        "metrics": measure(s.model, tables[d], parts[d], probe=probe),
-                        "setting": s.setting,
-                        "seconds": s.seconds,
-                    }
-                    for d, s in zip(chunk, settled, strict=True)
-                ]
-
             key = f"{name}/{method}/{chunk}/{tune}/{probe}/{sorted(changes.items())}"
-            for draw, cell in zip(chunk, run.once(key, compute), strict=True):
-                cells[method][draw] = cell
-            done = [cells[method][d]["metrics"] for d in chunk]
-            metric = next(iter(done[0]))
-            advance(f"{method}: {metric} {np.mean([m[metric] for m in done]):.3f}", len(chunk))
+            pieces[key] = method, chunk
+            of_chunk = {d: (tables[d], parts[d]) for d in chunk}
+            work[key] = partial(_cells, method, of_chunk, seed, tune, probe, changes, on_model)
+
+    def tell(key: str, found: list[Cell]) -> None:
+        method, chunk = pieces[key]
+        metric = next(iter(found[0]["metrics"]))
+        mean = np.mean([cell["metrics"][metric] for cell in found])
+        advance(f"{method}: {metric} {mean:.3f}", len(chunk))
+
+    cells: dict[str, dict[int, Cell]] = {method: {} for method in methods}
+    for key, found in run.each(work, tell).items():
+        method, chunk = pieces[key]
+        cells[method].update(zip(chunk, found, strict=True))
     return _rows(name, cells), paired(name, cells), cells
+
+
+def _cells(
+    method: str,
+    draws: Mapping[int, tuple[EffectTable, Split]],
+    seed: int,
+    tune: bool,
+    probe: bool,
+    changes: Mapping[str, Any],
+    on_model: Callable[[str, int, Any], None] | None,
+) -> list[Cell]:
+    """Fit a method to some draws together, and measure it on each."""
+    fitted = [table.rows(np.concatenate([parts.train, parts.validation])) for table, parts in draws.values()]
+    settled = fit_method(method, fitted, [seed + draw for draw in draws], tune=tune, changes=changes)
+    if on_model is not None:
+        for draw, each in zip(draws, settled, strict=True):
+            on_model(method, draw, each.model)
+    return [
+        {
+            "metrics": measure(each.model, table, parts, probe=probe),
+            "setting": each.setting,
+            "seconds": each.seconds,
+        }
+        for (table, parts), each in zip(draws.values(), settled, strict=True)
+    ]
 
 
 def _rows(name: str, cells: Mapping[str, Mapping[int, Cell]]) -> list[Result]:
@@ -540,7 +557,7 @@ def population_shift(table: EffectTable, column: str, *, seed: int = 0, **change
     AUROC with which the uncertainty, and the rate, tell the unseen group; means, deferred shares and errors of both.
     """
     if column not in table.feature_names:
-        raise InputError(f"no covariate '{column}'; there are: {', '.join(table.feature_names)}")
+        raise no_such("covariate", column, table.feature_names)
     place = table.feature_names.index(column)
     group = table.x[:, place]
     if set(np.unique(group)) != {0.0, 1.0}:

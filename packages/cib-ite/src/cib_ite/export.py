@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cib_ite.estimator import CIB
-from shared_core.errors import InputError
+from shared_core.errors import InputError, not_installed
 from shared_core.runs import atomic_path
 
 __all__ = ["EffectModule", "export_model"]
@@ -149,7 +149,7 @@ def export_model(
             try:
                 import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingImports]
             except ImportError as error:
-                raise InputError("export to ONNX needs onnx and onnxscript; pip install 'cib-ite[onnx]'") from error
+                raise not_installed("export to ONNX", "onnxscript", "cib-ite[onnx]") from error
             program = torch.onnx.export(
                 module,
                 (example,),

@@ -2,14 +2,14 @@
 
 A member is trained exactly as it would be alone: its weights, batches and noise depend on its own seed only. Batches
 are stratified by arm, and laid out treated rows first, so that each outcome head sees a slice. Members that stopped
-early leave the stack.
+early leave the stack. Several processes each train a part of the members, and all end with all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +19,27 @@ from torch import Tensor, nn
 from cib_ite import closed_form, losses
 from cib_ite.network import CIBStack
 from cib_ite.settings import Settings
+from shared_core.device import World
 from shared_core.errors import InputError
 
-__all__ = ["HYPERPARAMETERS", "Check", "Member", "Rows", "Trained", "Trainer", "TrainingDiverged", "Weights"]
+__all__ = [
+    "HYPERPARAMETERS",
+    "Check",
+    "Member",
+    "Rows",
+    "Trained",
+    "Trainer",
+    "TrainingDiverged",
+    "Weights",
+    "train_shared",
+]
 
 HYPERPARAMETERS = ("beta", "gamma", "lam", "head_l2", "trunk_l2")
 _POOL = 1 << 20
 _RETRIES = 3
 
 Weights = dict[str, Tensor]
+_Value = TypeVar("_Value")
 
 
 class _Adam:
@@ -185,6 +197,7 @@ class Trainer:
     binary : the outcome is 0/1 and heads give logits
     device, dtype : where and in which precision
     on_check : called after each validation
+    first : what to call the first member in messages, where these are a part of all
     """
 
     def __init__(
@@ -197,11 +210,12 @@ class Trainer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         on_check: Callable[[Check], None] | None = None,
+        first: int = 0,
     ) -> None:
         if len({rows.x.shape[1] for rows in data}) != 1:
             raise InputError("data sets that train together must have the same covariates")
         self.data, self.members, self.settings, self.binary = list(data), list(members), settings, binary
-        self.device, self.dtype, self.on_check = torch.device(device), dtype, on_check
+        self.device, self.dtype, self.on_check, self.first = torch.device(device), dtype, on_check, first
         self.stack = CIBStack(data[0].x.shape[1], settings, seeds=[m.seed for m in members]).to(self.device, dtype)
         self.step, self.history = 0, list[Check]()
         self._alive = np.arange(len(members))
@@ -755,13 +769,18 @@ class Trainer:
         if diverged:
             member, (step, term) = next(iter(diverged.items()))
             raise TrainingDiverged(
-                f"member {member}: the term '{term}' is not finite at step {step}, even with the step size {lr:g};"
-                " look for extreme values in X and y, or lower lr"
+                f"member {self.first + member}: the term '{term}' is not finite at step {step}, even with the step size"
+                f" {lr:g}; look for extreme values in X and y, or lower lr"
             )
+
+    @property
+    def going(self) -> bool:
+        """Whether there is a step left, and a member to take it."""
+        return self.step < self.settings.steps and len(self._alive) > 0
 
     def _loop(self) -> None:
         s = self.settings
-        while self.step < s.steps and len(self._alive):
+        while self.going:
             index, offsets, unlabeled = self._chunk()
             terms: dict[str, Tensor] = {}
             for inner in range(min(s.eval_every, s.steps - self.step)):
@@ -771,7 +790,7 @@ class Trainer:
     # ---- interruption
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on later, as plain values and tensors."""
+        """Everything needed to go on later, as plain values and tensors on the CPU."""
         return {
             "step": self.step,
             "alive": self._alive,
@@ -779,9 +798,9 @@ class Trainer:
             "best_step": self._best_step,
             "stale": self._stale,
             "diverged": {g: list(where) for g, where in self._diverged.items()},
-            "best": self._best,
-            "weights": {name: p.detach().contiguous() for name, p in self.stack.named_parameters()},
-            "moments": {name: [moment.contiguous() for moment in pair] for name, pair in self._moments().items()},
+            "best": {name: value.cpu() for name, value in self._best.items()},
+            "weights": {name: p.detach().cpu().contiguous() for name, p in self.stack.named_parameters()},
+            "moments": {name: [moment.cpu().contiguous() for moment in pair] for name, pair in self._moments().items()},
             "optimizers": [[optimizer.lr, optimizer.steps] for optimizer in self._optimizers],
             "history": [
                 [c.step, list(c.members), list(c.validation), {k: list(v) for k, v in c.terms.items()}, c.alive]
@@ -794,10 +813,12 @@ class Trainer:
         alive = np.asarray(state["alive"])
         if len(alive) < len(self._alive):
             self._shrink(alive)
-        named = dict(self.stack.named_parameters())
-        for name, value in state["weights"].items():
-            named[name].data.copy_(value)
-        self._set_moments(state["moments"])
+        # Without a member left, training is over, and the stack is the one that the last of them were in.
+        if len(alive):
+            named = dict(self.stack.named_parameters())
+            for name, value in state["weights"].items():
+                named[name].data.copy_(value)
+            self._set_moments(state["moments"])
         for optimizer, (lr, steps) in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.lr, optimizer.steps = float(lr), int(steps)
         self.step = int(state["step"])
@@ -810,6 +831,96 @@ class Trainer:
                   {k: tuple(v) for k, v in terms.items()}, count)
             for step, members, validation, terms, count in state["history"]
         ]  # fmt: skip
+
+
+def train_shared(
+    trainer: Trainer,
+    world: World,
+    count: int,
+    *,
+    on_check: Callable[[Check], None],
+    on_state: Callable[[dict[str, Any]], None] | None = None,
+    state_every: int = 10,
+) -> Trained:
+    """Train this process's part of the members while the others train theirs, and give every process all of them.
+
+    Parameters
+    ----------
+    trainer : of the members ``world.shard(count)``
+    world : the processes
+    count : members of all
+    on_check : called in every process after each validation of any, with the members of all
+    on_state : called in every process with the states of all parts, every `state_every` validations
+    state_every : see `on_state`
+
+    Raises
+    ------
+    TrainingDiverged
+        In every process, when a member of any has met a loss that is not finite.
+    """
+    starts = [World(rank, world.size).shard(count).start for rank in range(world.size)]
+    going = any(_gathered(world, trainer.going))
+
+    def meet(own: Check | None) -> None:
+        nonlocal going
+        found = _gathered(world, (own, trainer.going))
+        going = any(still for _, still in found)
+        check = _joined([(start, part) for start, (part, _) in zip(starts, found, strict=True) if part is not None])
+        on_check(check)
+        if on_state is not None and (check.step // trainer.settings.eval_every) % state_every == 0:
+            on_state({"step": check.step, "parts": _gathered(world, trainer.state())})
+
+    trainer.on_check = meet
+    own: tuple[Weights, np.ndarray, np.ndarray, list[Check]] | TrainingDiverged
+    try:
+        trained = trainer.run()
+        weights = {name: p.detach().cpu() for name, p in trained.stack.named_parameters()}
+        own = weights, trained.loss, trained.step, trained.history
+    except TrainingDiverged as error:
+        own = error
+    while going:
+        meet(None)
+    parts: list[tuple[Weights, np.ndarray, np.ndarray, list[Check]]] = []
+    for part in _gathered(world, own):
+        if isinstance(part, TrainingDiverged):
+            raise part
+        parts.append(part)
+    size = parts[0][0]["encoder.weights.0"].shape[1]
+    stack = CIBStack(size, trainer.settings, seeds=[0] * count).requires_grad_(False)
+    for name, parameter in stack.named_parameters():
+        parameter.copy_(torch.cat([weights[name] for weights, _, _, _ in parts]))
+    by_step: dict[int, list[tuple[int, Check]]] = {}
+    for start, (_, _, _, history) in zip(starts, parts, strict=True):
+        for check in history:
+            by_step.setdefault(check.step, []).append((start, check))
+    return Trained(
+        stack.to(trainer.device, trainer.dtype),
+        np.concatenate([loss for _, loss, _, _ in parts]),
+        np.concatenate([step for _, _, step, _ in parts]),
+        [_joined(by_step[step]) for step in sorted(by_step)],
+    )
+
+
+def _joined(parts: Sequence[tuple[int, Check]]) -> Check:
+    """Join the checks of parts of the members, each with the number of its first, into one of all."""
+    checks = [check for _, check in parts]
+    return Check(
+        checks[0].step,
+        checks[0].steps,
+        tuple(start + member for start, check in parts for member in check.members),
+        tuple(value for check in checks for value in check.validation),
+        {name: tuple(value for check in checks for value in check.terms[name]) for name in checks[0].terms},
+        sum(check.alive for check in checks),
+    )
+
+
+def _gathered(world: World, value: _Value) -> list[_Value]:
+    """Give every process the values of all, in the order of their ranks."""
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, value)
+    return found
 
 
 def dropout_masks(net: CIBStack, rows: int, rate: float, *, seed: int, kind: str) -> list[Tensor | None]:

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import StratifiedKFold
 
 from cib_ite.baselines.classical import EffectEstimator, LogisticPropensity, Outcome
-from shared_core.errors import InputError
+from shared_core.errors import InputError, not_installed
 
 __all__ = ["BCF", "CEVAE", "EXTERNAL", "CausalForest"]
 
@@ -38,9 +38,7 @@ def _import(module: str, *, method: str, extra: str) -> Any:
         # A package that is there and lacks one of its own is broken, not absent.
         if error.name is None or error.name.partition(".")[0] != root:
             raise
-        raise InputError(
-            f"{method} needs the package {root!r}, which is not installed; pip install 'cib-ite[{extra}]'"
-        ) from error
+        raise not_installed(method, root, f"cib-ite[{extra}]") from error
 
 
 @contextmanager
