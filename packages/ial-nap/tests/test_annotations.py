@@ -156,7 +156,7 @@ def test_masks_of_what_is_not_known():
     log = [Annotation("pid-17", 1, "LDL", 0)]
     with pytest.raises(UnknownKeyError, match="no instance 'pid-17'; did you mean 'pid-71'"):
         masks(log, ["pid-71"], 2, ["LDL"])
-    with pytest.raises(UnknownKeyError, match="feature 'LDL' is not known; did you mean 'LDL-C'"):
+    with pytest.raises(UnknownKeyError, match="no feature 'LDL'; did you mean 'LDL-C'"):
         masks(log, ["pid-17"], 2, ["LDL-C"])
     with pytest.raises(InputError, match="there are 1 steps"):
         masks(log, ["pid-17"], 1, ["LDL"])

@@ -353,7 +353,7 @@ def _open(model: Path, device: object) -> _Opened:
             facts = json.loads(beside.read_text(encoding="utf-8"))
             DataOptions.model_validate({name: facts[name] for name in facts if name in DataOptions.model_fields})
             _ = facts["data"], facts["classes"], facts["groups"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{beside}: is damaged ({' '.join(str(error).split())[:200]}); fit again") from error
     return _Opened(estimator, facts, path)
 
@@ -522,7 +522,7 @@ def _queued(path: Path) -> list[str]:
         names = [row["instance"] for row in rows]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; give the queue.json of 'ial-nap rank'") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: is not what 'ial-nap rank' writes ({error!r})") from None
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: names no instance; give the queue.json of 'ial-nap rank'")
@@ -539,7 +539,7 @@ def _log_of_store(path: Path) -> list[Annotation]:
             (text,) = file.execute("SELECT value FROM meta WHERE key = 'described'").fetchone()
         described = json.loads(text)
         features, steps, units = described["features"], int(described["steps"]), described["units"]
-    except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+    except (sqlite3.Error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: is not a store of verdicts ({' '.join(str(error).split())})") from None
     with AnnotationStore(path, features, steps, units=units, read_only=True) as store:
         return store.log()
@@ -1359,7 +1359,7 @@ def _read_rounds(source: Path) -> tuple[dict[str, list[list[Round]]], dict[str, 
         return {name: [_as_rounds(run) for run in runs] for name, runs in found["rounds"].items()}, facts
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; give the run folder of 'ial-nap simulate'") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: is not what 'ial-nap simulate' writes ({error!r})") from None
 
 

@@ -220,7 +220,7 @@ def tuned(
     *,
     trained: Trained | None = None,
 ) -> Setting:
-    """Choose the numbers a method's learning depends on by the validation series; each method has as many tries.
+    """Choose the numbers a method's learning depends on by the validation series; each method has as many trials.
 
     "aila" and "rrr" have the weight of their penalty, then the learning rate of their steps; "random-ua" and
     "ial-nap-finetuned" the learning rate. Others have none, and their setting is returned as it is. A try is the whole
@@ -246,10 +246,10 @@ def tuned(
     Raises
     ------
     InputError
-        For an unknown method, a setting without a round, or fewer than 1 or more than 9 tries.
+        For an unknown method, a setting without a round, or fewer than 1 or more than 9 trials.
     """
     if not 1 <= trials <= len(_RATES):
-        raise InputError(f"tries must be within 1 and {len(_RATES)}, got {trials}")
+        raise InputError(f"trials must be within 1 and {len(_RATES)}, got {trials}")
     if method in ("aila", "rrr"):
         pairs = [(weight, rate) for rate in _RATES[:3] for weight in _WEIGHTS][:trials]
     elif method in ("random-ua", "ial-nap-finetuned"):

@@ -195,7 +195,7 @@ class AnnotationStore:
             with closing(sqlite3.connect(path)) as file:
                 (text,) = file.execute("SELECT value FROM meta WHERE key = 'described'").fetchone()
                 found = json.loads(text)
-        except (sqlite3.Error, TypeError, ValueError):
+        except (sqlite3.Error, TypeError, ValueError, RecursionError):
             raise InputError(f"{path}: is no store of verdicts; give another file") from None
         return tuple(found["features"]), int(found["steps"]), tuple(found["units"])
 
