@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ial_nap.annotations import Annotation, read_jsonl, to_jsonl
 from ial_nap.data import load_data
 from shared_core.testing import fuzz, fuzz_file
 
@@ -47,6 +48,14 @@ def released(folder):
     path = folder / "a.pkl"
     path.write_bytes(pickle.dumps(content, 4))
     return [path], functools.partial(load_data, path)
+
+
+@reader
+def verdicts(folder):
+    path = folder / "v.jsonl"
+    log = [Annotation("p", 0, "LDL", 1, annotator="a"), Annotation("p", 1, "HDL", 0, annotator="b")]
+    path.write_text(to_jsonl(log), encoding="utf-8")
+    return [path], lambda: (read_jsonl(path, skip_bad=True), read_jsonl(path))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shared_core.testing import fuzz, fuzz_file
+from srq_dropbits.config import QuantConfig
+from srq_dropbits.deploy import convert
 from srq_dropbits.models import load_weights
+from srq_dropbits.packing import inspect_packed, load_packed, save_packed
+from srq_dropbits.qat import prepare
+from srq_dropbits.saving import load, read_config, save
 from srq_dropbits.userdata import load_images_or_table
 
 READERS = {}
@@ -37,6 +42,30 @@ def weights(folder):
     model = nn.Linear(3, 2)
     torch.save(model.state_dict(), folder / "w.pt")
     return [folder / "w.pt"], lambda: load_weights(nn.Linear(3, 2), folder / "w.pt")
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+@reader
+def quantized(folder):
+    path = folder / "q.safetensors"
+    x = torch.zeros(1, 3)
+    save(prepare(network(), QuantConfig(act_bits=None), x), path)
+    return [path], lambda: (
+        read_config(path),
+        load(path, network(), x),
+    )
+
+
+@reader
+def packed(folder):
+    path = folder / "p.safetensors"
+    x = torch.zeros(1, 3)
+    model = prepare(network(), QuantConfig(act_bits=None), x)
+    save_packed(convert(model.eval()), path)
+    return [path], lambda: (inspect_packed(path), load_packed(path))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from torch import nn
 
 from shared_core.testing import fuzz, fuzz_file
 from stamp._files import read_weights, save_weights
+from stamp.generator import MaskGenerator
 from stamp.groups import trace
+from stamp.latency import LatencyTable, LayerTable
 from stamp.networks import smallconv
 from stamp.plan import PrunePlan
 from stamp.sources import read_examples
@@ -50,6 +52,24 @@ def plans(folder):
     path = folder / "plan.json"
     PrunePlan(keep, groups, "l1", {"macs": 0.3}, {"macs": 0.29}).save(path)
     return [path], lambda: PrunePlan.load(path).apply(smallconv(6, 1, channels=(6, 8), seed=2))
+
+
+@reader
+def generators(folder):
+    groups = trace(smallconv(6, 1, channels=(6, 8), seed=2).eval(), torch.rand(4, 1, 8, 8))
+    path = folder / "g.safetensors"
+    MaskGenerator(groups, head="mlp").save(path)
+    return [path], lambda: MaskGenerator.load(path, groups)
+
+
+@reader
+def latencies(folder):
+    zeros, ones = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    layer = LayerTable((1, 3), (1, 4), ((0.1, 0.2), (0.3, 0.4)))
+    table = LatencyTable(("g",), (4,), ("layer",), (0,), (layer,), zeros, zeros, ones, ones, 0 * ones, 2.0)
+    path = folder / "l.json"
+    path.write_text(table.to_json(), encoding="utf-8")
+    return [path], lambda: LatencyTable.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
 
 @pytest.fixture(scope="module")

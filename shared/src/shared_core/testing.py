@@ -391,6 +391,8 @@ def _damaged_zip(draw: DrawFn, data: bytes) -> bytes:
 
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
+    if not members:
+        return data
     name = draw(strategies.sampled_from(sorted(members)))
     match draw(strategies.integers(0, 9)):
         case 0:

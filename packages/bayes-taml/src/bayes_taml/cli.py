@@ -337,7 +337,7 @@ def _open(run: Path) -> tuple[MetaLearner, dict[str, Any]]:
             raise InputError(f"{run}: has no {name}; give the run folder of 'bayes-taml train'")
     try:
         facts: dict[str, Any] = json.loads((run / _FACTS).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{run / _FACTS}: is not JSON ({error})") from error
     return MetaLearner.load(run / _MODEL), facts
 
@@ -733,7 +733,7 @@ def _draw_sizes(run: Path, methods: Sequence[str], path: Path) -> None:
         cells: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
         first = next(iter(next(iter(next(iter(cells.values())).values()))["tests"]))
         bins = {m: pooled_bins(cell["tests"][first] for cell in by.values()) for m, by in cells.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         raise InputError(f"{kept}: is not what compare writes ({error!r})") from error
     if unknown := [name for name in methods if name not in bins]:
         raise no_such("method", unknown[0], bins, where=str(run))
@@ -746,7 +746,7 @@ def _history(run: Path) -> list[Any]:
 
     try:
         entries = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{run / 'metrics.jsonl'}: is not JSON ({error})") from error
     entries = [entry for entry in entries if "loss" in entry]
     values = [{k: math.nan if v is None else v for k, v in entry.items()} for entry in entries]

@@ -24,7 +24,7 @@ from bayes_taml.networks import Groups, Modulated, Pass, conv_features, mlp_feat
 from bayes_taml.posterior import Latents, Posterior
 from bayes_taml.ragged import EmptyClassError, NeedTwoClassesError, Tasks, without_padding
 from shared_core.device import World
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 
 __all__ = [
     "CheckpointError",
@@ -1140,7 +1140,7 @@ class MetaLearner:
                         )
                     leaves[name].copy_(value)
             made.range = None if tree["range"] is None else (float(tree["range"][0]), float(tree["range"][1]))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except DAMAGE as error:
             if isinstance(error, InputError):
                 raise
             raise CheckpointError(

@@ -444,7 +444,7 @@ def _opened(run: Path, device: str, *, with_tasks: bool = True) -> tuple[Federat
         facts: dict[str, Any] = json.loads((run / _FACTS).read_text(encoding="utf-8"))
         settings = FedAPCConfig(**facts["settings"])
         tasks = Path(facts["tasks"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{run / _FACTS}: is damaged ({str(error).splitlines()[0]})") from error
     files = read_tasks(tasks)
     federation = _federation(facts, files, settings, device)

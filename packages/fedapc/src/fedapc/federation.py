@@ -27,7 +27,8 @@ from fedapc.roles import Coordinator, Participant
 from fedapc.server import Server
 from fedapc.tasks import Task
 from shared_core.device import resolve_device
-from shared_core.errors import InputError, no_such
+from shared_core.errors import DAMAGE, InputError, no_such
+from shared_core.objects import one_line
 from shared_core.runs import Run, load_tree, save_tree
 
 __all__ = ["FedAPC", "Federation", "Progress", "training_of"]
@@ -248,16 +249,21 @@ class Federation:
         found = load_tree(path)
         if not isinstance(found, dict) or found.get("kind") != _KIND:
             raise InputError(f"{path}: is no saved federation; give a file that Federation.save wrote")
-        self.method, self.seed = found["method"], found["seed"]
-        self.config = FedAPCConfig(**found["config"])
-        names = {name: list(tasks[name]) if tasks else [] for name in found["tasks"]}
-        clients, server = self._make(names, found["counts"])
-        server.load_state(found["server"])
-        for client in clients:
-            client.load_state(found["clients"][client.name])
+        try:
+            self.method, self.seed = found["method"], found["seed"]
+            self.config = FedAPCConfig(**found["config"])
+            names = {name: list(tasks[name]) if tasks else [] for name in found["tasks"]}
+            clients, server = self._make(names, found["counts"])
+            server.load_state(found["server"])
+            for client in clients:
+                client.load_state(found["clients"][client.name])
+            self._tasks = {name: tuple(kept) for name, kept in found["tasks"].items()}
+        except InputError:
+            raise
+        except DAMAGE as error:
+            raise InputError(f"{path}: is damaged, or of another release ({one_line(error)})") from error
         self._clients = {client.name: client for client in clients}
         self._server = server
-        self._tasks = {name: tuple(kept) for name, kept in found["tasks"].items()}
 
     @classmethod
     def open(cls, path: str | Path, body: nn.Module | Mapping[str, nn.Module], **options: Any) -> Federation:

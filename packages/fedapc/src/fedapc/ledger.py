@@ -167,7 +167,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 def _entry(line: str, number: int) -> Entry:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"ledger line {number}: no JSON: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"ledger line {number}: expected an object of the fields of an entry")

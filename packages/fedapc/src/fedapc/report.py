@@ -170,6 +170,8 @@ class Report:
             raise InputError(f"{file}: byte {error.start} is not UTF-8 text; it is damaged") from error
         except json.JSONDecodeError as error:
             raise InputError(f"{file}: line {error.lineno} is no JSON ({error.msg}); it is damaged") from error
+        except RecursionError as error:
+            raise InputError(f"{file}: is nested too deeply; it is damaged") from error
         try:
             attentions: dict[tuple[str, int], Attention] = {}
             for row in found["attention"]:

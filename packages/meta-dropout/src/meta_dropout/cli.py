@@ -316,7 +316,7 @@ def _open(run: Path) -> tuple[MetaLearner, dict[str, Any]]:
             raise InputError(f"{run}: has no {name}; give the run folder of 'meta-dropout train'")
     try:
         facts: dict[str, Any] = json.loads((run / _FACTS).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{run / _FACTS}: is not JSON ({error})") from error
     return MetaLearner.load(run / _MODEL), facts
 

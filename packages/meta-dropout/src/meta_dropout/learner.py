@@ -24,7 +24,7 @@ from meta_dropout.methods import METHODS, Method, find_method
 from meta_dropout.passes import Pass
 from meta_dropout.perturb import Perturbed, require_finite
 from shared_core.device import World
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 
 __all__ = ["Evaluation", "LabelError", "MetaLearner", "Prediction", "Source", "Step", "TaskModel"]
 
@@ -891,7 +891,7 @@ class MetaLearner:
                 elif leaves[key].shape != value.shape:
                     raise ValueError(f"{key} has shape {tuple(value.shape)}, the module's {tuple(leaves[key].shape)}")
                 leaves[key].data.copy_(value)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except DAMAGE as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(

@@ -141,7 +141,7 @@ def load_model(folder: str | Path) -> TableModel | AutoRecRecommender:
         return AutoRecRecommender.load(inside)
     try:
         schema = TableSchema.from_json(json.loads((inside / _SCHEMA).read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{inside / _SCHEMA}: is damaged ({error}); fit the model again") from error
     kind = SNRegressor if schema.classes is None else SNClassifier
     return TableModel(schema, kind.load(inside))

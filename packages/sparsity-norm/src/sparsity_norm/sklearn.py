@@ -27,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from shared_core.device import resolve_device
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 from shared_core.objects import one_line
 from shared_core.runs import atomic_path, load_tree, write_json
 from sparsity_norm._csr import tensor_of
@@ -730,7 +730,7 @@ class _SNEstimator(BaseEstimator):
             raise InputError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
         except InputError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (SafetensorError, *DAMAGE) as error:
             raise InputError(f"{folder} holds no saved {cls.__name__}, or a damaged one ({one_line(error)})") from error
         estimator.network_.eval()
         return estimator

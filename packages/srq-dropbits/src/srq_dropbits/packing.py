@@ -379,7 +379,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         )
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackedFormatError(f"{path}: not a safetensors file: its header is no JSON ({error})") from error
     if not isinstance(header, dict):
         raise PackedFormatError(f"{path}: not a safetensors file: its header is no JSON object")
@@ -395,7 +395,7 @@ def _read_about(path: Path, metadata: Any) -> dict[str, Any]:
         )
     try:
         about = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackedFormatError(f"{path}: the metadata's '{FORMAT}' is no JSON ({error}); write it again") from error
     for key, expected in (("format", FORMAT), ("version", VERSION)):
         found = about.get(key) if isinstance(about, dict) else None
@@ -438,6 +438,8 @@ def _rows(
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             width = _DTYPE_BYTES[dtype]
             expected = width * math.prod(shape)
+            if any(type(value) is not int or value < 0 for value in (*shape, begin, end)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise PackedFormatError(f"{path}: tensor '{name}': no dtype, shape and data_offsets: {entry}") from None
         if end - begin != expected:

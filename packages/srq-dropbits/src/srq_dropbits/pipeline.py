@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_core.device import World
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 from shared_core.runs import Run, atomic_path, write_json
 from srq_dropbits.config import QuantConfig
 from srq_dropbits.diagnose import WeightDiagnosis, weight_diagnosis
@@ -259,7 +259,9 @@ def load_run(folder: str | Path) -> TrainedRun:
         config = QuantConfig(**about["config"])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; give a run folder of 'train'") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except DAMAGE as error:
         raise InputError(f"{path} is damaged ({error}); train anew") from error
     plain = build(recipe.arch, inputs.shape, len(inputs.class_names), recipe.seed)
     model = load(folder / _MODEL, plain)
@@ -274,7 +276,11 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     folder : run folder
     """
     path = Path(folder) / _HISTORY
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return [dict(record) for record in found]
+    except DAMAGE as error:
+        raise InputError(f"{path} is damaged ({error}); train anew") from error
 
 
 Part = Literal["test", "validation", "all"]

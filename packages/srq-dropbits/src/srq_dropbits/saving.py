@@ -190,7 +190,7 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise PackedFormatError(f"{path}: expected '{FORMAT}' in the header's metadata, found {found}{hint}")
     try:
         about = json.loads(metadata[FORMAT])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackedFormatError(f"{path}: damaged: the metadata's '{FORMAT}' is no JSON ({error})") from error
     for key, expected in (("format", FORMAT), ("version", VERSION)):
         found = about.get(key) if isinstance(about, dict) else None

@@ -106,7 +106,7 @@ class _Facts:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
             shape, names = tuple(map(int, found.pop("input_shape"))), tuple(map(str, found.pop("class_names")))
             return _Facts(input_shape=shape, class_names=names, **found)
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
             raise InputError(
                 f"{path}: is not what stamp writes ({_short(error)}); name the network by --model"
             ) from error
@@ -1386,7 +1386,7 @@ def _overlaps(plans: Mapping[str, PrunePlan]) -> list[list[float]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise InputError(f"{path}: is not what stamp writes ({_short(error)})") from error
 
 
@@ -1414,7 +1414,7 @@ def _history(run: Path) -> list[Any]:
         ]  # fmt: skip
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: is not of a 'stamp meta-fit' ({_short(error)})") from error
 
 

@@ -362,7 +362,7 @@ class MaskGenerator(nn.Module):
         try:
             about: dict[str, Any] = json.loads(header.get("stamp.generator", "{}"))
             version = about.get("version")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise GeneratorError(f"{path}: its settings cannot be read; the file is damaged") from None
         if version != _VERSION:
             raise GeneratorError(f"{path}: holds tensors, but no generator of this version of stamp")

@@ -279,7 +279,7 @@ class LatencyTable:
                 int(found["threads"]),
                 str(found["dtype"]),
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise TableError(
                 f"this is no table of latencies ({type(error).__name__}: {error}); write one with LatencyTable.to_json"
             ) from error
