@@ -677,7 +677,7 @@ def test_nodes_are_told_which_clients_there_are(apps):
     for node, why in (
         ({"partition-id": 2}, "there are 2 clients"),
         ({}, "there are 2 clients"),
-        ({"client": "z"}, "client 'z' of the node"),
+        ({"client": "z"}, "the node's client: no client 'z'; there are "),
         ({"tasks": "/nowhere/tasks.toml", "client": "z"}, "/nowhere/tasks.toml"),
     ):
         found = strategy(absence=2.0)
