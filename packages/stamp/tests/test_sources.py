@@ -412,8 +412,8 @@ def test_what_is_wrong_with_files(tmp_path):
     np.savez(tmp_path / "p.npz", x=np.array([{}], dtype=object), y=Y)
     (tmp_path / "empty").mkdir()
     for name, words in (
-        ("a.npz", "not a whole NPZ"), ("a.exe", "cannot tell"), ("a.npy", "one array"), ("p.npz", "holds Python objects"),
-        ("empty", "no classes of images"),
+        ("a.npz", "not a whole NPZ"), ("a.exe", "cannot tell"), ("a.npy", "one array"),
+        ("p.npz", "holds Python objects"), ("empty", "no classes of images"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words) as caught:
             read_examples(tmp_path / name)

@@ -66,8 +66,8 @@ def spectral_mean_field(
     b : (n,) or (models, n) fields
     diagonal : ``sdp`` (the method), ``none`` (d = 0), ``shift`` (d = λ_max), ``tap``, or a (models, n + 1) tensor
         (n with `tilt`). All but ``sdp`` are for study: with them estimates are tens of nats off at strong coupling.
-    engine : how each one-dimensional expectation is computed, see :func:`spectral_mf.rank_one.log_expectation`; ``dp`` with
-        ``q=0.001`` is what the paper's code does
+    engine : how each one-dimensional expectation is computed, see :func:`spectral_mf.rank_one.log_expectation`; ``dp``
+        with ``q=0.001`` is what the paper's code does
     tilt : keep the fields in the product measure in place of a further spin (ours, not the paper's): exact for
         independent spins, and for spins that their fields pin
     q : grid step of ``engine="dp"``
