@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import lzma
+import re
 import struct
 import tarfile
 import tokenize
@@ -40,7 +41,7 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         """Return the message on one line: what files put into it can neither break it nor steer a terminal."""
-        message = " ".join(map(str, self.args))
+        message = re.sub(r"\s*[\r\n]+\s*", " ", " ".join(map(str, self.args)))
         if message.isprintable():
             return message
         return "".join(
