@@ -21,7 +21,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from shared_core.device import resolve_device
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 from shared_core.objects import one_line
 from sparsity_norm.autorec import AutoRec, AutoRecTrainer, EpochReport, SparseRows
 from sparsity_norm.autorec import Path as TrainingPath
@@ -771,5 +771,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise InputError(f"{path}: it is not a safetensors file, or it is damaged ({error})") from error

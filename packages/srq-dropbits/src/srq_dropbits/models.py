@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shared_core.errors import InputError, UnknownKeyError, no_such
+from shared_core.errors import DAMAGE, InputError, UnknownKeyError, no_such
 from shared_core.objects import load_function, one_line
 
 __all__ = [
@@ -502,7 +501,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} is damaged, or holds more than tensors, which could run code; save model.state_dict() instead"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise InputError(f"{path}: not a readable {path.suffix} file ({one_line(error)}); is it damaged?") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

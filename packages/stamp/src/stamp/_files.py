@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 from shared_core.objects import one_line
 from shared_core.runs import atomic_path
 from stamp.structure import Attribute, Group, Slot
@@ -132,5 +132,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except OSError as error:
         raise PlanError(f"{path}: cannot be read ({error.strerror or error}); give what save_weights wrote") from error
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise PlanError(f"{path}: is no safetensors file, or it is damaged ({one_line(error)})") from error

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float64, Num
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from shared_core.errors import InputError
+from shared_core.errors import DAMAGE, InputError
 from stamp.counting import macs
 from stamp.layer_times import LayerTable, Sides, calls_of, measured
 from stamp.selection import BudgetError, Cost, select
@@ -279,7 +279,7 @@ class LatencyTable:
                 int(found["threads"]),
                 str(found["dtype"]),
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        except DAMAGE as error:
             raise TableError(
                 f"this is no table of latencies ({type(error).__name__}: {error}); write one with LatencyTable.to_json"
             ) from error
