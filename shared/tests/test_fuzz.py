@@ -21,6 +21,7 @@ from scipy.io import savemat
 from shared_core.classes import load_classes
 from shared_core.cli import _read_config
 from shared_core.data import load, read_ratings
+from shared_core.errors import InputError
 from shared_core.runs import Result, Run, load_tree, read_summary, save_tree
 from shared_core.tables import TableSchema, read_sparse, read_table
 from shared_core.testing import fuzz, fuzz_file
@@ -268,3 +269,10 @@ def test_valid_files_are_read(name, made):
 def test_fuzz(name, made, data):
     files, read = made(name)
     fuzz_file(data, data.draw(st.sampled_from(files)), read)
+
+
+def test_a_configuration_nested_too_deeply_is_refused(tmp_path):
+    path = tmp_path / "deep.toml"
+    path.write_text("x = " + "[" * 5000)
+    with pytest.raises(InputError, match="not valid TOML"):
+        _read_config(path, {}, "fit")

@@ -436,7 +436,7 @@ def _read_config(file: Path, commands: Mapping[str, object], command: str) -> di
         raise InputError(f"--config {file}: {error.strerror or error}; give a readable TOML file") from error
     except UnicodeDecodeError as error:
         raise InputError(f"--config {file}: byte {error.start} is not UTF-8 text; give a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"--config {file}: not valid TOML: {error}") from error
     # One file may hold a table for each command, as the bare --print-config prints them.
     if settings and all(isinstance(value, dict) and key in commands for key, value in settings.items()):

@@ -252,7 +252,7 @@ def _entries(path: Path) -> _Entries:
         raise InputError(f"{path}: {error.strerror or error}; check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text; save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     try:
         entries = _Entries.model_validate(content)
