@@ -65,29 +65,32 @@ _Value = TypeVar("_Value")
 class Store(TypingProtocol):
     """Does pieces of work, or has others do them, and keeps each: :class:`shared_core.runs.Run`."""
 
-    @property
-    def spreads(self) -> bool:
-        """Whether pieces are done elsewhere, several at a time."""
-        ...
-
     def each(
-        self, work: Mapping[str, Callable[[], _Value]], told: Callable[[str, _Value], None] = ...
+        self, work: Mapping[str, Callable[[], _Value]], told: Callable[[str, _Value], None] | None = None
     ) -> dict[str, _Value]:
         """Return the values of pieces of work that do not need each other, and tell of each."""
         ...
 
+    def spread_parts(self, parts: Mapping[str, Callable[[Any], object]], told: Callable[[str], None] = ...) -> None:
+        """Have parts done elsewhere, each with a store that it asks for its pieces, and keep these; or do nothing."""
+        ...
+
 
 class _Unstored:
-    spreads = False
-
     def each(
-        self, work: Mapping[str, Callable[[], _Value]], told: Callable[[str, _Value], None] = lambda _key, _value: None
+        self, work: Mapping[str, Callable[[], _Value]], told: Callable[[str, _Value], None] | None = None
     ) -> dict[str, _Value]:
         found: dict[str, _Value] = {}
         for key, compute in work.items():
             found[key] = compute()
-            told(key, found[key])
+            if told is not None:
+                told(key, found[key])
         return found
+
+    def spread_parts(
+        self, parts: Mapping[str, Callable[[Any], object]], told: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Do nothing."""
 
 
 UNSTORED: Store = _Unstored()
@@ -283,15 +286,26 @@ def by_seed(
     -------
     Values by seed, in the order of the pieces.
     """
-    if not store.spreads:
-        return {seed: list(store.each(work(seed), _telling(advance)).values()) for seed in seeds}
-    whole = {f"seed {seed}": lambda seed=seed: [compute() for compute in work(seed).values()] for seed in seeds}
-    pieces = len(work(seeds[0])) if seeds else 1
-    return dict(zip(seeds, store.each(whole, _telling(advance, pieces)).values(), strict=True))
+    ahead = set[str]()
+
+    def told(part: str) -> None:
+        ahead.add(part)
+        if advance is not None:
+            advance(part, len(work(seeds[0])))
+
+    store.spread_parts({f"seed {seed}": partial(_do_seed, seed=seed, work=work) for seed in seeds}, told)
+    return {
+        seed: list(store.each(work(seed), None if f"seed {seed}" in ahead else _telling(advance)).values())
+        for seed in seeds
+    }
 
 
-def _telling(advance: Callable[[str, float], None] | None, weight: int = 1) -> Callable[[str, Any], None]:
-    return lambda key, _: None if advance is None else advance(key, weight)
+def _do_seed(store: Store, *, seed: int, work: Callable[[int], Mapping[str, Callable[[], Any]]]) -> None:
+    store.each(work(seed))
+
+
+def _telling(advance: Callable[[str, float], None] | None) -> Callable[[str, Any], None]:
+    return lambda key, _: None if advance is None else advance(key, 1)
 
 
 # ---- E2: verdicts correct a model that trusts a shortcut
