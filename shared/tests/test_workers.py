@@ -73,6 +73,15 @@ def test_they_run_in_processes_of_their_own():
     assert os.getpid() not in dict(Workers(2).each({"a": os.getpid, "b": os.getpid})).values()
 
 
+def test_they_work_where_they_are_asked_to(tmp_path, monkeypatch):
+    """Processes of an earlier call, which began in another folder, are used again."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        found = dict(Workers(2).each({str(k): lambda: str(Path.cwd()) for k in range(3)}))
+        assert set(found.values()) == {str(tmp_path / name)}
+
+
 def test_an_exception_of_one_ends_all():
     with pytest.raises(InputError, match="row 7"):
         dict(Workers(2).each({str(k): (lambda k=k: piece(k, True)) for k in range(4)}))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from shared_core.errors import InputError
@@ -77,7 +80,9 @@ class Workers:
 
         count = min(self.count or os.cpu_count() or 1, len(work))
         options: dict[str, Any] = {"backend": "loky", "return_as": "generator_unordered", "batch_size": 1}
-        found: Any = Parallel(n_jobs=count, **options)(delayed(_do)(key, function) for key, function in work.items())
+        here = _Here(os.getpid(), str(Path.cwd()))
+        with _starting():
+            found: Any = Parallel(n_jobs=count, **options)(delayed(here.do)(*each) for each in work.items())
         try:
             yield from cast("Iterator[tuple[str, _Value]]", found)
         finally:
@@ -100,6 +105,34 @@ class Workers:
                     cause = getattr(error, "cause", None)
                     raise cause if isinstance(cause, Exception) else error from None
                 yield from found
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Where work comes from: a worker may have been started long ago, from another folder."""
+
+    process: int
+    folder: str
+
+    def do(self, key: str, function: Callable[[], _Value]) -> tuple[str, _Value]:
+        if os.getpid() != self.process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            with suppress(OSError):
+                os.chdir(self.folder)
+        return _do(key, function)
+
+
+@contextmanager
+def _starting() -> Generator[None]:
+    """Let processes that start meanwhile not hear Ctrl-C, which a terminal sends to all: they are ended from here."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if heard is None else heard)
 
 
 def _do(key: str, function: Callable[[], _Value]) -> tuple[str, _Value]:
