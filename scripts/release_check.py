@@ -162,7 +162,7 @@ def main() -> None:
         if wrong:
             raise SystemExit("\n".join(wrong))
         print("metadata, licences and contents are in order")
-        run(asked.tools / "twine", "check", "--strict", *sorted(path for path in dist.iterdir() if path.is_file()))
+        run(asked.tools / "twine", "check", "--strict", *(dist / name for name in sorted(first)))
         print("descriptions render")
         sbom = dist / "sbom"
         sbom.mkdir()
