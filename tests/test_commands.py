@@ -10,12 +10,13 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
-from contract import Package
+from contract import ROOT, Package
 from shared_core.cli import CommandConfig
-from shared_core.runs import Run, Summary
+from shared_core.runs import Run, Summary, read_summary
 
 COMMON = ["--config", "--device", "--json", "--out", "--overwrite", "--print-config", "--quiet", "--resume", "--seed"]
 
@@ -43,6 +44,28 @@ def test_help_of_everything(package: Package, call):
             assert option in shown.stdout, (command, option)
         for name, info in config.model_fields.items():
             assert info.description, f"{command}: {name} has no description"
+
+
+def chosen_among(annotation: object) -> set[str]:
+    """Return the words of every ``Literal`` in an annotation."""
+    if get_origin(annotation) is Literal:
+        return {value for value in get_args(annotation) if isinstance(value, str)}
+    return set().union(*map(chosen_among, get_args(annotation)))
+
+
+def test_words_on_command_lines_and_in_results_are_hyphenated(package: Package):
+    """Settings of a method keep the names of Python's arguments: ``block-adam:update_interval=5``."""
+    for command, config in package.line().configs.items():
+        for name, info in config.model_fields.items():
+            given = info.default if isinstance(info.default, tuple) else (info.default,)
+            words = chosen_among(info.annotation) | {word for word in given if isinstance(word, str)}
+            for word in words:
+                assert "_" not in word.partition(":")[0], f"{command}: {name} {word}"
+    for file in sorted((ROOT / "docs/results" / package.name).glob("*.json")):
+        assert "_" not in file.stem
+        for row in read_summary(file).results:
+            for text in (row.dataset, row.method.partition(":")[0], row.metric):
+                assert "_" not in text, f"{file.name}: {text}"
 
 
 def test_version_everywhere(package: Package, call):

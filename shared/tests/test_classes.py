@@ -221,7 +221,7 @@ class TestNamedSets:
         for split, ways in (("train", 4), ("val", 2), ("test", 3)):
             np.save(tmp_path / "mini-imagenet" / f"{split}.npy", np.zeros((ways, 2, 16, 16, 3), np.uint8))
         monkeypatch.setenv("SHARED_CORE_DATA", str(tmp_path))
-        assert [load_classes("mini_imagenet", split=split, size=16).ways for split in (*SPLITS, "all")] == [4, 2, 3, 9]
+        assert [load_classes("mini-imagenet", split=split, size=16).ways for split in (*SPLITS, "all")] == [4, 2, 3, 9]
         assert load_classes("mini-imagenet", split="validation").class_names == ("validation/0", "validation/1")
 
     def test_says_what_is_missing_or_unknown(self, tmp_path, monkeypatch, unchecked):

@@ -225,7 +225,7 @@ def test_registered_set(site, tmp_path, monkeypatch):
     assert len(load("ml-100k", root=tmp_path)) == 2
     assert len(site.requests) == 1
     fails("cannot be fetched: it needs no files", fetch, "digits", root=tmp_path)
-    fails("cannot be fetched: its publisher asks for a visit", fetch, "mini_imagenet", root=tmp_path)
+    fails("cannot be fetched: its publisher asks for a visit", fetch, "mini-imagenet", root=tmp_path)
 
 
 def tar_of(*members: tuple[str, bytes, bytes]) -> bytes:

@@ -96,7 +96,7 @@ def test_truncated_gz(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"), [("mnist", "MNIST/raw"), ("fashion_mnist", "fashion-mnist"), ("kmnist", "kmnist")]
+    ("name", "folder"), [("mnist", "MNIST/raw"), ("fashion-mnist", "fashion-mnist"), ("kmnist", "kmnist")]
 )
 @pytest.mark.parametrize("pack", [lambda content: content, gzip.compress])
 def test_idx_sets(tmp_path, pixels, name, folder, pack):
@@ -388,15 +388,15 @@ class Test_MiniImagenet:
         images = pixels.integers(0, 256, (2, 3, 84, 84, 3), np.uint8)
         (tmp_path / "miniImagenet").mkdir()
         np.save(tmp_path / "miniImagenet/val.npy", images)
-        data = load("mini_imagenet", root=tmp_path, split="validation", expect=ImageData)
+        data = load("mini-imagenet", root=tmp_path, split="validation", expect=ImageData)
         np.testing.assert_array_equal(data.images.reshape(images.shape), images)
         assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
-        assert load("mini_imagenet", root=tmp_path, split="validation", expect=ImageData, size=42).images.shape[1:] == (
+        assert load("mini-imagenet", root=tmp_path, split="validation", expect=ImageData, size=42).images.shape[1:] == (
             42,
             42,
             3,
         )
-        fails("no train.npy or train.csv", "mini_imagenet", tmp_path)
+        fails("no train.npy or train.csv", "mini-imagenet", tmp_path)
 
     def test_list_and_images(self, tmp_path, pixels):
         folder = tmp_path / "mini-imagenet"
@@ -405,9 +405,9 @@ class Test_MiniImagenet:
         for number, (name, _) in enumerate(rows):
             Image.new("RGB", (84 + number, 90), (40 * number, 10, 200)).save(folder / "images" / name, quality=95)
         (folder / "train.csv").write_text("filename,label\n" + "".join(f"{name},{label}\n" for name, label in rows))
-        data = load("mini_imagenet", root=tmp_path, expect=ImageData)
+        data = load("mini-imagenet", root=tmp_path, expect=ImageData)
         assert data.images.shape == (3, 84, 84, 3)
         assert (data.class_names, data.labels.tolist()) == (("n1", "n2"), [1, 0, 0])
         np.testing.assert_allclose(data.images.mean((1, 2)), [[0, 10, 200], [40, 10, 200], [80, 10, 200]], atol=4)
         (folder / "images/n01b.jpg").unlink()
-        fails("no image n01b.jpg, which .*train.csv names", "mini_imagenet", tmp_path)
+        fails("no image n01b.jpg, which .*train.csv names", "mini-imagenet", tmp_path)

@@ -85,7 +85,7 @@ def test_every_entry_is_complete():
 
 
 @pytest.mark.parametrize(
-    ("alias", "name"), [("ml-100k", "movielens-100k"), ("CIFAR-10", "cifar10"), ("MiniImageNet", "mini_imagenet")]
+    ("alias", "name"), [("ml-100k", "movielens-100k"), ("CIFAR-10", "cifar10"), ("MiniImageNet", "mini-imagenet")]
 )
 def test_other_spellings(alias, name):
     assert registry.entry_of(alias).name == name
@@ -259,7 +259,7 @@ class Test_Commands:
             ("path", "digits"),
             ("verify", "nothing"),
             ("fetch", "glyphs"),
-            ("fetch", "mini_imagenet"),
+            ("fetch", "mini-imagenet"),
             ("fetch", "ftp://x/y"),
         ],
     )

@@ -25,7 +25,7 @@ def fails(expected: str, name: str, root, **options) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["breast_cancer", "wine", "diabetes"])
+@pytest.mark.parametrize("name", ["breast-cancer", "wine", "diabetes"])
 def test_embedded_tables(name):
     data = load(name, expect=TableData)
     x, y = getattr(datasets, f"load_{name}")(return_X_y=True)

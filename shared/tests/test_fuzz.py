@@ -90,7 +90,7 @@ def mini_imagenet(folder):
     path = folder / "mini-imagenet/train.npy"
     path.parent.mkdir()
     np.save(path, RANDOM.random((2, 3, 9, 9, 3)))
-    return [path], functools.partial(load, "mini_imagenet", root=folder, size=5)
+    return [path], functools.partial(load, "mini-imagenet", root=folder, size=5)
 
 
 @reader

@@ -198,7 +198,7 @@ def own_steps(size: int, filters: int, most: int, tasks: Tasks) -> dict[str, Cal
         seeds = list(range(len(tasks)))
         return lambda: learner.meta_step(tasks, seeds)
 
-    return {"Meta-SGD": step("metasgd"), "Bayesian TAML": step("bayesian_taml")}
+    return {"Meta-SGD": step("metasgd"), "Bayesian TAML": step("bayesian-taml")}
 
 
 def agreement(made: Callable[[Tasks], Mapping[str, Callable[[], Gradients]]], size: int, most: int) -> float:

@@ -182,7 +182,7 @@ def test_fine_tuning_keeps_the_precision_of_the_network():
 
 
 def test_methods_are_what_their_names_say():
-    assert METHODS["bayesian_taml"].balance == ("omega", "gamma", "z")
+    assert METHODS["bayesian-taml"].balance == ("omega", "gamma", "z")
     assert not METHODS["metasgd"].balance
     assert find_method("maml").alpha == "scalar"
     with pytest.raises(UnknownKeyError, match="no method 'taml'; did you mean"):

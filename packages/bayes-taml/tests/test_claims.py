@@ -20,7 +20,7 @@ pytestmark = pytest.mark.claims
 # The step size that both methods choose on validation classes (`make reproduce PACKAGE=bayes-taml`).
 PROTOCOL = Protocol(steps=250, inner_lr=0.033)
 SEEDS = (0,)
-OURS = "deterministic_taml"
+OURS = "deterministic-taml"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -97,7 +97,7 @@ def test_training_on_a_folder_leaves_a_learner(trained, home):
     assert set(trained.artifacts) == {"model.safetensors", "learner.json", "history.png"}
     (row,) = trained.results
     assert (row.method, row.metric, row.unit, row.dataset) == (
-        "bayesian_taml", "accuracy", "%", "own, validation classes"
+        "bayesian-taml", "accuracy", "%", "own, validation classes"
     )  # fmt: skip
     lines = [json.loads(text) for text in (home / "m/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in lines] == [1, 2, 3, 4]
@@ -280,7 +280,7 @@ def test_workers_do_not_change_a_comparison(done):
 
 
 def test_comparisons_with_trials_modes_and_other_domains(done, home):
-    options = ("--methods", "pixels,metasgd,naive_taml,bayesian_taml", "--modes", "class,task", "--others", "other")
+    options = ("--methods", "pixels,metasgd,naive-taml,bayesian-taml", "--modes", "class,task", "--others", "other")
     found = done("compare", "own", *TASK, *options, "--seeds", 2, "--tune", "--trials", 2, "--out", "c")
     assert {row.dataset for row in found.results} == {
         "own (class 1-4 shots)", "own (task 1-4 shots)", "other (out of distribution)"
@@ -288,8 +288,8 @@ def test_comparisons_with_trials_modes_and_other_domains(done, home):
     assert len(found.claims) == 9
     assert set(found.artifacts) == {"comparison.png", "sizes.png", "reliability.png", "cells.json"}
     cells = json.loads((home / "c/cells.json").read_text())
-    assert set(cells) == {"pixels", "metasgd", "naive_taml", "bayesian_taml"}
-    assert cells["naive_taml"]["0"]["setting"] == cells["bayesian_taml"]["0"]["setting"] != {}
+    assert set(cells) == {"pixels", "metasgd", "naive-taml", "bayesian-taml"}
+    assert cells["naive-taml"]["0"]["setting"] == cells["bayesian-taml"]["0"]["setting"] != {}
     assert done("plot", "c", "--out", "pc").artifacts == ["comparison.png"]
     some = ("--kind", "sizes", "--methods", "metasgd")
     assert done("plot", "c", *some, "--out", "ps").artifacts == ["sizes.png"]

@@ -74,13 +74,13 @@ def test_all_methods_are_tested_on_the_same_episodes_of_every_test_set(splits, t
 
     monkeypatch.setattr(experiments.MetaLearner, "evaluate", spy)
     results, claims, cells = compare(
-        run(tmp_path), splits, methods=(PIXELS, "metasgd", "bayesian_taml"), seeds=(0, 1), protocol=PROTOCOL
+        run(tmp_path), splits, methods=(PIXELS, "metasgd", "bayesian-taml"), seeds=(0, 1), protocol=PROTOCOL
     )
     assert len(seen["metasgd"]) == 4
-    assert all(torch.equal(a, b) for a, b in zip(seen["metasgd"], seen["bayesian_taml"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen["metasgd"], seen["bayesian-taml"], strict=True))
     assert not torch.equal(seen["metasgd"][0], seen["metasgd"][2])
     assert {r.dataset for r in results} == {IN, OUT}
-    assert {r.method for r in results if r.metric == "accuracy"} == {PIXELS, "metasgd", "bayesian_taml"}
+    assert {r.method for r in results if r.metric == "accuracy"} == {PIXELS, "metasgd", "bayesian-taml"}
     assert {r.metric for r in results if r.method == PIXELS} == {
         "accuracy", "accuracy at 1-3 shots", "accuracy at 4-5 shots"
     }  # fmt: skip
@@ -107,14 +107,14 @@ def test_methods_that_differ_at_test_time_alone_share_a_training(splits, tmp_pat
         return original(learner, *values, **options)
 
     monkeypatch.setattr(experiments, "train", count)
-    both = ("naive_taml", "bayesian_taml")
+    both = ("naive-taml", "bayesian-taml")
     results, _, cells = compare(run(tmp_path / "a"), splits, methods=both, seeds=(0,), protocol=PROTOCOL)
-    assert trained == ["bayesian_taml"]
+    assert trained == ["bayesian-taml"]
     assert [r.method for r in results if r.metric == "accuracy" and r.dataset == IN] == list(both)
     naive, mine = (cells[name][0]["tests"][IN] for name in both)
     assert naive["nll"] != mine["nll"]
-    _, _, alone = compare(run(tmp_path / "b"), splits, methods=("naive_taml",), seeds=(0,), protocol=PROTOCOL)
-    assert alone["naive_taml"][0]["tests"] == cells["naive_taml"][0]["tests"]
+    _, _, alone = compare(run(tmp_path / "b"), splits, methods=("naive-taml",), seeds=(0,), protocol=PROTOCOL)
+    assert alone["naive-taml"][0]["tests"] == cells["naive-taml"][0]["tests"]
 
 
 def test_paired_differences_are_over_episodes_of_each_test_set():
@@ -122,7 +122,7 @@ def test_paired_differences_are_over_episodes_of_each_test_set():
         return {"tests": {"a": {"accuracy": one}, "b": {"accuracy": two}}}
 
     cells = {
-        "bayesian_taml": {0: cell([0.9, 0.8], [0.5, 0.5]), 1: cell([0.7, 0.6], [0.4, 0.2])},
+        "bayesian-taml": {0: cell([0.9, 0.8], [0.5, 0.5]), 1: cell([0.7, 0.6], [0.4, 0.2])},
         "maml": {0: cell([0.8, 0.8], [0.4, 0.4]), 1: cell([0.6, 0.4], [0.3, 0.1])},
     }
     first, second = paired(cells)
@@ -193,7 +193,7 @@ def test_settings_are_chosen_once_and_used_under_every_seed(splits, tmp_path, mo
 
 def test_a_protocol_reaches_the_learner():
     protocol = replace(PROTOCOL, net_norm="film", norm="support", pooling=("mean", "n"))
-    learner = make_learner("bayesian_taml", protocol, 1, setting={"inner_lr": 0.3, "outer_lr": 1.0})
+    learner = make_learner("bayesian-taml", protocol, 1, setting={"inner_lr": 0.3, "outer_lr": 1.0})
     assert (learner.inner_lr, learner.plan.steps, learner.test_steps, learner.samples) == (0.3, 2, 2, 2)
     assert (learner.max_shot, learner.pooling, learner.plan.statistics) == (5, ("mean", "n"), "support")
     assert learner.model.gains == ("conv1.norm.weight", "conv2.norm.weight")
@@ -214,7 +214,7 @@ def test_training_keeps_what_is_best_on_validation_classes(splits):
 
 def test_names_seeds_and_tasks_are_checked_before_anything_is_trained(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "train", None)
-    with pytest.raises(UnknownKeyError, match="no method 'noise'; there are pixels, bayesian_taml"):
+    with pytest.raises(UnknownKeyError, match="no method 'noise'; there are pixels, bayesian-taml"):
         compare(run(tmp_path), splits, methods=("noise",), seeds=(0,), protocol=PROTOCOL)
     with pytest.raises(InputError, match="need at least one"):
         compare(run(tmp_path), splits, methods=("maml",), seeds=(), protocol=PROTOCOL)
@@ -277,13 +277,13 @@ def test_what_is_kept_of_seeds_gives_the_bins_and_the_reliability_of_all_episode
 
 
 def test_balanced_tasks_reach_beyond_the_shots_of_training(splits):
-    learners = {name: make_learner(name, PROTOCOL, 1) for name in ("metasgd", "gamma_taml")}
+    learners = {name: make_learner(name, PROTOCOL, 1) for name in ("metasgd", "gamma-taml")}
     done: list[int] = []
     found = shots_study(learners, splits.test, PROTOCOL, counts=(1, 9), episodes=4, on_batch=done.append)
     assert done[-1] == 16
     for by_count in found.values():
         assert {n: np.unique(each.counts).tolist() for n, each in by_count.items()} == {1: [1], 9: [9]}
-    np.testing.assert_array_equal(found["metasgd"][9].labels, found["gamma_taml"][9].labels)
+    np.testing.assert_array_equal(found["metasgd"][9].labels, found["gamma-taml"][9].labels)
     with pytest.raises(TooFewItemsError, match="class '3-0' has 12 images; 10 shots and 3 queries need 13"):
         shots_study(learners, splits.test, PROTOCOL, counts=(10,))
 

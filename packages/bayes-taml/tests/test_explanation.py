@@ -40,7 +40,7 @@ def smooth() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), BatchStatistics(5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def learner(method="bayesian_taml", net=None, **options) -> MetaLearner:
+def learner(method="bayesian-taml", net=None, **options) -> MetaLearner:
     plain = {"input_shape": (4,), "inner_lr": 0.2, "test_steps": 3, "max_shot": 5}
     made = MetaLearner(smooth() if net is None else net, method, **{**plain, **options})
     random = torch.Generator().manual_seed(2)
@@ -138,7 +138,7 @@ def test_the_way_is_that_of_gradient_steps():
 def test_the_pull_is_weighted():
     """In the first step from a zero head a class's pull is in proportion to its weight in the loss."""
     x, y = data()
-    even, inverse = explain(learner("maml"), x, y, steps=1), explain(learner("metasgd_inverse"), x, y, steps=1)
+    even, inverse = explain(learner("maml"), x, y, steps=1), explain(learner("metasgd-inverse"), x, y, steps=1)
     ratio = inverse.pull / even.pull * [1, 4, 2]
     np.testing.assert_allclose(ratio, ratio[0])
     np.testing.assert_allclose(inverse.omega, np.array([1, 1 / 4, 1 / 2]) / 1.75)
@@ -146,7 +146,7 @@ def test_the_pull_is_weighted():
 
 
 def test_the_rule_for_steps_is_told():
-    made, (x, y) = learner("gamma_rule"), data()
+    made, (x, y) = learner("gamma-rule"), data()
     with torch.no_grad():
         made.log_kappa.fill_(np.log(3.0))
     np.testing.assert_allclose(explain(made, x, y).gamma, 7 / 10)
@@ -205,7 +205,7 @@ class Three:
         return Tasks.collate(made, 3)
 
 
-@pytest.mark.parametrize("method", ["bayesian_taml", "metasgd", "omega_taml", "gamma_rule"])
+@pytest.mark.parametrize("method", ["bayesian-taml", "metasgd", "omega-taml", "gamma-rule"])
 def test_a_table_has_an_entry_for_each_class_of_each_task(method):
     made = learner(method)
     table = balance_table(made, Three(), tasks=7, batch=3)

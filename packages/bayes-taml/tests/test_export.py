@@ -14,8 +14,8 @@ from bayes_taml.networks import conv_features
 @pytest.mark.parametrize(
     ("method", "norm", "statistics"),
     [
-        ("bayesian_taml", "batch", "support"),
-        ("bayesian_taml", "film", "batch"),
+        ("bayesian-taml", "batch", "support"),
+        ("bayesian-taml", "film", "batch"),
         ("protonet", "group", "support"),
     ],
 )

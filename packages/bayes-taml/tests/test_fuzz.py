@@ -27,7 +27,7 @@ def reader(make):
 
 @reader
 def learners(folder):
-    made = MetaLearner(conv_features(**NETWORK), "bayesian_taml", input_shape=(1, 8, 8), inner_steps=1, max_shot=3)
+    made = MetaLearner(conv_features(**NETWORK), "bayesian-taml", input_shape=(1, 8, 8), inner_steps=1, max_shot=3)
     path = folder / "m.safetensors"
     made.save(path, network=NETWORK)
     return [path], functools.partial(MetaLearner.load, path)

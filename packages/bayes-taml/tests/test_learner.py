@@ -64,13 +64,13 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def learner(method="bayesian_taml", backbone=None, **options) -> MetaLearner:
+def learner(method="bayesian-taml", backbone=None, **options) -> MetaLearner:
     plain = {"input_shape": (4,), "inner_lr": 0.1, "inner_steps": 2, "test_steps": 3, "samples": 3, "max_shot": 5}
     backbone = mlp_features(inputs=4, hidden=(6, 5)) if backbone is None else backbone
     return MetaLearner(backbone, method, **{**plain, **options})
 
 
-def pictures(method="bayesian_taml", norm="batch", **options) -> MetaLearner:
+def pictures(method="bayesian-taml", norm="batch", **options) -> MetaLearner:
     net = conv_features(size=8, filters=3, blocks=2, norm=norm, init="kaiming")
     return learner(method, net, input_shape=(1, 8, 8), **options)
 
@@ -105,8 +105,8 @@ def smooth() -> nn.Sequential:
 
 @pytest.mark.parametrize(
     ("method", "statistics"),
-    [("bayesian_taml", "batch"), ("bayesian_taml", "support"), ("deterministic_taml", "batch"), ("gamma_rule", "batch"),
-     ("metasgd_inverse", "support"), ("maml_oversampled", "batch"), ("protomaml", "batch"), ("protonet", "batch"),
+    [("bayesian-taml", "batch"), ("bayesian-taml", "support"), ("deterministic-taml", "batch"), ("gamma-rule", "batch"),
+     ("metasgd-inverse", "support"), ("maml-oversampled", "batch"), ("protomaml", "batch"), ("protonet", "batch"),
      ("protonet", "support")],
 )  # fmt: skip
 def test_gradients_of_the_objective_are_finite_differences(method, statistics, double):
@@ -154,7 +154,7 @@ def test_gradients_of_the_objective_are_finite_differences(method, statistics, d
         assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-9), group
         assert abs(slope) > 1e-7
         tried += 1
-    assert tried == {"gamma_rule": 4, "protomaml": 2, "protonet": 2, "maml_oversampled": 2, "metasgd_inverse": 3}.get(
+    assert tried == {"gamma-rule": 4, "protomaml": 2, "protonet": 2, "maml-oversampled": 2, "metasgd-inverse": 3}.get(
         method, 4
     )
 
@@ -196,8 +196,8 @@ def scattered(tasks: Tasks, extra=100) -> Tasks:
 
 @pytest.mark.parametrize(
     ("method", "encoder"),
-    [("bayesian_taml", "conv"), ("bayesian_taml", "mlp"), ("bayesian_taml", "features"), ("gamma_rule", "auto"),
-     ("metasgd_inverse", "auto"), ("maml_oversampled", "auto"), ("protonet", "auto"), ("protomaml", "auto")],
+    [("bayesian-taml", "conv"), ("bayesian-taml", "mlp"), ("bayesian-taml", "features"), ("gamma-rule", "auto"),
+     ("metasgd-inverse", "auto"), ("maml-oversampled", "auto"), ("protonet", "auto"), ("protomaml", "auto")],
 )  # fmt: skip
 def test_padding_changes_nothing(method, encoder, double):
     made = shaken(pictures(method, encoder=encoder))
@@ -215,7 +215,7 @@ def test_padding_changes_nothing(method, encoder, double):
             torch.testing.assert_close(a.raw[name], b.raw[name], atol=1e-9, rtol=0)
     wide, narrow = (made.probabilities(t, seeds, samples=2)[0] for t in (padded, tasks))
     for k in range(3):
-        if method == "maml_oversampled":
+        if method == "maml-oversampled":
             torch.testing.assert_close(wide[k], narrow[k], atol=1e-9, rtol=0)
         else:
             torch.testing.assert_close(wide[k, padded.query_mask[k]], narrow[k, tasks.query_mask[k]], atol=1e-9, rtol=0)
@@ -233,7 +233,7 @@ def test_a_batch_is_the_mean_of_its_tasks(backend, double):
 
 def test_at_the_prior_it_is_meta_sgd(double):
     """An inference network that says nothing: the same answers, and the same gradients at the means."""
-    plain, made = shaken(pictures("metasgd")), shaken(pictures("deterministic_taml"))
+    plain, made = shaken(pictures("metasgd")), shaken(pictures("deterministic-taml"))
     with torch.no_grad():
         for p in made.inference.parameters():
             p.zero_()
@@ -246,7 +246,7 @@ def test_at_the_prior_it_is_meta_sgd(double):
     torch.testing.assert_close(made.probabilities(tasks, [1, 2, 3])[0], plain.probabilities(tasks, [1, 2, 3])[0])
 
 
-@pytest.mark.parametrize("method", ["bayesian_taml", "metasgd_inverse", "gamma_rule", "protomaml", "protonet"])
+@pytest.mark.parametrize("method", ["bayesian-taml", "metasgd-inverse", "gamma-rule", "protomaml", "protonet"])
 def test_names_of_classes_do_not_matter(method, double):
     made, tasks, new = shaken(pictures(method)), Blobs(shape=(1, 8, 8)).batch(0, 3), torch.tensor([2, 0, 1])
     moved = replace(tasks, support_labels=new[tasks.support_labels], query_labels=new[tasks.query_labels])
@@ -478,11 +478,11 @@ def test_frozen_layers_stay_as_they_are():
 
 
 def test_a_classifier_answers_as_evaluation_does(double):
-    for method in ("bayesian_taml", "metasgd", "maml_oversampled", "protonet", "protomaml"):
+    for method in ("bayesian-taml", "metasgd", "maml-oversampled", "protonet", "protomaml"):
         for statistics in ("batch", "support"):
             made = shaken(pictures(method, statistics=statistics))
             x, y, q, yq = Blobs(shape=(1, 8, 8)).one(3)
-            task, seed = Tasks.collate([(x, y, q, yq)], 3), 5 if method == "maml_oversampled" else _seed(0, 17, 5)
+            task, seed = Tasks.collate([(x, y, q, yq)], 3), 5 if method == "maml-oversampled" else _seed(0, 17, 5)
             for samples in (0, 4):
                 wanted, _, _ = made.probabilities(task, [seed], samples=samples)
                 found = made.adapt(x, y, samples=samples, seed=5)
@@ -625,20 +625,20 @@ def test_multipliers_out_of_bounds_are_held_told_once_and_counted(recwarn):
     assert free.evaluate(TASKS, tasks=4, batch=3, samples=0).held == 0
 
 
-@pytest.mark.parametrize("method", ["maml", "metasgd", "bayesian_taml", "protomaml"])
+@pytest.mark.parametrize("method", ["maml", "metasgd", "bayesian-taml", "protomaml"])
 def test_steps_that_go_too_far_leave_finite_probabilities_and_are_counted(method):
     made = learner(method, inner_lr=1e25)
     found = made.evaluate(TASKS, tasks=4, batch=2)
     assert np.isfinite(found.probability).all()
     np.testing.assert_allclose(found.probability.sum(2), 1, rtol=1e-5)
-    assert 0 < found.diverged <= 4 * (3 if method == "bayesian_taml" else 1)
+    assert 0 < found.diverged <= 4 * (3 if method == "bayesian-taml" else 1)
     assert learner(method).evaluate(TASKS, tasks=4, batch=2).diverged == 0
     x, y, q, _ = TASKS.one(0)
     assert np.isfinite(made.adapt(x, y).predict_proba(q)).all()
 
 
 def test_factors_of_class_weights_are_class_weights():
-    plain, inverse, made = shaken(learner("metasgd")), shaken(learner("metasgd_inverse")), shaken(learner())
+    plain, inverse, made = shaken(learner("metasgd")), shaken(learner("metasgd-inverse")), shaken(learner())
     x, y, q, _ = TASKS.one(4)
     counts = torch.bincount(y).tolist()
     assert len(set(counts)) > 1

@@ -15,7 +15,7 @@ from shared_core.errors import InputError
 from shared_core.runs import Result
 from shared_core.testing import keep_figures, misplaced
 
-METHODS = ("bayesian_taml", "metasgd", "protonet")
+METHODS = ("bayesian-taml", "metasgd", "protonet")
 LONG = "features.block{}.convolution.weight_of_the_layer"
 
 
@@ -168,7 +168,7 @@ def test_a_comparison_sets_ours_off_and_writes_abbreviations(tmp_path, drawn):
     axes = drawn[0].axes
     assert [axis.get_xlabel() for axis in axes] == ["accuracy [%] (higher is better)", "ECE [%] (higher is better)"]
     bold = [label.get_text() for label in axes[0].get_yticklabels() if label.get_fontweight() == "bold"]
-    assert bold == ["bayesian_taml"]
+    assert bold == ["bayesian-taml"]
 
 
 def test_a_history_is_averaged_over_the_steps_before(tmp_path, drawn):

@@ -206,7 +206,7 @@ def race(draws: Sequence[Draw], label: str, steps: int, threads: int, show: Call
             "CATENets TARNet": catenets(draws, sizes, steps),
             "ours: tarnet, all draws as one program": ours(preset("tarnet"), draws, sizes, steps),
             "ours: tarnet, one draw after another": ours(preset("tarnet"), draws, sizes, steps, together=False),
-            "ours: cfr_wass, as one program": ours(preset("cfr_wass"), draws, sizes, steps),
+            "ours: cfr-wass, as one program": ours(preset("cfr-wass"), draws, sizes, steps),
             "ours: CIB, 1 member": ours(cib(1), draws, sizes, steps),
             "ours: CIB, 5 members": ours(cib(5), draws, sizes, steps),
         }

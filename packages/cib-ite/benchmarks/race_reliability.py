@@ -37,11 +37,11 @@ from race_catenets import Draw, load_draws
 
 from cib_ite.experiments import Settled, fit_method, measure
 
-METHODS = ("cib", "tarnet_ensemble", "mc_dropout", "rf_t", "bcf", "causal_forest")
+METHODS = ("cib", "tarnet-ensemble", "mc-dropout", "rf-t", "bcf", "causal-forest")
 # What a method imports, and what installs it.
 PEERS = {
     "bcf": ("stochtree", "stochtree"),
-    "causal_forest": ("econml.dml", "econml"),
+    "causal-forest": ("econml.dml", "econml"),
     "cevae": ("pyro.contrib.cevae", "pyro-ppl"),
 }
 MEANS = {"Spearman": "spearman", "withholding": "withholding 20 %", "coverage": "cate coverage 90 %"}

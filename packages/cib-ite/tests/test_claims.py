@@ -58,13 +58,13 @@ def compared(draws: range, *methods: str) -> dict[str, dict[int, Cell]]:
 
 @pytest.fixture(scope="module")
 def cells() -> dict[str, dict[int, Cell]]:
-    return compared(range(10, 20), "cib", "tarnet", "tarnet_decay", "ols2", "rf_t")
+    return compared(range(10, 20), "cib", "tarnet", "tarnet-decay", "ols2", "rf-t")
 
 
 @pytest.fixture(scope="module")
 def ensemble() -> dict[str, dict[int, Cell]]:
     """As many networks without a bottleneck, with the same weight decay; on the first five draws."""
-    return compared(range(10, 15), "tarnet_ensemble")
+    return compared(range(10, 15), "tarnet-ensemble")
 
 
 def values(cells: dict[str, dict[int, Cell]], method: str, metric: str) -> np.ndarray:
@@ -78,15 +78,15 @@ def test_effects_are_more_accurate_than_the_same_network_without_a_bottleneck(ce
     ours, theirs = values(cells, "cib", "sqrt_pehe out"), values(cells, "tarnet", "sqrt_pehe out")
     assert ours.mean() <= 0.75 * theirs.mean()
     assert (ours < theirs).sum() >= 8
-    decayed = values(cells, "tarnet_decay", "sqrt_pehe out")
+    decayed = values(cells, "tarnet-decay", "sqrt_pehe out")
     assert ours.mean() < decayed.mean()
     assert (ours < decayed).sum() >= 8
-    assert ours[:5].mean() < values(ensemble, "tarnet_ensemble", "sqrt_pehe out").mean()
+    assert ours[:5].mean() < values(ensemble, "tarnet-ensemble", "sqrt_pehe out").mean()
 
 
 def test_effects_are_more_accurate_than_regressions_and_forests(cells):
     ours = values(cells, "cib", "sqrt_pehe out")
-    for method in ("ols2", "rf_t"):
+    for method in ("ols2", "rf-t"):
         assert ours.mean() <= 0.75 * values(cells, method, "sqrt_pehe out").mean(), method
     assert np.median(ours) < np.median(values(cells, "ols2", "sqrt_pehe out"))
     assert values(cells, "cib", "ate error out").mean() <= 0.3
@@ -101,7 +101,7 @@ def test_uncertainty_predicts_the_error(cells, ensemble):
     assert (rho > 0).sum() >= 8
     assert values(cells, "cib", "withholding 20 %").mean() <= 0.95
     assert (values(cells, "cib", "ause / random") < 1).sum() >= 8
-    assert rho[:5].mean() > values(ensemble, "tarnet_ensemble", "spearman").mean()
+    assert rho[:5].mean() > values(ensemble, "tarnet-ensemble", "spearman").mean()
 
 
 def test_intervals_cover_and_are_not_endless(cells):
@@ -167,7 +167,7 @@ def test_independence_lowers_what_a_fresh_probe_finds(confounded_tables):
     """At beta = 0.01. Matching moments costs little accuracy; what the discriminator costs, the README tells."""
     light = {"beta": 0.01, "lam": 0.01}
     auc, error = probed(fitted(confounded_tables, **light), confounded_tables)
-    lower, other = probed(fitted(confounded_tables, **light, gamma=0.3, independence="mi_gauss"), confounded_tables)
+    lower, other = probed(fitted(confounded_tables, **light, gamma=0.3, independence="mi-gauss"), confounded_tables)
     assert lower <= auc - 0.03
     assert other <= 1.1 * error
     lower, _ = probed(fitted(confounded_tables, **light, gamma=0.3, disc_steps=5), confounded_tables)

@@ -32,7 +32,7 @@ from cib_ite.metrics import ate_error, sqrt_pehe
 from shared_core.errors import InputError
 
 EXACT = ["ols1", "ols2", "knn", "psm"]
-TREES = ["rf_t", "rf_s", "rf_x", "gbm_t", "gbm_s", "gbm_x"]
+TREES = ["rf-t", "rf-s", "rf-x", "gbm-t", "gbm-s", "gbm-x"]
 
 
 def data(seed=0, n=120, binary=False):

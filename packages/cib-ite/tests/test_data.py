@@ -35,7 +35,7 @@ from shared_core.errors import InputError, UnknownKeyError
 
 GENERATORS = {
     "diabetes": lambda seed: embedded("diabetes", seed=seed),
-    "breast_cancer": lambda seed: embedded("breast_cancer", seed=seed),
+    "breast-cancer": lambda seed: embedded("breast-cancer", seed=seed),
     "confounded": lambda seed: confounded(400, kappa=1.0, seed=seed),
     "overlap-failure": lambda seed: overlap_failure(400, seed=seed)[0],
 }
@@ -167,7 +167,7 @@ def test_noise_is_standard_normal_and_each_arms_own(name):
     np.testing.assert_array_equal(table.potential_outcomes()[np.arange(n), table.treatment], table.y)
 
 
-@pytest.mark.parametrize("name", ["diabetes", "breast_cancer"])
+@pytest.mark.parametrize("name", ["diabetes", "breast-cancer"])
 def test_surface_b_sets_the_effect_on_the_treated_in_every_draw(name):
     for seed in range(20):
         table = embedded(name, seed=seed)
@@ -175,7 +175,7 @@ def test_surface_b_sets_the_effect_on_the_treated_in_every_draw(name):
         assert table.effect.std() > 0
 
 
-@pytest.mark.parametrize(("name", "corner"), [("diabetes", (0, 3)), ("breast_cancer", (0, 1))])
+@pytest.mark.parametrize(("name", "corner"), [("diabetes", (0, 3)), ("breast-cancer", (0, 1))])
 def test_embedded_treatment_is_confounded_and_never_given_in_the_corner(name, corner):
     bias = []
     for seed in range(20):
@@ -473,7 +473,7 @@ def test_a_damaged_package_is_named(install):
 # One entry for names and files
 
 
-@pytest.mark.parametrize("name", ["diabetes", "breast_cancer", "overlap-failure"])
+@pytest.mark.parametrize("name", ["diabetes", "breast-cancer", "overlap-failure"])
 def test_draws_of_generated_sets_are_seeds(name):
     first, second = load(name, seed=4, draw=3), load(name, seed=7)
     assert same(first.table, second.table)

@@ -65,14 +65,14 @@ def test_unknown_methods_are_refused_with_all_that_are_known():
 
 
 def test_methods_take_their_seed_and_settings():
-    assert make_method("rf_t", 3, min_samples_leaf=7).get_params()["min_samples_leaf"] == 7
+    assert make_method("rf-t", 3, min_samples_leaf=7).get_params()["min_samples_leaf"] == 7
     for name in NEURAL:
         model = make_method(name, 4, steps=60)
         assert (model.random_state, model.steps) == (4, 60)
         assert model._settings().steps == 60
-    none = make_method("cib_none", 0)
+    none = make_method("cib-none", 0)
     assert (none.beta, none.gamma, none.lam, none.deterministic) == (0.0, 0.0, 0.0, False)
-    assert (make_method("cib", 0).n_members, make_method("cib_one", 0).n_members) == (5, 1)
+    assert (make_method("cib", 0).n_members, make_method("cib-one", 0).n_members) == (5, 1)
 
 
 def test_every_method_that_is_tuned_has_six_different_settings():

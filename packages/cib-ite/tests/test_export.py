@@ -132,7 +132,7 @@ def test_exporting_leaves_the_model_as_it_was(fitted, tmp_path):
 
 def test_models_that_predict_by_dropout_are_refused(fitted, tmp_path):
     X, t, y = data(False, False)
-    model = CIB.from_preset("mc_dropout", **TINY).fit(X, t, y)
+    model = CIB.from_preset("mc-dropout", **TINY).fit(X, t, y)
     with pytest.raises(InputError, match="predicts by dropout cannot be exported"):
         export_model(model, tmp_path / "m.pt", format="torchscript")
     assert not list(Path(tmp_path).iterdir())

@@ -13,11 +13,11 @@ from cib_ite.baselines.external import BCF, EXTERNAL, CausalForest
 from cib_ite.metrics import sqrt_pehe
 from shared_core.errors import InputError
 
-PACKAGE = {"bcf": "stochtree", "causal_forest": "econml", "cevae": "pyro"}
-EXTRA = {"bcf": "bcf", "causal_forest": "forests", "cevae": "cevae"}
+PACKAGE = {"bcf": "stochtree", "causal-forest": "econml", "cevae": "pyro"}
+EXTRA = {"bcf": "bcf", "causal-forest": "forests", "cevae": "cevae"}
 SMALL = {
     "bcf": {"num_gfr": 4, "num_mcmc": 20, "num_trees_prognostic": 30, "num_trees_effect": 20},
-    "causal_forest": {"n_estimators": 40, "cv": 2},
+    "causal-forest": {"n_estimators": 40, "cv": 2},
     "cevae": {
         "latent_dim": 2,
         "hidden_dim": 40,
@@ -130,7 +130,7 @@ class TestEveryOne:
         assert np.abs(other[0] - other[1]).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["bcf", "causal_forest"])
+@pytest.mark.parametrize("name", ["bcf", "causal-forest"])
 class TestIntervals:
     def test_wider_at_a_higher_level_and_about_the_effect(self, name, fitted):
         x, _, _ = data(1)
@@ -164,7 +164,7 @@ def test_bcf_folds_are_checked():
 
 
 def test_causal_forest_trees_come_in_fours():
-    needs("causal_forest")
+    needs("causal-forest")
     with pytest.raises(InputError, match="n_estimators is 10; it must be a multiple of 4"):
         CausalForest(n_estimators=10).fit(*data())
 

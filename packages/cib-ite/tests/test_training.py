@@ -151,7 +151,7 @@ def test_unlabelled_rows_enter_the_variance_of_both_arms():
     assert terms["variance"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["mmd_lin", "mmd_rbf", "wass", "mi_gauss", "adversarial"])
+@pytest.mark.parametrize("kind", ["mmd-lin", "mmd-rbf", "wass", "mi-gauss", "adversarial"])
 def test_every_independence_term_reaches_the_encoder_and_not_the_discriminator(kind):
     trainer = one(replace(SMALL, independence=kind, gamma=1.0))
     terms, _, _ = step_terms(trainer)
@@ -189,7 +189,7 @@ def test_reduction_to_tarnet_and_cfr():
 # ---- gradients written down
 
 
-@pytest.mark.parametrize("independence", ["confusion", "adversarial", "none", "mmd_lin", "wass", "mi_gauss"])
+@pytest.mark.parametrize("independence", ["confusion", "adversarial", "none", "mmd-lin", "wass", "mi-gauss"])
 @pytest.mark.parametrize("kind", ["gaussian", "mse", "binary"])
 @pytest.mark.parametrize("z", ["drawn", "steady", "itself", "unit"])
 def test_gradients_written_down_are_those_of_torch(independence, kind, z):
@@ -246,7 +246,7 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: flo
         assert torch.allclose(value, b[name], atol=tolerance), name
 
 
-@pytest.mark.parametrize("independence", ["confusion", "wass", "mmd_rbf"])
+@pytest.mark.parametrize("independence", ["confusion", "wass", "mmd-rbf"])
 def test_members_train_as_they_would_alone(independence):
     """Two data sets of other sizes and shares of treated, three members: each as if it were the only one."""
     first, second = rows(0), rows(1, n=90, treated=0.25)

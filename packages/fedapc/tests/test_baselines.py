@@ -219,7 +219,7 @@ def test_averages_are_weighted_by_examples():
 
 def test_the_body_is_all_but_the_head_in_the_order_of_the_network():
     net = Convolutional(norm=True)
-    layout = Layout.of(net, norm="per_task")
+    layout = Layout.of(net, norm="per-task")
     names = ["conv.weight", "conv.bias", "norm.weight", "norm.bias", "grouped.weight"]
     assert list(body_layout(net, layout).layers) == names == list(initial_body(net, layout))
     body, base = initial_body(net, layout, seed=3), initial_base(net, layout, seed=3)
@@ -235,7 +235,7 @@ def test_statistics_of_norms_belong_to_a_task_and_what_norms_learn_to_the_body()
     torch.manual_seed(0)
     data = [Task(torch.randn(12, 2, 5, 5) + shift, torch.arange(12) % 3, 3) for shift in (0.0, 4.0)]
     clients, server = finished(
-        "fedavg", {"a": data, "b": data}, module=net, layout=Layout.of(net, norm="per_task"), rounds=1
+        "fedavg", {"a": data, "b": data}, module=net, layout=Layout.of(net, norm="per-task"), rounds=1
     )
     means = [clients[0].export(number).norm.running_mean for number in (0, 1)]
     assert (means[0] - means[1]).abs().max() > 0.1
@@ -247,7 +247,7 @@ def test_statistics_of_norms_belong_to_a_task_and_what_norms_learn_to_the_body()
 @pytest.mark.filterwarnings("ignore::fedapc.errors.SparsityWarning")
 def test_fedprox_without_its_term_is_fedavg_bit_for_bit():
     tasks = {"a": [task(1), task(2)], "b": [task(3)]}
-    for method, other in (("fedprox", "fedavg"), ("fedprox_ewc", "fedavg_ewc"), ("fedprox_apd", "fedavg_apd")):
+    for method, other in (("fedprox", "fedavg"), ("fedprox-ewc", "fedavg-ewc"), ("fedprox-apd", "fedavg-apd")):
         one, first = finished(method, tasks, dataclasses.replace(TRAINING, proximal=0.0))
         two, second = finished(other, tasks)
         assert same(first.state(), second.state())
@@ -255,7 +255,7 @@ def test_fedprox_without_its_term_is_fedavg_bit_for_bit():
 
 
 def test_fedprox_holds_clients_near_what_the_round_began_with():
-    for method in ("fedprox", "fedprox_ewc", "fedprox_stable_sgd"):
+    for method in ("fedprox", "fedprox-ewc", "fedprox-stable-sgd"):
         moved = []
         for proximal in (0.0, 30.0):
             (client,), server = made(method, training=dataclasses.replace(TRAINING, proximal=proximal), rounds=1)
@@ -267,7 +267,7 @@ def test_fedprox_holds_clients_near_what_the_round_began_with():
 
 @pytest.mark.parametrize(
     ("method", "other"),
-    [("fedavg", "finetune"), ("fedavg_ewc", "ewc"), ("scaffold", "finetune"), ("fedcurv", "finetune")],
+    [("fedavg", "finetune"), ("fedavg-ewc", "ewc"), ("scaffold", "finetune"), ("fedcurv", "finetune")],
 )
 def test_one_client_of_a_federation_learns_alone_bit_for_bit(method, other):
     training = dataclasses.replace(TRAINING, optimizer="sgd", lr=0.05) if method == "scaffold" else TRAINING
@@ -505,18 +505,18 @@ def test_tasks_of_single_task_learning_begin_afresh_and_stay_as_they_ended():
 
 
 def test_the_rate_of_stable_sgd_falls_from_task_to_task():
-    (client,), server = made("stable_sgd", {"a": [task(k) for k in range(3)]}, rounds=1)
+    (client,), server = made("stable-sgd", {"a": [task(k) for k in range(3)]}, rounds=1)
     rates = []
     simulate([client], server, after_round=lambda _: rates.append(description(client.state(), "client")["pace"][0]))
     assert rates == pytest.approx([0.04, 0.04 * 0.8, 0.04 * 0.8**2])
     assert client.learning.optimizer == "sgd"
-    big = made("stable_sgd", training=dataclasses.replace(TRAINING, batch_size=100))[0][0]
+    big = made("stable-sgd", training=dataclasses.replace(TRAINING, batch_size=100))[0][0]
     assert (big.learning.batch_size, client.learning.batch_size) == (32, 8)
 
 
 def test_stable_sgd_without_what_makes_it_is_sgd_bit_for_bit():
     training = dataclasses.replace(TRAINING, dropout=0.0, lr_decay_per_task=1.0)
-    (one,), _ = finished("stable_sgd", training=training)
+    (one,), _ = finished("stable-sgd", training=training)
     (two,), _ = finished("finetune", training=dataclasses.replace(TRAINING, optimizer="sgd", lr=0.04))
     assert same(bodies(one), bodies(two))
 
@@ -569,14 +569,14 @@ def test_dropout_of_a_client_enters_at_every_layer_but_the_first():
 @pytest.mark.parametrize(
     ("method", "field", "value"),
     [
-        ("fedapc_no_kb", "transfer", "none"),
-        ("fedapc_dense", "upload_fraction", 1.0),
-        ("fedapc_mean", "transfer", "mean"),
-        ("fedapc_no_mask", "mask", False),
-        ("fedapc_frozen", "retroactive", "none"),
-        ("fedapc_no_retention", "retention", 0.0),
-        ("fedavg_apd", "share_adaptive", False),
-        ("fedprox_apd", "proximal", 0.25),
+        ("fedapc-no-kb", "transfer", "none"),
+        ("fedapc-dense", "upload_fraction", 1.0),
+        ("fedapc-mean", "transfer", "mean"),
+        ("fedapc-no-mask", "mask", False),
+        ("fedapc-frozen", "retroactive", "none"),
+        ("fedapc-no-retention", "retention", 0.0),
+        ("fedavg-apd", "share_adaptive", False),
+        ("fedprox-apd", "proximal", 0.25),
         ("apd", "transfer", "none"),
     ],
 )
@@ -586,7 +586,7 @@ def test_ablations_change_what_they_say_of_the_settings_given(method, field, val
     (client,), server = made(method, training=training)
     assert getattr(client.learning, field) == value
     assert client.learning.sparsity == 3e-4
-    assert server.knowledge.policy == ("none" if "apd" in method or method == "fedapc_no_kb" else "last")
+    assert server.knowledge.policy == ("none" if "apd" in method or method == "fedapc-no-kb" else "last")
     plain = made("fedapc", training=training)[0][0]
     assert plain.learning == learning
 
@@ -608,5 +608,5 @@ def test_kinds_of_servers():
         server = made(method, training=dataclasses.replace(TRAINING, lr=5e-4))[1]
         assert isinstance(server, kinds[info.kind])
         assert isinstance(server, LocalServer) == (info.kind == "local")
-    assert type(made("fedprox_ewc")[1]) is DenseServer
+    assert type(made("fedprox-ewc")[1]) is DenseServer
     assert type(made("fedcurv")[1]) is CurvatureServer

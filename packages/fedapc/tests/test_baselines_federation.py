@@ -22,7 +22,7 @@ from fedapc.tasks import Task
 from shared_core.errors import InputError, UnknownKeyError
 
 LOCAL = [method for method, info in METHODS.items() if info.kind == "local"]
-PLAIN = ["fedavg", "fedprox", "fedavg_ewc", "fedprox_ewc", "fedprox_stable_sgd"]
+PLAIN = ["fedavg", "fedprox", "fedavg-ewc", "fedprox-ewc", "fedprox-stable-sgd"]
 # Shapes are checked at run time by test_baselines.py and test_fit.py; here it would take half of the time.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -88,7 +88,7 @@ def test_a_run_taken_up_after_every_round_and_within_it_ends_with_the_same_bits(
     assert all(a.evaluate() == b.evaluate() for a, b in zip(clients, expected_clients, strict=True))
 
 
-@pytest.mark.parametrize("method", ["stl", "fedavg_ewc", "scaffold", "fedcurv", "fedavg_apd", "fedapc"])
+@pytest.mark.parametrize("method", ["stl", "fedavg-ewc", "scaffold", "fedcurv", "fedavg-apd", "fedapc"])
 def test_the_order_of_clients_and_of_what_arrives_changes_nothing(method):
     one, first = federation(method, "abc", rounds=1)
     other, second = federation(method, "abc", reverse=True, rounds=1)
@@ -154,24 +154,24 @@ def test_every_byte_of_dense_methods(method, times):
         assert ledger.total("messages", direction=direction) == messages_sent
 
 
-@pytest.mark.parametrize("method", ["fedavg_apd", "fedprox_apd", "fedapc_dense"])
+@pytest.mark.parametrize("method", ["fedavg-apd", "fedprox-apd", "fedapc-dense"])
 def test_decomposed_bases_are_sent_in_full(method):
     clients, server = federation(method)
     ledger = simulate(clients, server)
     sent = ledger.total("values", direction="up", kind="base")
     assert sent == ledger.total("values", direction="down", kind="base") == 2 * 2 * 2 * (60 + 70)
     others = ledger.total("values", direction="up", kind="adaptive")
-    assert bool(others) == (method == "fedapc_dense")
+    assert bool(others) == (method == "fedapc-dense")
 
 
 def test_parts_of_others_are_sent_to_whom_they_are_for():
     sent = {}
-    for method in ("fedapc", "fedapc_mean", "fedapc_no_kb"):
+    for method in ("fedapc", "fedapc-mean", "fedapc-no-kb"):
         clients, server = federation(method)
         ledger = simulate(clients, server)
         sent[method] = [ledger.total("values", kind=kind) for kind in ("adaptive", "knowledge")]
-    assert sent["fedapc_no_kb"] == [0, 0]
-    assert min(sent["fedapc"] + sent["fedapc_mean"]) > 0
+    assert sent["fedapc-no-kb"] == [0, 0]
+    assert min(sent["fedapc"] + sent["fedapc-mean"]) > 0
 
 
 # Learning
@@ -267,14 +267,14 @@ def test_absurd_updates_do_not_end_a_run(method, kind):
 
 
 def test_methods_do_not_mix():
-    for method, other in (("fedavg", "fedcurv"), ("scaffold", "fedavg"), ("fedavg_apd", "fedavg")):
+    for method, other in (("fedavg", "fedcurv"), ("scaffold", "fedavg"), ("fedavg-apd", "fedavg")):
         clients, server = federation(method)
         with pytest.raises(ModelMismatchError, match="client 'a': the server's network has other layers"):
             clients[0].answer(federation(other)[1].request("a"))
         simulate(clients, server, rounds=1)
         with pytest.raises(InputError, match="other layers or clients"):
             federation(other)[1].load_state(server.state())
-    plain, elastic = federation("fedavg"), federation("fedavg_ewc")
+    plain, elastic = federation("fedavg"), federation("fedavg-ewc")
     with pytest.raises(InputError, match="a state of the strategy 'plain', expected 'ewc'; take up a run with the"):
         elastic[0][0].load_state(plain[0][0].state())
     with pytest.raises(InputError, match="strategy 'none'"):
@@ -309,7 +309,7 @@ def test_a_client_that_diverges_is_as_it_was_and_the_run_goes_on(method):
 
 def test_clients_that_are_drawn_later_and_have_fewer_tasks():
     own = {"a": [task(1)], "b": [task(2), task(3)], "c": [task(4), task(5), task(6)]}
-    for method in ("stl", "scaffold", "fedcurv", "fedprox_ewc"):
+    for method in ("stl", "scaffold", "fedcurv", "fedprox-ewc"):
         clients, server = build(method, mlp(), own, training=TRAINING, rounds=2, fraction=0.4, seed=3)
         simulate(clients, server)
         assert not server.ledger.events()
@@ -319,7 +319,7 @@ def test_clients_that_are_drawn_later_and_have_fewer_tasks():
 def test_clients_share_a_network_that_nobody_changes():
     net = mlp()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    for method in ("finetune", "stable_sgd"):
+    for method in ("finetune", "stable-sgd"):
         clients, server = build(method, net, tasks_of("ab", 2), training=TRAINING, rounds=1)
         simulate(clients, server)
         assert same(net.state_dict(), before)
@@ -362,7 +362,7 @@ def test_what_a_federation_needs():
         build("fedavg", mlp(), {"a": []})
     with pytest.raises(InputError, match=r"server_lr: 0\.0"):
         ScaffoldServer({"w": torch.zeros(2)}, {"a": 1}, server_lr=0.0)
-    with pytest.raises(InputError, match="choose norm='per_task'"):
+    with pytest.raises(InputError, match="choose norm='per-task'"):
         build("fedavg", Convolutional(norm=True), {"a": [task(1)]})
 
 

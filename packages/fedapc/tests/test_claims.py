@@ -38,12 +38,12 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def draws(data_folder) -> list[Benchmark]:
-    return [benchmark("overlapped_mnist", per_class=20, seed=seed, root=data_folder) for seed in SEEDS]
+    return [benchmark("overlapped-mnist", per_class=20, seed=seed, root=data_folder) for seed in SEEDS]
 
 
 @pytest.fixture(scope="module")
 def reports(draws) -> dict[str, list[Report]]:
-    methods = ("finetune", "ewc", "apd", "fedavg", "fedapc", "fedapc_no_retention")
+    methods = ("finetune", "ewc", "apd", "fedavg", "fedapc", "fedapc-no-retention")
     return {name: [run(name, draw, PROTOCOL, seed=seed) for seed, draw in zip(SEEDS, draws, strict=True)]
             for name in methods}  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_past_tasks_are_not_forgotten_where_others_forget(reports):
 
 def test_without_the_penalty_past_parts_wear_off(reports):
     """The control: the L1 norm moves past parts towards zero, and nothing holds them."""
-    assert min(report.forgetting for report in reports["fedapc_no_retention"]) >= 0.1
+    assert min(report.forgetting for report in reports["fedapc-no-retention"]) >= 0.1
 
 
 def test_forgetting_counted_by_hand(reports):
@@ -114,7 +114,7 @@ def received(data_folder) -> dict[str, list[float]]:
     """Accuracy of a client on its second task, with 5 images a class, after one with 150 has learnt the same."""
     found: dict[str, list[float]] = {}
     for seed in range(5):
-        source = benchmark("overlapped_mnist", clients=1, tasks=1, per_class=161, seed=50 + seed, root=data_folder)
+        source = benchmark("overlapped-mnist", clients=1, tasks=1, per_class=161, seed=50 + seed, root=data_folder)
         related, unrelated = transfer_tasks(source, donor=150, receiver=5, distractors=2, seed=seed)
         for kind, tasks in (("related", related), ("unrelated", unrelated)):
             for how in ("none", "learned"):

@@ -165,7 +165,7 @@ def test_export_to_onnx(fitted, call, home):
 
 def test_ledger_sums(fitted, done, call, home):
     report = Report.load(home / "run")
-    summary = done("ledger", "run", "--by", "client,direction", "--amount", "payload_bytes", "--out", "l")
+    summary = done("ledger", "run", "--by", "client,direction", "--amount", "payload-bytes", "--out", "l")
     found = {row.dataset: row.mean for row in summary.results}
     sums = report.ledger.sums("client", "direction", amount="payload_bytes")
     assert found == {", ".join(key): value for key, value in sums.items()}
@@ -290,7 +290,7 @@ def test_an_interrupted_comparison_repeats_nothing(done, call, home, monkeypatch
 @pytest.mark.usefixtures("unchecked")
 def test_ablate(done):
     shown = done("ablate", "gaussian", *SMALL, "--seeds", 1, "--out", "a")
-    assert {row.method for row in shown.results} >= {"fedapc", "fedapc_mean", "fedapc_no_kb", "fedweit"}
+    assert {row.method for row in shown.results} >= {"fedapc", "fedapc-mean", "fedapc-no-kb", "fedweit"}
 
 
 def test_transfer(done):

@@ -37,9 +37,9 @@ def rows(x, sort):
 CASES = [
     ("digits", {}),
     ("digits", {"clients": 6, "per_class": 8, "tasks": 8}),
-    ("overlapped_mnist", {}),
-    ("noniid_mini", {"root": Path("nothing here")}),
-    ("noniid_mini", {"clients": 8}),
+    ("overlapped-mnist", {}),
+    ("noniid-mini", {"root": Path("nothing here")}),
+    ("noniid-mini", {"clients": 8}),
     ("gaussian", {}),
 ]
 
@@ -47,7 +47,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_nobody_shares_an_instance_and_tests_are_unseen(name, options):
     found = made(name, **options)
-    permuted = name in ("digits", "overlapped_mnist")
+    permuted = name in ("digits", "overlapped-mnist")
     seen, tested = {}, set()
     for client, tasks in found.tasks.items():
         seen[client] = set()
@@ -67,7 +67,7 @@ def test_nobody_shares_an_instance_and_tests_are_unseen(name, options):
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_shapes_and_labels(name, options):
     found = made(name, **options)
-    mini = name == "noniid_mini"
+    mini = name == "noniid-mini"
     assert list(found.tasks) == sorted(found.tasks)
     assert len(found.tasks) == options.get("clients", 4)
     counts = {len(tasks) for tasks in found.tasks.values()}
@@ -131,7 +131,7 @@ def test_digits_are_those_of_scikit_learn_with_fixed_orders_of_pixels():
 
 
 def test_mnist_is_pooled_from_the_first_of_each_digit():
-    found = made("overlapped_mnist")
+    found = made("overlapped-mnist")
     train = load("mnist", split="train", expect=ImageData)
     allowed = set()
     for label in range(10):
@@ -161,7 +161,7 @@ def test_repeated_instances_are_told():
         ("digits", {"permutations": 0}, "permutations: 0"),
         ("digits", {"test_share": 1.0}, "test_share: 1.0, expected"),
         ("noniid50", {"clients": 6}, "6 clients of 10 tasks; its sequences are of 5 clients of 10"),
-        ("noniid_mini", {"test_per_class": 0}, "expected at least 1"),
+        ("noniid-mini", {"test_per_class": 0}, "expected at least 1"),
         ("digits", {"colour": 3}, "colour: not an option of 'digits', which takes permutations, test_share"),
         ("gaussian", {"classes": 1}, "1 classes"),
         ("gaussian", {"noise": 0.0}, "a positive noise"),
@@ -176,7 +176,7 @@ def test_unknown_names_are_key_errors_and_missing_sets_are_named(tmp_path):
     with pytest.raises(UnknownKeyError):
         benchmark("nothing")
     with pytest.raises(MissingFilesError, match="mnist: not found"):
-        benchmark("overlapped_mnist", root=tmp_path)
+        benchmark("overlapped-mnist", root=tmp_path)
 
 
 def test_unknown_ways_to_go_on_are_told(unchecked):
@@ -189,21 +189,21 @@ def test_every_benchmark_is_described():
 
 
 def test_mini_is_from_sets_that_differ_and_ragged():
-    found = made("noniid_mini", root=Path("nothing here"), clients=5, seed=2)
+    found = made("noniid-mini", root=Path("nothing here"), clients=5, seed=2)
     sets = {name.split()[0] for name in found.related.values()}
     assert sets == {"digits", "glyphs"}
     assert sum("left out" in note for note in found.notes) == 6
     # Ten tasks in the pool: nobody gets one a second time before all are given.
     names = list(found.related.values())
     assert all(names.count(name) - 1 <= len(names) // 10 for name in names)
-    level = benchmark("noniid_mini", root="nothing here", ragged=False, clients=2, tasks=3)
+    level = benchmark("noniid-mini", root="nothing here", ragged=False, clients=2, tasks=3)
     assert {len(tasks) for tasks in level.tasks.values()} == {3}
     with pytest.raises(InputError, match="tasks: 11, and there are 10"):
-        benchmark("noniid_mini", root="nothing here", tasks=11)
+        benchmark("noniid-mini", root="nothing here", tasks=11)
 
 
 def test_mini_takes_what_is_there():
-    found = made("noniid_mini", clients=8)
+    found = made("noniid-mini", clients=8)
     sets = {name.split()[0] for name in found.related.values()}
     for name, key in (("mnist", "mnist"), ("cifar10", "cifar10"), ("omniglot", "omniglot")):
         if not any(note.startswith(f"left out {name}:") for note in found.notes):
@@ -230,7 +230,7 @@ def cifar100(root, per_class):
 
 def test_overlapped_cifar100_deals_the_instances_of_a_superclass_to_those_that_have_it(tmp_path):
     cifar100(tmp_path, per_class=30)
-    found = benchmark("overlapped_cifar100", root=tmp_path)
+    found = benchmark("overlapped-cifar100", root=tmp_path)
     assert found.network == "lenet"
     assert {len(tasks) for tasks in found.tasks.values()} == {10}
     assert any("partial" in note for note in found.notes)

@@ -197,7 +197,7 @@ def test_statistics_are_a_task_each_or_frozen_or_refused():
     with pytest.raises(InputError, match="'norm' keeps running statistics"):
         Layout.of(net)
     x = torch.randn(20, 2, 8, 8)
-    model = made(net, norm="per_task")
+    model = made(net, norm="per-task")
     model.begin(0, 3)
     model.run(model.training_weights(), 0, x, training=True)
     model.finish()

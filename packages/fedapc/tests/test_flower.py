@@ -134,7 +134,7 @@ def test_the_same_bits_and_the_same_ledger_as_in_one_program(expected):
         assert same(state, clients[number - 1].state())
 
 
-@pytest.mark.parametrize("method", ["apd", "fedavg_ewc", "scaffold", "fedcurv"])
+@pytest.mark.parametrize("method", ["apd", "fedavg-ewc", "scaffold", "fedcurv"])
 def test_other_methods_run_on_flower_as_well(method):
     tasks = {name: [judged_task(10 * number + k) for k in range(2)] for number, name in enumerate("ab")}
 

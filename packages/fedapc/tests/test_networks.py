@@ -85,7 +85,7 @@ def test_resnet_is_resnet18():
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_resnet_can_be_decomposed(norm):
     net = resnet18(channels=1, width=4, norm=norm)
-    layout = Layout.of(net, norm="per_task" if norm == "batch" else "refuse")
+    layout = Layout.of(net, norm="per-task" if norm == "batch" else "refuse")
     model = DecomposedModel(net, layout, initial_base(net, layout))
     model.begin(0, classes=3)
     assert len(layout.layers) == 20

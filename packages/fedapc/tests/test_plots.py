@@ -125,7 +125,7 @@ def test_bytes(drawn, tmp_path):
 def test_a_comparison_sets_fedapc_off(drawn, tmp_path):
     rows = [
         summarize([value, value + 1], dataset="digits", method=method, metric="accuracy", unit="%", better="higher")
-        for method, value in (("fedapc", 90.0), ("fedapc_no_kb", 85.0), ("fedavg", 80.0))
+        for method, value in (("fedapc", 90.0), ("fedapc-no-kb", 85.0), ("fedavg", 80.0))
     ]
     plots.plot_comparison(tmp_path / "c.png", rows)
     labels = drawn[0].axes[0].get_yticklabels()

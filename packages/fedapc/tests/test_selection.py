@@ -24,7 +24,7 @@ def test_scores():
     base = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 1.0]])
     assert rows_to_send(base, None, 1 / 3).tolist() == [False, True, False]
     assert rows_to_send(base, torch.tensor([0.0, -9.0, 9.0]), 1 / 3).tolist() == [True, False, False]
-    assert rows_to_send(base, torch.tensor([0.0, -9.0, 8.0]), 1 / 3, "abs_raw_mask").tolist() == [False, True, False]
+    assert rows_to_send(base, torch.tensor([0.0, -9.0, 8.0]), 1 / 3, "abs-raw-mask").tolist() == [False, True, False]
     assert rows_to_send(base, None, 1.0).all()
 
 

@@ -218,7 +218,7 @@ def test_a_network_with_a_module_under_two_names_runs():
             return self.head(self.two(self.one(x)))
 
     net = Shared()
-    layout = Layout.of(net, norm="per_task")
+    layout = Layout.of(net, norm="per-task")
     model = DecomposedModel(net, layout, initial_base(net, layout))
     model.begin(0, 3)
     model.run(model.training_weights(), 0, torch.randn(4, 6), training=True)

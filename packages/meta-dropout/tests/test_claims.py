@@ -45,7 +45,7 @@ def test_tasks_full_of_clutter_are_learned_by_both_and_neither_reaches_the_oracl
     toy = GaussianTasks(ways=5, shots=1, queries=15, signal=4, nuisance=16)
     test = dataclasses.replace(toy, seed=1000)
     found: dict[str, np.ndarray] = {}
-    for method in ("maml", "meta_dropout"):
+    for method in ("maml", "meta-dropout"):
         net = mlp(inputs=20, outputs=5, hidden=(40,))
         learner = MetaLearner(net, method, inner_lr=0.3, inner_steps=3, test_samples=10)
         learner.fit(toy, steps=300, meta_batch=16, outer_lr=3e-3)
@@ -53,7 +53,7 @@ def test_tasks_full_of_clutter_are_learned_by_both_and_neither_reaches_the_oracl
     oracle = oracle_accuracy(test, 200)
     for accuracy in found.values():
         assert 0.65 < accuracy.mean() < oracle - 0.05
-    assert abs((found["meta_dropout"] - found["maml"]).mean()) < 0.05
+    assert abs((found["meta-dropout"] - found["maml"]).mean()) < 0.05
 
 
 # ---- E3 to E5: characters
@@ -71,7 +71,7 @@ def splits() -> Splits:
 
 @pytest.fixture(scope="module")
 def learners(splits) -> dict[str, MetaLearner]:
-    made = {name: make_learner(name, PROTOCOL, splits.channels) for name in ("maml", "meta_dropout")}
+    made = {name: make_learner(name, PROTOCOL, splits.channels) for name in ("maml", "meta-dropout")}
     for learner in made.values():
         train(learner, splits.train, PROTOCOL, seed=0)
     return made
@@ -85,13 +85,13 @@ def test_characters_never_seen_are_told_apart(splits, learners):
     pixels = (pixel_prototypes(tasks).argmax(-1) == tasks.query_labels).double().mean().item()
     for name, found in accuracy.items():
         assert found.mean() > pixels + 0.08, name
-    assert (accuracy["meta_dropout"] - accuracy["maml"]).mean() > -0.04
+    assert (accuracy["meta-dropout"] - accuracy["maml"]).mean() > -0.04
 
 
 def test_the_noise_is_used_when_adapting_to_a_new_task(splits, learners):
     """E5: more samples are no worse and steadier, and generators that know nothing are ruinous."""
     test = source_of(splits.test, PROTOCOL, seed=1, test=True)
-    found = noise_use(learners["meta_dropout"], test, samples=(1, 10, 30), draws=2, episodes=40)
+    found = noise_use(learners["meta-dropout"], test, samples=(1, 10, 30), draws=2, episodes=40)
     mean = {name: rows.mean() for name, rows in found.items()}
     assert mean["S = 10"] > mean["S = 1"] - 0.005
     assert mean["S = 30"] > mean["S = 1"]
@@ -129,4 +129,4 @@ def test_sine_waves_are_learned_faster_by_a_learner_than_from_scratch():
 
     scratch = min(error("scratch", lr, steps, 0) for lr, steps in ((0.003, 10), (0.001, 10), (0.001, 20)))
     assert error("maml", 0.01, 1, 1000) < scratch / 2
-    assert error("meta_dropout", 0.01, 1, 300) < scratch
+    assert error("meta-dropout", 0.01, 1, 300) < scratch

@@ -72,11 +72,11 @@ def trained(done) -> Summary:
 def test_training_on_a_folder_leaves_a_learner(trained, home):
     assert set(trained.artifacts) == {"model.safetensors", "learner.json", "history.png"}
     (row,) = trained.results
-    assert (row.method, row.metric, row.unit) == ("meta_dropout", "accuracy", "%")
+    assert (row.method, row.metric, row.unit) == ("meta-dropout", "accuracy", "%")
     lines = [json.loads(text) for text in (home / "m/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in lines] == [1, 2, 3, 4]
     learner = MetaLearner.load(home / "m/model.safetensors")
-    assert (learner.plan.steps, learner.test_samples, learner.method_name) == (1, 2, "meta_dropout")
+    assert (learner.plan.steps, learner.test_samples, learner.method_name) == (1, 2, "meta-dropout")
 
 
 def test_an_interrupted_training_resumes_to_the_same_bytes(trained, call, home, monkeypatch):
@@ -181,11 +181,11 @@ def test_workers_do_not_change_a_comparison(done):
 
 def test_comparisons_with_attacks_and_trials(done, home):
     attack = ("--attack", "linf", "--radii", "0.2", "--attack-episodes", 2, "--attack-steps", 2)
-    methods = ("--methods", "pixels,maml,meta_dropout")
+    methods = ("--methods", "pixels,maml,meta-dropout")
     found = done("compare", "own", *TASK, *methods, *attack, "--seeds", 2, "--tune", "--trials", 2, "--out", "c")
     assert {row.metric for row in found.results} >= {"accuracy", "meta-step", "area under accuracy (linf)"}
     assert len(found.claims) == 2
-    assert set(json.loads((home / "c/cells.json").read_text())) == {"pixels", "maml", "meta_dropout"}
+    assert set(json.loads((home / "c/cells.json").read_text())) == {"pixels", "maml", "meta-dropout"}
     assert done("plot", "c", "--out", "pc").artifacts == ["comparison.png"]
 
 

@@ -23,12 +23,12 @@ TASKS = GaussianTasks(ways=3, shots=2, queries=4, signal=2, nuisance=2)
 PLANE = GaussianTasks(ways=3, shots=2, queries=4, signal=1, nuisance=1)
 
 
-def learner(method="meta_dropout", **options) -> MetaLearner:
+def learner(method="meta-dropout", **options) -> MetaLearner:
     plain = {"inner_lr": 0.3, "inner_steps": 3, "test_samples": 2}
     return MetaLearner(mlp(inputs=4, outputs=3, hidden=(8,)), method, **{**plain, **options})
 
 
-def images(method="meta_dropout", **options) -> MetaLearner:
+def images(method="meta-dropout", **options) -> MetaLearner:
     return MetaLearner(conv4(ways=3, size=8, filters=4, blocks=2), method, inner_steps=2, test_samples=2, **options)
 
 
@@ -86,7 +86,7 @@ def test_extreme_means_have_their_limits():
     assert [float(first[1]), float(sd[1])] == pytest.approx([500.0, 1.0], rel=1e-9)
 
 
-@pytest.mark.parametrize("method", ["meta_dropout", "learned_variance", "independent", "fixed"])
+@pytest.mark.parametrize("method", ["meta-dropout", "learned-variance", "independent", "fixed"])
 def test_gates_are_the_moments_of_the_factor_that_layers_apply(method):
     """Monte Carlo through the layer itself: what comes out over what the main path gives."""
     made = learner(method)
@@ -147,7 +147,7 @@ def test_additive_noise_is_told_apart_from_factors():
 
 @pytest.mark.parametrize("statistics", ["batch", "support"])
 @pytest.mark.parametrize(
-    "method", ["meta_dropout", "maml", "mixup", "manifold_mixup", "metasgd", "anil", "independent", "more_params"]
+    "method", ["meta-dropout", "maml", "mixup", "manifold-mixup", "metasgd", "anil", "independent", "more-params"]
 )
 def test_a_trace_ends_where_the_learners_own_adaptation_does(method, statistics):
     made, tasks = learner(method, statistics=statistics), task()
@@ -168,7 +168,7 @@ def test_a_trace_ends_where_the_learners_own_adaptation_does(method, statistics)
     )[0]
     np.testing.assert_allclose(found.query[-1] @ found.weight[-1].T + found.bias[-1], logits.detach(), atol=1e-5)
     assert found.support.shape == (4, 6, 8)
-    noisy = method in {"meta_dropout", "independent"}
+    noisy = method in {"meta-dropout", "independent"}
     assert found.noisy.shape == (4, 4 if noisy else 0, 6, 8)
 
 

@@ -50,7 +50,7 @@ def gap(a, b) -> float:
     return max((a.gradients[name] - b.gradients[name]).abs().max().item() for name in a.gradients)
 
 
-@pytest.mark.parametrize("noise", ["multiplicative", "none", "learned_variance", "weight", "additive", "vib"])
+@pytest.mark.parametrize("noise", ["multiplicative", "none", "learned-variance", "weight", "additive", "vib"])
 @pytest.mark.parametrize("statistics", ["batch", "support"])
 def test_all_tasks_at_once_are_one_task_after_another(noise, statistics):
     model, tasks, plan = small(noise), images(), replace(PLAN, statistics=statistics, penalty=0.1, samples=2)
@@ -80,7 +80,7 @@ def smooth() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    "noise", ["multiplicative", "additive", "learned_variance", "independent", "weight", "vib", "information"]
+    "noise", ["multiplicative", "additive", "learned-variance", "independent", "weight", "vib", "information"]
 )
 def test_meta_gradients_are_finite_differences(noise):
     """Along random directions, of everything that is learned over tasks, learned step sizes included."""
@@ -171,7 +171,7 @@ def test_generators_and_shifts_are_not_adapted():
     parameters, drawn = parts(model, tasks, PLAN)
     made = adapt(model, parameters, tasks.support, tasks.support_labels, drawn, PLAN)
     assert set(made.parameters) == set(model.role("theta"))
-    everything = small("more_params")
+    everything = small("more-params")
     parameters, drawn = parts(everything, tasks, PLAN)
     made = adapt(everything, parameters, tasks.support, tasks.support_labels, drawn, PLAN)
     assert any("generator" in name for name in made.parameters)

@@ -61,11 +61,11 @@ def test_all_methods_are_tested_on_the_same_episodes(splits, tmp_path, monkeypat
 
     monkeypatch.setattr(experiments.MetaLearner, "evaluate", spy)
     results, claims, cells = compare(
-        run(tmp_path), splits, methods=(PIXELS, "maml", "meta_dropout"), seeds=(0, 1), protocol=PROTOCOL
+        run(tmp_path), splits, methods=(PIXELS, "maml", "meta-dropout"), seeds=(0, 1), protocol=PROTOCOL
     )
-    assert all(torch.equal(a, b) for a, b in zip(seen["maml"], seen["meta_dropout"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen["maml"], seen["meta-dropout"], strict=True))
     assert not torch.equal(*seen["maml"])
-    assert {r.method for r in results if r.metric == "accuracy"} == {PIXELS, "maml", "meta_dropout"}
+    assert {r.method for r in results if r.metric == "accuracy"} == {PIXELS, "maml", "meta-dropout"}
     assert all(len(cell["accuracy"]) == 6 for by_seed in cells.values() for cell in by_seed.values())
     row = next(r for r in results if r.metric == "accuracy" and r.method == "maml")
     assert row.mean == pytest.approx(100 * np.mean([c["accuracy"] for c in cells["maml"].values()]))
@@ -78,7 +78,7 @@ def test_paired_differences_are_over_episodes():
         return {"accuracy": accuracy}
 
     cells = {
-        "meta_dropout": {0: cell([0.9, 0.8]), 1: cell([0.7, 0.6])},
+        "meta-dropout": {0: cell([0.9, 0.8]), 1: cell([0.7, 0.6])},
         "maml": {0: cell([0.8, 0.8]), 1: cell([0.6, 0.4])},
     }
     (claim,) = paired(cells)
@@ -142,7 +142,7 @@ def test_pixels_are_compared_to_class_means(splits):
     assert torch.allclose(found[1], expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["meta_dropout", "protonet"])
+@pytest.mark.parametrize("method", ["meta-dropout", "protonet"])
 def test_attacked_accuracy_never_rises_with_the_radius(splits, method):
     learner = make_learner(method, PROTOCOL, 1)
     found = robustness(
@@ -153,7 +153,7 @@ def test_attacked_accuracy_never_rises_with_the_radius(splits, method):
 
 
 def test_names_and_seeds_are_checked(splits, tmp_path):
-    with pytest.raises(UnknownKeyError, match="no method 'noise'; there are pixels, meta_dropout"):
+    with pytest.raises(UnknownKeyError, match="no method 'noise'; there are pixels, meta-dropout"):
         compare(run(tmp_path), splits, methods=("noise",), seeds=(0,), protocol=PROTOCOL)
     with pytest.raises(InputError, match="need at least one"):
         compare(run(tmp_path), splits, methods=("maml",), seeds=(), protocol=PROTOCOL)
@@ -179,7 +179,7 @@ def test_settings_are_chosen_once_and_used_under_every_seed(splits, tmp_path, mo
 
 
 def test_what_noise_does_is_measured_on_the_same_episodes_and_changes_nothing(splits):
-    learner = make_learner("meta_dropout", PROTOCOL, 1, seed=0)
+    learner = make_learner("meta-dropout", PROTOCOL, 1, seed=0)
     with torch.no_grad():
         for parameter in learner.model.role("phi").values():
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ from meta_dropout.export import export_onnx
 from meta_dropout.learner import MetaLearner
 
 
-@pytest.mark.parametrize("method", ["meta_dropout", "maml"])
+@pytest.mark.parametrize("method", ["meta-dropout", "maml"])
 def test_onnx_says_what_the_inductive_model_says(method, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'meta-dropout[onnx]'")
     learner = MetaLearner(conv4(ways=3, size=16, filters=4, blocks=2), method, statistics="support", inner_steps=2)

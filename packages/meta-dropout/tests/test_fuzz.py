@@ -26,7 +26,7 @@ def reader(make):
 @reader
 def learners(folder):
     network = {"inputs": 4, "outputs": 3, "hidden": (8,)}
-    made = MetaLearner(mlp(**network), "meta_dropout", inner_lr=0.1, inner_steps=1, test_samples=2)
+    made = MetaLearner(mlp(**network), "meta-dropout", inner_lr=0.1, inner_steps=1, test_samples=2)
     path = folder / "m.safetensors"
     made.save(path, network={"kind": "mlp", **network})
     return [path], functools.partial(MetaLearner.load, path)

@@ -73,7 +73,7 @@ def test_families_are_their_definitions():
     layer, mu, noisy, quiet = out("deterministic")
     assert torch.equal(noisy, quiet)
     assert torch.allclose(quiet, mu * functional.softplus(layer.generator(x)))
-    layer, mu, noisy, quiet = out("learned_variance")
+    layer, mu, noisy, quiet = out("learned-variance")
     assert torch.allclose(
         noisy, mu * functional.softplus(layer.generator(x) + functional.softplus(layer.spread(x)) * eps)
     )

@@ -22,7 +22,7 @@ from shared_core.runs import load_tree, save_tree
 TASKS = GaussianTasks(ways=3, queries=4, signal=2, nuisance=2)
 
 
-def learner(method="meta_dropout", **options) -> MetaLearner:
+def learner(method="meta-dropout", **options) -> MetaLearner:
     plain = {"inner_lr": 0.1, "inner_steps": 2, "test_samples": 3}
     return MetaLearner(mlp(inputs=4, outputs=3, hidden=(8,)), method, **{**plain, **options})
 
@@ -45,7 +45,7 @@ def test_every_method_trains_adapts_and_survives_the_disk(method, tmp_path):
     tasks = TASKS.batch(9, 1)
     answer = made.adapt(tasks.support[0], tasks.support_labels[0], spread=2).predict(tasks.query[0])
     assert np.allclose(answer.probability.sum(1), 1)
-    noisy = METHODS[method].noise not in {"none", "deterministic", "more_params"}
+    noisy = METHODS[method].noise not in {"none", "deterministic", "more-params"}
     assert (answer.spread > 0).any() == noisy
     assert all(torch.equal(after[name], value) for name, value in values(made).items())
     network = {"kind": "mlp", "inputs": 4, "outputs": 3, "hidden": [8]}
@@ -140,7 +140,7 @@ def test_sine_waves_are_learned_to_be_learned():
 
 
 def test_noise_with_several_samples_works_in_a_regression():
-    made = MetaLearner(mlp(inputs=1, outputs=1), "meta_dropout", inner_lr=0.01, inner_steps=2, task="regression",
+    made = MetaLearner(mlp(inputs=1, outputs=1), "meta-dropout", inner_lr=0.01, inner_steps=2, task="regression",
                        test_samples=4)  # fmt: skip
     made.fit(SineTasks(), steps=3, meta_batch=4)
     tasks = SineTasks(seed=5).batch(0, 3)
@@ -290,7 +290,7 @@ def test_wrong_input_is_told_in_a_line():
         learner("dropconnect")
     with pytest.raises(InputError, match="outer_lr and clip must be > 0"):
         made.fit(TASKS, steps=1, outer_lr=0.0)
-    first_order = METHODS["meta_dropout"].__class__("", "multiplicative", "fomaml")
+    first_order = METHODS["meta-dropout"].__class__("", "multiplicative", "fomaml")
     with pytest.raises(InputError, match="takes inner gradients for constants"):
         learner(first_order)
     with pytest.warns(UserWarning, match="learn from the query pass only"):
@@ -314,7 +314,7 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path):
 
 
 def test_adversarial_inner_training_attacks_the_support():
-    made = MetaLearner(conv4(ways=3, size=16, filters=4, blocks=2), "adversarial_linf", inner_steps=1)
+    made = MetaLearner(conv4(ways=3, size=16, filters=4, blocks=2), "adversarial-linf", inner_steps=1)
     x = torch.rand(2, 3, 1, 16, 16)
     y = torch.arange(3).expand(2, 3)
     tasks = Tasks(x, y, x, y)

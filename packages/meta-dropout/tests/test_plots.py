@@ -17,7 +17,7 @@ from shared_core.errors import InputError
 from shared_core.runs import Result
 from shared_core.testing import keep_figures, misplaced
 
-METHODS = ("meta_dropout", "maml", "information_dropout")
+METHODS = ("meta-dropout", "maml", "information-dropout")
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_the_same_arguments_give_the_same_bytes(name, ending, start, tmp_path):
 
 
 def test_a_comparison_sets_ours_off_and_writes_abbreviations(tmp_path, drawn):
-    methods = ("maml", "meta_dropout", "metasgd_dropout")
+    methods = ("maml", "meta-dropout", "metasgd-dropout")
     metrics = ("ece", "area under accuracy (linf)")
     plots.plot_comparison(tmp_path / "c.png", results(metrics=metrics, methods=methods))
     labels = [axis.get_xlabel() for axis in drawn[0].axes]
@@ -145,11 +145,11 @@ def test_a_comparison_sets_ours_off_and_writes_abbreviations(tmp_path, drawn):
         "area under accuracy ($\\ell_\\infty$) [%]\n(higher is better)",
     ]
     bold = {label.get_text() for label in drawn[0].axes[0].get_yticklabels() if label.get_fontweight() == "bold"}
-    assert bold == {"meta_dropout", "metasgd_dropout"}
+    assert bold == {"meta-dropout", "metasgd-dropout"}
 
 
 def test_a_history_is_averaged_over_the_steps_before(tmp_path, drawn):
-    plots.plot_history(tmp_path / "h.png", {"maml": history(10), "meta_dropout": history(10)}, 3)
+    plots.plot_history(tmp_path / "h.png", {"maml": history(10), "meta-dropout": history(10)}, 3)
     loss, accuracy = drawn[0].axes
     values = [2 / k for k in range(1, 11)]
     expected = [np.mean(values[max(0, k - 2) : k + 1]) for k in range(10)]

@@ -75,7 +75,7 @@ def test_test_inputs_do_not_reach_what_is_fitted(method):
 
 
 def test_all_methods_see_the_same_removals_and_splits():
-    table = load_table("breast_cancer")
+    table = load_table("breast-cancer")
     cells = [table_cell(table, method, seed=1, model="linear", rates=(0.1, 0.9)) for method in ("zero", "mean")]
     assert cells[0]["true_correlation"] == cells[1]["true_correlation"]
     assert cells[0]["drift"][0] == cells[1]["drift"][0]

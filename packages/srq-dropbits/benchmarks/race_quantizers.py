@@ -23,17 +23,17 @@ from srq_dropbits.quantizers import WeightQuantizer
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "LSQ": {"estimator": "lsq"},
-    "SRQ": {"estimator": "mode_soft"},
-    "SRQ, noise fixed": {"estimator": "mode_soft", "learn_sigma": False},
-    "SRQ + DropBits": {"estimator": "mode_soft", "dropbits": DropBits()},
-    "mcste_input": {"estimator": "mcste"},
-    "mcste_input + DropBits": {"estimator": "mcste", "dropbits": DropBits()},
-    "mode_gumbel": {"estimator": "mode_gumbel"},
+    "SRQ": {"estimator": "mode-soft"},
+    "SRQ, noise fixed": {"estimator": "mode-soft", "learn_sigma": False},
+    "SRQ + DropBits": {"estimator": "mode-soft", "dropbits": DropBits()},
+    "mcste-input": {"estimator": "mcste"},
+    "mcste-input + DropBits": {"estimator": "mcste", "dropbits": DropBits()},
+    "mode-gumbel": {"estimator": "mode-gumbel"},
     "RQ": {"estimator": "rq"},
-    "RQ-ST": {"estimator": "rq_st"},
-    "RQ, local": {"estimator": "rq_local"},
+    "RQ-ST": {"estimator": "rq-st"},
+    "RQ, local": {"estimator": "rq-local"},
 }
-FULL_GRID = ("mode_gumbel", "RQ", "RQ-ST")
+FULL_GRID = ("mode-gumbel", "RQ", "RQ-ST")
 PEER = "brevitas LSQ"
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     for found in results:
         ms = found["ms"]
         print(f"{found['bits']} bits: SRQ / LSQ {ms['SRQ'] / ms['LSQ']:.2f}", end="")
-        print(f", mcste_input / LSQ {ms['mcste_input'] / ms['LSQ']:.2f} (target <= 2.50)", end="")
+        print(f", mcste-input / LSQ {ms['mcste-input'] / ms['LSQ']:.2f} (target <= 2.50)", end="")
         print(f", SRQ / RQ {ms['SRQ'] / ms['RQ']:.3f}" + (" (target <= 0.200)" if found["bits"] == 4 else ""), end="")
         print(f", LSQ / brevitas {ms['LSQ'] / ms[PEER]:.2f}" if PEER in ms else "")
     write_json(options, results)

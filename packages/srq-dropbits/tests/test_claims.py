@@ -39,7 +39,7 @@ def ladder(run: Run, task: str) -> tuple[dict[tuple[str, str], float], dict[tupl
     bits = [(2, 2), (4, 4)]
     accuracy: dict[tuple[str, str], float] = {}
     error: dict[tuple[str, str], float] = {}
-    for rate, methods in ((3e-3, ["ptq", "lsq", "srq", "mcste_input"]), (3e-4, ["mcste_zero"])):
+    for rate, methods in ((3e-3, ["ptq", "lsq", "srq", "mcste-input"]), (3e-4, ["mcste-zero"])):
         found = compare(run, [TASKS[task]], methods, bits, SEEDS, rates=[rate])
         accuracy |= means(found, "test accuracy")
         error |= means(found, "quantization error")
@@ -79,7 +79,7 @@ def test_e1_digits_at_two_and_four_bits(digits):
 
 def test_the_literal_estimator_loses(mnist):
     accuracy, _ = mnist
-    assert accuracy["2/2", "mcste_zero"] < accuracy["2/2", "srq"] - 0.01
+    assert accuracy["2/2", "mcste-zero"] < accuracy["2/2", "srq"] - 0.01
 
 
 # ---- E2: clusters
@@ -87,7 +87,7 @@ def test_the_literal_estimator_loses(mnist):
 
 def test_e2_weights_cluster_at_their_grid_points(mnist, digits):
     for _, error in (mnist, digits):
-        ratio = {bits: error[bits, "mcste_input"] / error[bits, "lsq"] for bits in ("2/2", "4/4")}
+        ratio = {bits: error[bits, "mcste-input"] / error[bits, "lsq"] for bits in ("2/2", "4/4")}
         print(ratio)
         # At most 0.8 was hoped for; at 2 bits it is about that.
         assert ratio["2/2"] < 1

@@ -225,13 +225,13 @@ def test_wrong_input_gets_one_line(wrong, wine, tmp_path):
 
 
 def test_estimators_are_diagnosed_alone_and_on_a_users_network(done, wrong, wine, tmp_path):
-    options = ("--estimators", "lsq mcste_zero mode_soft", "--layers", 4)
+    options = ("--estimators", "lsq mcste-zero mode-soft", "--layers", 4)
     alone = done("diagnose", *options, "--bits", 2, "--out", "d1")
     assert alone.artifacts == ["estimators.png", "diagnosis.json"]
     # The zero cell is a third of a ternary grid.
-    assert value(alone, "share without gradient", "mcste_zero") == pytest.approx(1 / 3, abs=0.01)
-    assert value(alone, "cosine to the true gradient", "mode_soft") > value(
-        alone, "cosine to the true gradient", "mcste_zero"
+    assert value(alone, "share without gradient", "mcste-zero") == pytest.approx(1 / 3, abs=0.01)
+    assert value(alone, "cosine to the true gradient", "mode-soft") > value(
+        alone, "cosine to the true gradient", "mcste-zero"
     )
     done("train", "wine.csv", "--arch", "mlp:8", "--weight-bits", 3, "--float-epochs", 5, "--epochs", 1, "--out", "run")
     found = done("diagnose", "run", *options, "--out", "d2")
@@ -241,7 +241,7 @@ def test_estimators_are_diagnosed_alone_and_on_a_users_network(done, wrong, wine
         "weights of wine.csv",
     }
     assert value(found, "cosine to the identity's gradient", "lsq") > value(
-        found, "cosine to the identity's gradient", "mcste_zero"
+        found, "cosine to the identity's gradient", "mcste-zero"
     )
     assert "mode_sofd" in wrong("diagnose", "--estimators", "mode_sofd", "--out", "d3")
 

@@ -354,7 +354,7 @@ class TestConvert:
         folded = {name for name, module in imodel.named_modules() if isinstance(module, nn.Identity)}
         assert folded == {"norm", "block.norm", "norm2"} | ({"norm3"} if example else set())
 
-    @pytest.mark.parametrize("method", ["ptq", "ste_minmax", "pact", "lsq", "lsq+", "srq", "rq"])
+    @pytest.mark.parametrize("method", ["ptq", "ste-minmax", "pact", "lsq", "lsq+", "srq", "rq"])
     def test_every_method_converts(self, method):
         x = normal(1, 32, 12)
         model = seeded(lambda: nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 4)))

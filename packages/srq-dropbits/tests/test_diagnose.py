@@ -51,12 +51,12 @@ def mode_probability(x: np.ndarray, grid: Grid, sigma: float) -> np.ndarray:
     return cell / (sigmoid((grid.n_hi + 0.5 - x) / sigma) - sigmoid((grid.n_lo - 0.5 - x) / sigma))
 
 
-@pytest.mark.parametrize("name", ["mcste_zero", "mcste_input", "mcste_clipped"])
+@pytest.mark.parametrize("name", ["mcste-zero", "mcste-input", "mcste-clipped"])
 def test_gain_of_the_multi_class_estimator_by_finite_differences(name):
     grid, sigma = Grid.signed(3), 0.4
     curve = gain_curve(name, grid, 1.0, sigma, points=157)
     n = np.clip(np.round(curve.x), grid.n_lo, grid.n_hi)
-    baseline = {"mcste_zero": 0.0, "mcste_input": curve.x, "mcste_clipped": np.clip(curve.x, grid.n_lo, grid.n_hi)}
+    baseline = {"mcste-zero": 0.0, "mcste-input": curve.x, "mcste-clipped": np.clip(curve.x, grid.n_lo, grid.n_hi)}
     # Away from edges, which a difference would step across.
     inner = (np.abs(curve.x) < grid.n_hi + 0.49) & (np.abs(np.abs(curve.x - np.floor(curve.x)) - 0.5) > 1e-3)
     slope = (mode_probability(curve.x + 1e-5, grid, sigma) - mode_probability(curve.x - 1e-5, grid, sigma)) / 2e-5
@@ -65,19 +65,19 @@ def test_gain_of_the_multi_class_estimator_by_finite_differences(name):
 
 
 def test_gain_does_not_depend_on_the_step():
-    small, large = (gain_curve("mcste_zero", Grid.signed(3), alpha, points=50) for alpha in (0.1, 10))
+    small, large = (gain_curve("mcste-zero", Grid.signed(3), alpha, points=50) for alpha in (0.1, 10))
     np.testing.assert_allclose(small.gain, large.gain, atol=1e-12)
     np.testing.assert_allclose(small.value * 100, large.value)
 
 
 def test_without_a_control_variate_the_zero_cell_is_dead_and_inner_cells_oppose_descent():
-    ternary = gain_curve("mcste_zero", Grid.signed(2), points=4000)
+    ternary = gain_curve("mcste-zero", Grid.signed(2), points=4000)
     # Outermost cells pull the right way throughout: at 2 bits only the zero cell fails.
     assert ternary.dead == pytest.approx(1 / 3, abs=2e-3)
     assert ternary.opposed == 0
     for bits in (3, 4):
         grid = Grid.signed(bits)
-        curve = gain_curve("mcste_zero", grid, points=4000)
+        curve = gain_curve("mcste-zero", grid, points=4000)
         assert curve.dead == pytest.approx(1 / grid.size, abs=3e-3)
         # Half of every inner cell but zero's.
         assert curve.opposed == pytest.approx((grid.size - 3) / 2 / grid.size, abs=0.01)
@@ -87,16 +87,16 @@ def test_without_a_control_variate_the_zero_cell_is_dead_and_inner_cells_oppose_
 
 
 def test_without_a_control_variate_an_inner_cell_passes_nothing_on_average():
-    curve = gain_curve("mcste_zero", Grid.signed(5), points=32_000)
+    curve = gain_curve("mcste-zero", Grid.signed(5), points=32_000)
     cell = (curve.x > 2.5) & (curve.x < 3.5)
     assert abs(curve.gain[cell].mean()) < 2e-3 * np.abs(curve.gain[cell]).mean()
-    other = gain_curve("mcste_input", Grid.signed(5), points=32_000)
+    other = gain_curve("mcste-input", Grid.signed(5), points=32_000)
     # The closed form of the specification, section 2.4: 0.118 at sigma = alpha / 3.
     assert other.gain[cell].mean() == pytest.approx(0.1177, abs=3e-4)
 
 
 def test_clipping_the_control_variate_ends_the_opposition():
-    plain, clipped = (gain_curve(name, Grid.signed(3), points=1000) for name in ("mcste_input", "mcste_clipped"))
+    plain, clipped = (gain_curve(name, Grid.signed(3), points=1000) for name in ("mcste-input", "mcste-clipped"))
     assert plain.opposed == pytest.approx(1 / 7, abs=0.01)
     # The tails beyond the grid move the zero of an inner cell's slope a little off its centre.
     assert clipped.opposed < 0.01
@@ -104,7 +104,7 @@ def test_clipping_the_control_variate_ends_the_opposition():
     assert plain.gain.min() < -0.1 * plain.gain.max()
 
 
-@pytest.mark.parametrize("name", ["rq", "rq_st", "sr"])
+@pytest.mark.parametrize("name", ["rq", "rq-st", "sr"])
 def test_sampling_estimators_spread_and_agree_with_the_expected_value(name):
     grid = Grid.signed(2)
     curve = gain_curve(name, grid, points=21, draws=4000, temperature=0.3)
@@ -125,7 +125,7 @@ def test_curves_are_plain_values_and_repeat():
 
 
 def test_what_the_lab_does_not_have_is_said():
-    with pytest.raises(SrqError, match=r"no estimator 'pact'.*mcste_zero"):
+    with pytest.raises(SrqError, match=r"no estimator 'pact'.*mcste-zero"):
         gain_curve("pact", Grid.signed(2))
     with pytest.raises(SrqError, match="srq\\+dropbits"):
         gain_curve("srq+dropbits", Grid.signed(2))
@@ -174,7 +174,7 @@ def test_one_weight_and_a_linear_model_leave_the_soft_estimator_without_bias():
     x = torch.ones(1, 1, dtype=torch.float64)
     layer = SmallLayer(x, torch.tensor([1e6], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64))
     soft, rq, zero = estimator_bias(
-        layer, Grid.signed(3), 1.0, estimators=["mode_soft", "rq", "mcste_zero"], draws=20_000, temperature=0.5
+        layer, Grid.signed(3), 1.0, estimators=["mode-soft", "rq", "mcste-zero"], draws=20_000, temperature=0.5
     )
     assert soft.expected.error < 1e-5
     assert soft.spread == 0
@@ -202,16 +202,16 @@ def test_study_ranks_the_estimators_as_the_mechanism_says():
     # No draw, no variance; relaxed samples are nearly unbiased and vary most.
     assert {name for name, one in found.items() if one.spread == 0} == {
         "lsq",
-        "mcste_zero",
-        "mcste_input",
-        "mcste_clipped",
-        "mode_soft",
+        "mcste-zero",
+        "mcste-input",
+        "mcste-clipped",
+        "mode-soft",
     }
     assert found["rq"].expected.cosine > 0.95
-    assert found["mcste_zero"].expected.cosine < found["mcste_input"].expected.cosine - 0.15
-    assert found["mcste_input"].expected.cosine < found["mode_soft"].expected.cosine
+    assert found["mcste-zero"].expected.cosine < found["mcste-input"].expected.cosine - 0.15
+    assert found["mcste-input"].expected.cosine < found["mode-soft"].expected.cosine
     # Its gradients are an eighth of the true ones: it needs a larger learning rate.
-    assert found["mcste_input"].expected.size < 0.3
+    assert found["mcste-input"].expected.size < 0.3
     assert json.dumps(found["rq"].to_dict())
 
 
@@ -235,15 +235,15 @@ def test_shares_by_hand():
     def loss(output, y):
         return (output[:, 0] - y).sum()
 
-    names = ("lsq", "mcste_zero", "mcste_input", "mcste_clipped", "mode_soft")
+    names = ("lsq", "mcste-zero", "mcste-input", "mcste-clipped", "mode-soft")
     found = {row.estimator: row for row in weight_diagnosis(qmodel, [batch], loss=loss, estimators=names).total}
     shares = {name: (6 * row.zero, 6 * row.opposed) for name, row in found.items()}
     assert shares == {
         "lsq": pytest.approx((2, 0)),
-        "mcste_zero": pytest.approx((3, 1)),
-        "mcste_input": pytest.approx((1, 1)),
-        "mcste_clipped": pytest.approx((2, 0)),
-        "mode_soft": pytest.approx((1, 0)),
+        "mcste-zero": pytest.approx((3, 1)),
+        "mcste-input": pytest.approx((1, 1)),
+        "mcste-clipped": pytest.approx((2, 0)),
+        "mode-soft": pytest.approx((1, 0)),
     }
     for row in found.values():
         assert (row.weights, row.beyond, row.in_zero_cell) == (6, pytest.approx(1 / 6), pytest.approx(2 / 6))
@@ -265,11 +265,11 @@ def test_every_estimator_on_a_network():
             shares = [getattr(one, key) * one.weights for one in parts]
             assert getattr(row, key) * row.weights == pytest.approx(math.fsum(shares))
     assert total["lsq"].opposed == 0
-    assert total["mcste_clipped"].opposed < 0.01
+    assert total["mcste-clipped"].opposed < 0.01
     # All of the zero cell stands still, and more is sent the wrong way than by any other.
-    assert total["mcste_zero"].zero >= total["mcste_zero"].in_zero_cell > 0.1
-    assert total["mcste_zero"].opposed > 0.15
-    assert total["mcste_zero"].cosine < min(total[name].cosine for name in ("mcste_input", "mode_soft", "lsq"))
+    assert total["mcste-zero"].zero >= total["mcste-zero"].in_zero_cell > 0.1
+    assert total["mcste-zero"].opposed > 0.15
+    assert total["mcste-zero"].cosine < min(total[name].cosine for name in ("mcste-input", "mode-soft", "lsq"))
     assert json.dumps(found.to_dict())
 
 
@@ -278,7 +278,7 @@ def test_gains_of_inputs_multiply_through_the_layers():
     only, both = (
         {
             row.layer: row.size
-            for row in weight_diagnosis(model, batches, estimators=["mcste_input"], inputs=flag).layers
+            for row in weight_diagnosis(model, batches, estimators=["mcste-input"], inputs=flag).layers
         }
         for flag in (False, True)
     )
@@ -335,7 +335,7 @@ def test_weights_behind_another_parametrization():
         torch.manual_seed(0)
         model = prepare(nn.Sequential(weight_norm(nn.Linear(5, 4))), QuantConfig(weight_bits=3, act_bits=None))
         x, y = torch.randn(20, 5), torch.randint(0, 4, (20,))
-    (row,) = weight_diagnosis(model, [(x, y)], estimators=["mcste_zero"]).total
+    (row,) = weight_diagnosis(model, [(x, y)], estimators=["mcste-zero"]).total
     assert row.weights == 20
     assert row.zero >= row.in_zero_cell > 0
 
@@ -359,7 +359,7 @@ def test_models_that_cannot_be_diagnosed():
         weight_diagnosis(model, batches, estimators=["sgd"])
     with pytest.raises(SrqError, match="prepare it first"):
         weight_diagnosis(nn.Linear(8, 4), batches)
-    dorefa, _ = network(estimator="ste_minmax")
+    dorefa, _ = network(estimator="ste-minmax")
     with pytest.raises(SrqError, match=r"layer '0'.*prepare the model with 'lsq'"):
         weight_diagnosis(dorefa, batches)
     for _, module in quantized_layers(model):

@@ -31,7 +31,7 @@ def run(tmp_path):
 
 
 def test_methods_are_parsed_with_their_settings():
-    config = parse_method("mcste_input:p_keep=0.7,sharing=endpoint,per_channel=true,temperature=2", 3, None, 5)
+    config = parse_method("mcste-input:p_keep=0.7,sharing=endpoint,per_channel=true,temperature=2", 3, None, 5)
     assert config.dropbits is not None
     assert (config.dropbits.p_keep, config.dropbits.sharing) == (0.7, "endpoint")
     assert (config.per_channel, config.temperature, config.act_bits, config.seed) == (True, 2.0, None, 5)
@@ -41,7 +41,7 @@ def test_methods_are_parsed_with_their_settings():
     assert parse_method("cpq+dropbits", 3, 3) == parse_method("srq+dropbits", 3, 3)
     with pytest.raises(InputError, match="no setting 'tempreature'; did you mean 'temperature'"):
         parse_method("rq:tempreature=2", 3, 3)
-    with pytest.raises(InputError, match="did you mean 'mode_soft'"):
+    with pytest.raises(InputError, match="did you mean 'mode-soft'"):
         parse_method("mode_sofd", 3, 3)
     with pytest.raises(InputError, match="is not key=value"):
         parse_method("rq:fast", 3, 3)

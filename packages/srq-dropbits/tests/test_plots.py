@@ -24,7 +24,7 @@ def row(dataset, method, values, metric="test accuracy", **options) -> Result:
 
 def ladder() -> list[Result]:
     rows = []
-    levels = {"float32": 0.985, "ptq": 0.61, "lsq": 0.95, "mcste_zero": 0.11, "rq_st": 0.955, "srq+dropbits": 0.957}
+    levels = {"float32": 0.985, "ptq": 0.61, "lsq": 0.95, "mcste-zero": 0.11, "rq-st": 0.955, "srq+dropbits": 0.957}
     for bits, gain in (("2/2", 0.0), ("4/4", 0.02)):
         for name, level in levels.items():
             rows.append(row(f"digits {bits}", name, [min(level + gain + 0.004 * k, 1) for k in (-1, 0, 1)]))
@@ -85,7 +85,7 @@ DRAW = {
     "bits": lambda path: plots.plot_bits(path, small_model().report()),
     "history": lambda path: plots.plot_history(path, history()),
     "estimators": lambda path: plots.plot_estimators(
-        path, [gain_curve(name, Grid.signed(2), points=60, draws=20) for name in ("lsq", "mcste_zero", "rq")]
+        path, [gain_curve(name, Grid.signed(2), points=60, draws=20) for name in ("lsq", "mcste-zero", "rq")]
     ),
 }
 
@@ -125,7 +125,7 @@ def test_ladder_has_a_panel_for_each_bit_width_and_cuts_off_what_failed(tmp_path
     ]
     # Neighbours with the same methods share their names.
     named = [[label.get_text() for label in axis.get_yticklabels()] for axis in figures[0].axes]
-    assert named == [["srq+dropbits", "rq_st", "mcste_zero", "lsq", "ptq"], []]
+    assert named == [["srq+dropbits", "rq-st", "mcste-zero", "lsq", "ptq"], []]
     for axis, rows in zip(figures[0].axes, (ladder()[:12], ladder()[13:25]), strict=True):
         means = {one.method: 100 * one.mean for one in rows if one.metric == "test accuracy"}
         # What is beyond the edge is written out.
@@ -133,7 +133,7 @@ def test_ladder_has_a_panel_for_each_bit_width_and_cuts_off_what_failed(tmp_path
         assert {text.get_text() for text in axis.texts} == {
             f"{mean:.1f}" for method, mean in means.items() if mean < left and method != "float32"
         }
-        assert means["mcste_zero"] < left < means["lsq"]
+        assert means["mcste-zero"] < left < means["lsq"]
         lines = [line for line in axis.lines if line.get_linestyle() == "--"]
         assert [line.get_xdata()[0] for line in lines] == [pytest.approx(means["float32"])]
 
@@ -150,7 +150,7 @@ def test_comparison_leaves_settings_to_the_table(tmp_path, figures):
     labels = [axis.get_xlabel() for axis in figures[0].axes if axis.get_xlabel()]
     assert sorted(set(labels)) == ["quantization error (lower is better)", "test accuracy (higher is better)"]
     bold = {label.get_text() for label in figures[0].axes[0].get_yticklabels() if label.get_fontweight() == "bold"}
-    assert bold == {"mcste_zero", "srq+dropbits"}
+    assert bold == {"mcste-zero", "srq+dropbits"}
 
 
 def test_pareto_joins_uniform_widths_and_stars_learned_ones(tmp_path, figures):
@@ -178,7 +178,7 @@ def test_weights_show_the_share_of_each_grid_point(tmp_path, figures):
 
 
 def test_weights_of_dorefa_and_of_a_pruned_layer_can_be_drawn(tmp_path, figures):
-    plots.plot_weights(tmp_path / "odd.png", small_model(estimator="ste_minmax"))
+    plots.plot_weights(tmp_path / "odd.png", small_model(estimator="ste-minmax"))
     model = small_model(learn_bits=LearnBits(max_bits=3, min_bits=1))
     model[0].parametrizations.weight[0].freeze(Grid(0, 0, 0))
     plots.plot_weights(tmp_path / "pruned.png", model)
@@ -210,8 +210,8 @@ def test_history_has_a_panel_for_what_was_recorded(tmp_path, figures):
 
 
 def test_estimators_that_give_the_same_value_share_a_line(tmp_path, figures):
-    table = [gain_curve(name, Grid.signed(2), points=60, draws=200) for name in ("lsq", "mcste_zero", "sr")]
+    table = [gain_curve(name, Grid.signed(2), points=60, draws=200) for name in ("lsq", "mcste-zero", "sr")]
     plots.plot_estimators(tmp_path / "p.png", table)
     legend = figures[0].subfigs[0].axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["lsq, mcste_zero", "sr"]
-    assert figures[0].subfigs[1].axes[1].get_title() == "mcste_zero: dead 32%, against 0%, mean 0.30"
+    assert [text.get_text() for text in legend.get_texts()] == ["lsq, mcste-zero", "sr"]
+    assert figures[0].subfigs[1].axes[1].get_title() == "mcste-zero: dead 32%, against 0%, mean 0.30"

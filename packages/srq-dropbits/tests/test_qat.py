@@ -226,7 +226,7 @@ class TestChoice:
         with pytest.raises(InvalidBitsError, match=r"overrides\.fc.*weight_bits"):
             QuantConfig(overrides={"fc": {"weight_bits": bits}})
 
-    @pytest.mark.parametrize("estimator", ["pact", "ste_minmax", "ptq"])
+    @pytest.mark.parametrize("estimator", ["pact", "ste-minmax", "ptq"])
     def test_an_estimator_without_levels_is_refused_where_levels_drop(self, estimator):
         config = QuantConfig(dropbits=DropBits(), overrides={"2": {"estimator": estimator}})
         with pytest.raises(OverrideError, match="'2'"):
@@ -534,7 +534,7 @@ METHOD_CONFIGS = [
     QuantConfig.method(name, 3, 3, **changes)
     for name in METHODS
     for changes in ({}, {"per_channel": True})
-    if not (changes and name in {"ste_minmax", "pact"})
+    if not (changes and name in {"ste-minmax", "pact"})
 ]
 
 
@@ -553,7 +553,7 @@ class TestState:
         other.load_state_dict(copy.deepcopy(qmodel.state_dict()))
         x = normal(9, 6, seed=3)
         assert torch.equal(qmodel.eval()(x), other.eval()(x))
-        if config.estimator not in {"rq", "rq_st", "rq_local", "sr", "mode_gumbel"}:
+        if config.estimator not in {"rq", "rq-st", "rq-local", "sr", "mode-gumbel"}:
             assert torch.equal(qmodel.train()(x), other.train()(x))
         assert str(qmodel.report()) == str(other.report())
 

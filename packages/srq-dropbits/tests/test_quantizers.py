@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def weights(estimator: str = "mcste", bits: int = 3, **options: object) -> WeightQuantizer:
-    grid = Grid.odd(bits) if estimator in {"pact", "ste_minmax"} else Grid.signed(bits)
+    grid = Grid.odd(bits) if estimator in {"pact", "ste-minmax"} else Grid.signed(bits)
     return WeightQuantizer(grid, estimator, name="fc", **options)
 
 
@@ -183,7 +183,7 @@ class TestGradients:
 
     def test_dorefas_weights(self):
         w = normal(20, 10)
-        part = weights("ste_minmax", bits=2)
+        part = weights("ste-minmax", bits=2)
         part.initialize(w)
         bent = np.tanh(w.numpy().astype(float))
         unit = 2 * np.rint(3 * (bent / (2 * np.abs(bent).max()) + 0.5)) - 3
@@ -409,7 +409,7 @@ def test_an_earlier_state_ends_a_freeze():
 @pytest.mark.parametrize("count", [50, 5000])
 @pytest.mark.parametrize("learn", [True, False])
 def test_the_soft_estimator_straight_from_parameters_is_that_of_the_graph(count, learn):
-    part = weights(bits=3, estimator="mode_soft", learn_sigma=learn)
+    part = weights(bits=3, estimator="mode-soft", learn_sigma=learn)
     x = torch.randn(1, count, generator=torch.Generator().manual_seed(0)).requires_grad_()
     part.initialize(x.detach())
     upstream = torch.randn(1, count, generator=torch.Generator().manual_seed(1))

@@ -264,7 +264,7 @@ class TestAugment:
         assert any(mirrored) == flip
 
 
-METHODS = ["ste_minmax", "pact", "lsq", "rq_st", "srq", "srq+dropbits"]
+METHODS = ["ste-minmax", "pact", "lsq", "rq-st", "srq", "srq+dropbits"]
 
 
 class TestQuantized:

@@ -567,7 +567,7 @@ def _mini_imagenet(wanted: _Wanted) -> ClassImages:
     splits = ("train", "validation", "test") if wanted.split == "all" else (wanted.split,)
     parts: list[ClassImages] = []
     for split in splits:
-        found = load_shared("mini_imagenet", split=split, expect=ImageData, size=size)
+        found = load_shared("mini-imagenet", split=split, expect=ImageData, size=size)
         part = _from_shared(found, "mini-imagenet")
         # Where the authors' arrays have no names, every split counts its classes from 0.
         parts.append(replace(part, class_names=tuple(f"{split}/{name}" for name in part.class_names)))

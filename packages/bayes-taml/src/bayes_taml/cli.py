@@ -135,7 +135,7 @@ class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
     steps: int = Field(100, ge=1, description="meta-steps of each method")
-    methods: tuple[str, ...] = Field(("pixels", "metasgd", "deterministic_taml"), description="methods to compare")
+    methods: tuple[str, ...] = Field(("pixels", "metasgd", "deterministic-taml"), description="methods to compare")
     episodes: int = Field(100, ge=1, description="test episodes of each domain")
     inner_lr: float = Field(0.03, gt=0, description="first value of the learned step sizes of adaptation")
     outer_lr: float = Field(1e-2, gt=0, description="step size of Adam over tasks")
@@ -171,7 +171,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
         f"{config.steps} meta-steps here; the paper takes 50,000.",
     ]
     shown = [row for row in results if row.metric in (*_DRAWN_METRICS, "accuracy at 1-3 shots")]
-    ours = "bayesian_taml" if "bayesian_taml" in config.methods else config.methods[-1]
+    ours = "bayesian-taml" if "bayesian-taml" in config.methods else config.methods[-1]
     return Outcome(shown, claims or paired(cells, ours), notes)
 
 
@@ -195,7 +195,7 @@ class CompareConfig(TaskOptions):
         (), description="other domains to test on: mnist, digits, cifar-10, svhn, hershey, far, folders or NPZ files"
     )
     methods: tuple[str, ...] = Field(
-        ("pixels", "protonet", "maml", "metasgd", "metasgd_inverse", "omega_taml", "bayesian_taml"),
+        ("pixels", "protonet", "maml", "metasgd", "metasgd-inverse", "omega-taml", "bayesian-taml"),
         description="methods; an unknown name lists them all",
     )
     modes: tuple[_Mode, ...] = Field((), description="how shots differ in tests, as --mode; several are tested apart")
@@ -253,7 +253,7 @@ class TrainConfig(TaskOptions):
     """Settings of ``train``."""
 
     data: str = argument(_SOURCE)
-    method: str = Field("bayesian_taml", description="a method; an unknown name lists them all")
+    method: str = Field("bayesian-taml", description="a method; an unknown name lists them all")
     rows: int | None = Field(None, ge=1, description="support images to compute together at most, to save memory")
     recompute: bool = Field(False, description="keep no activations of inner steps: less memory, more time")
 

@@ -60,7 +60,7 @@ FAR = "far"
 
 _DRAWN = ("glyphs", "hershey")
 # Methods that differ at test time alone share the training of one of them.
-_TRAINED_AS = {"naive_taml": "bayesian_taml"}
+_TRAINED_AS = {"naive-taml": "bayesian-taml"}
 _VALIDATION_SEED = 7919
 
 
@@ -747,7 +747,7 @@ def _rows(cells: Mapping[str, Mapping[int, Cell]]) -> list[Result]:
     return found
 
 
-def paired(cells: Mapping[str, Mapping[int, Cell]], ours: str = "bayesian_taml") -> list[Claim]:
+def paired(cells: Mapping[str, Mapping[int, Cell]], ours: str = "bayesian-taml") -> list[Claim]:
     """Hold our method against each other one on the same episodes of each test set, with 95 % intervals.
 
     Parameters
@@ -860,7 +860,7 @@ def pooling_study(
     *,
     seeds: Sequence[int],
     variants: Sequence[Sequence[str]] = (("mean",), ("mean", "n"), ("mean", "var", "n")),
-    method: str = "bayesian_taml",
+    method: str = "bayesian-taml",
     device: torch.device | str = "cpu",
     advance: Callable[[str, int], None] = _silent,
 ) -> dict[str, dict[int, list[float]]]:

@@ -349,7 +349,7 @@ class MetaLearner:
     def __init__(
         self,
         backbone: nn.Module,
-        method: str | Method = "bayesian_taml",
+        method: str | Method = "bayesian-taml",
         *,
         input_shape: Sequence[int],
         inner_lr: float = 0.01,

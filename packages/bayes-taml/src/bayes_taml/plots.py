@@ -48,7 +48,7 @@ __all__ = [
     "plot_sizes",
 ]
 
-_OURS = "bayesian_taml"
+_OURS = "bayesian-taml"
 _WORDS = {"ece": "ECE", "nll": "NLL", "ood": "OOD"}
 
 Vector = NDArray[np.float64]
@@ -150,7 +150,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
     Parameters
     ----------
     path : PNG, SVG or PDF to write
-    results : rows of a run's summary; ``bayesian_taml`` is highlighted
+    results : rows of a run's summary; ``bayesian-taml`` is highlighted
 
     Returns
     -------

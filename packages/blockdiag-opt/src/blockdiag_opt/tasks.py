@@ -361,7 +361,7 @@ def digits_clip() -> Task:
 
 def breast_cancer() -> Task:
     """Make the classifier 30-16-2, tanh, of standardised, strongly correlated cell measurements."""
-    data = load("breast_cancer")
+    data = load("breast-cancer")
     assert isinstance(data, TableData)
     order = np.random.default_rng(0).permutation(len(data))
     x, y = np.asarray(data.x)[order], torch.from_numpy(np.asarray(data.y)[order].astype(np.int64))

@@ -27,7 +27,7 @@ line = CommandLine(
 main = line.main
 
 _MODEL, _SCHEMA, _TABLE = "model.safetensors", "schema.json", "training.json"
-_SMALL = ("cib", "tarnet", "cfr_wass", "ols2", "rf_t")
+_SMALL = ("cib", "tarnet", "cfr-wass", "ols2", "rf-t")
 
 
 class DataOptions(CommandConfig):
@@ -48,7 +48,7 @@ class ModelOptions(CommandConfig):
     beta: float = Field(0.1, ge=0, description="weight of the compression term, per nat")
     gamma: float = Field(0.1, ge=0, description="weight of the independence term")
     lam: float = Field(0.01, ge=0, description="weight of the variance of counterfactual predictions")
-    independence: Literal["confusion", "adversarial", "mmd_lin", "mmd_rbf", "wass", "mi_gauss", "none"] = Field(
+    independence: Literal["confusion", "adversarial", "mmd-lin", "mmd-rbf", "wass", "mi-gauss", "none"] = Field(
         "confusion", description="measure of dependence between representation and treatment"
     )
     likelihood: Literal["gaussian", "hetero", "mse"] = Field("gaussian", description="noise of continuous outcomes")
@@ -109,7 +109,7 @@ class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
     draws: int = Field(5, ge=1, description="draws of the outcome surface and of the treatment")
-    methods: tuple[str, ...] = Field(("cib", "tarnet", "ols2", "rf_t"), description="methods to compare")
+    methods: tuple[str, ...] = Field(("cib", "tarnet", "ols2", "rf-t"), description="methods to compare")
     steps: int = Field(300, ge=25, description="most training steps of the networks")
 
 
@@ -194,7 +194,7 @@ class CompareConfig(DataOptions):
     """Settings of ``compare``."""
 
     data: str = argument(
-        "ihdp, twins, jobs, acic2016, diabetes, breast_cancer, confounded, overlap-failure, ihdp-econml, or a file"
+        "ihdp, twins, jobs, acic2016, diabetes, breast-cancer, confounded, overlap-failure, ihdp-econml, or a file"
     )
     methods: tuple[str, ...] = Field(_SMALL, description="methods; an unknown name lists them all")
     draws: int = Field(10, ge=1, description="draws (or splits, where there is one draw only)")
@@ -748,9 +748,9 @@ def data(config: DataConfig, session: Session) -> Outcome:
             f" {0 if found.unlabelled is None else len(found.unlabelled):,}",
         ]
         return Outcome(notes=notes)
-    if config.source not in ("confounded", "overlap-failure", "diabetes", "breast_cancer", "ihdp-econml"):
+    if config.source not in ("confounded", "overlap-failure", "diabetes", "breast-cancer", "ihdp-econml"):
         raise InputError(
-            f"'{config.source}' is not simulated; choose confounded, overlap-failure, diabetes, breast_cancer or"
+            f"'{config.source}' is not simulated; choose confounded, overlap-failure, diabetes, breast-cancer or"
             " ihdp-econml"
         )
     more = {key: value for key, value in (("n", config.units), ("kappa", config.kappa)) if value is not None}

@@ -55,7 +55,7 @@ NAMES = (
     "jobs",
     "acic2016",
     "diabetes",
-    "breast_cancer",
+    "breast-cancer",
     "confounded",
     "overlap-failure",
     "ihdp-econml",
@@ -299,7 +299,7 @@ def _assign(generator: np.random.Generator, propensity: Float[np.ndarray, " n"],
 
 
 # Covariates (positions) that raise, lower and raise the odds of treatment, and the two whose high values exclude it.
-_ASSIGNMENT = {"diabetes": ((2, 3, 8), (0, 3)), "breast_cancer": ((1, 4, 0), (0, 1))}
+_ASSIGNMENT = {"diabetes": ((2, 3, 8), (0, 3)), "breast-cancer": ((1, 4, 0), (0, 1))}
 
 
 def embedded(name: str = "diabetes", *, seed: int) -> EffectTable:
@@ -311,7 +311,7 @@ def embedded(name: str = "diabetes", *, seed: int) -> EffectTable:
     least three covariates have an effect: surface B on so few columns would now and then leave none.
 
     ================  =====================================  ==============================================
-    what              diabetes                               breast_cancer
+    what              diabetes                               breast-cancer
     ================  =====================================  ==============================================
     units, columns    442, 10 (sex as 0/1)                   569, 10 (the means)
     a, b, c           bmi, bp, s5                            mean texture, mean smoothness, mean radius
@@ -326,7 +326,7 @@ def embedded(name: str = "diabetes", *, seed: int) -> EffectTable:
 
     Parameters
     ----------
-    name : ``"diabetes"`` or ``"breast_cancer"``
+    name : ``"diabetes"`` or ``"breast-cancer"``
     seed : seed of the treatment, the coefficients and the noise
 
     Raises

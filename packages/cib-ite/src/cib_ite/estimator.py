@@ -163,7 +163,7 @@ class CIB(TransformerMixin, BaseEstimator):
     beta : weight of the compression term, in nats of ``KL(q(z|x) || N(0, I))``; the decisive parameter
     gamma : weight of the independence term
     lam : weight of the variance of the counterfactual prediction
-    independence : confusion, adversarial, mmd_lin, mmd_rbf, wass, mi_gauss or none
+    independence : confusion, adversarial, mmd-lin, mmd-rbf, wass, mi-gauss or none
     likelihood : gaussian (a noise scale for each arm), hetero (for each z), mse
     n_members : networks in the ensemble
     interval : how ``target="ite"`` intervals are calibrated: ``conformal`` on the rows each member held out, ``split``
@@ -300,8 +300,8 @@ class CIB(TransformerMixin, BaseEstimator):
 
         Parameters
         ----------
-        name : ``paper`` (one member, adversary), ``vib`` (only the bottleneck), ``tarnet``, ``cfr_wass``, ``cfr_mmd``,
-            ``dragonnet``, ``mc_dropout``
+        name : ``paper`` (one member, adversary), ``vib`` (only the bottleneck), ``tarnet``, ``cfr-wass``, ``cfr-mmd``,
+            ``dragonnet``, ``mc-dropout``
         changes : parameters that replace the preset's
 
         Examples

@@ -47,24 +47,24 @@ _ONE: dict[str, Any] = {"n_members": 1}
 _DECAY: dict[str, Any] = {"head_l2": 1e-2, "trunk_l2": 1e-2}
 NEURAL: Mapping[str, dict[str, Any]] = {
     "cib": {},
-    "cib_one": _ONE,
-    "cib_adversarial": {"independence": "adversarial"},
+    "cib-one": _ONE,
+    "cib-adversarial": {"independence": "adversarial"},
     "vib": PRESETS["vib"],
-    "cib_none": _NO_TERMS,
-    "cib_gamma": {"beta": 0.0, "lam": 0.0},
-    "cib_lam": _NO_TERMS | {"lam": 0.01},
+    "cib-none": _NO_TERMS,
+    "cib-gamma": {"beta": 0.0, "lam": 0.0},
+    "cib-lam": _NO_TERMS | {"lam": 0.01},
     # Little compression leaves the independence term something to do.
     "light": {"beta": 0.01, "gamma": 0.0},
-    "light_confusion": {"beta": 0.01, "gamma": 0.3, "disc_steps": 5},
-    "light_mi": {"beta": 0.01, "gamma": 0.3, "independence": "mi_gauss"},
+    "light-confusion": {"beta": 0.01, "gamma": 0.3, "disc_steps": 5},
+    "light-mi": {"beta": 0.01, "gamma": 0.3, "independence": "mi-gauss"},
     "tarnet": PRESETS["tarnet"] | _ONE,
-    "cfr_wass": PRESETS["cfr_wass"] | _ONE,
-    "cfr_mmd": PRESETS["cfr_mmd"] | _ONE,
+    "cfr-wass": PRESETS["cfr-wass"] | _ONE,
+    "cfr-mmd": PRESETS["cfr-mmd"] | _ONE,
     "dragonnet": PRESETS["dragonnet"] | {"heads": (64,)} | _ONE,
-    "mc_dropout": PRESETS["mc_dropout"] | _ONE | {"predict_samples": 100},
+    "mc-dropout": PRESETS["mc-dropout"] | _ONE | {"predict_samples": 100},
     # With the weight decay that CIB has, which is not CFR's: what is left between them is the bottleneck.
-    "tarnet_decay": PRESETS["tarnet"] | _DECAY | _ONE,
-    "tarnet_ensemble": PRESETS["tarnet"] | _DECAY,
+    "tarnet-decay": PRESETS["tarnet"] | _DECAY | _ONE,
+    "tarnet-ensemble": PRESETS["tarnet"] | _DECAY,
 }
 _L2: list[dict[str, Any]] = [
     {"head_l2": head, "trunk_l2": trunk}
@@ -79,8 +79,8 @@ _BETA: list[dict[str, Any]] = [
     {"beta": 0.1, "head_l2": 1e-4, "trunk_l2": 0.0},
 ]
 NEURAL_GRIDS: Mapping[str, list[dict[str, Any]]] = {
-    **dict.fromkeys(("tarnet", "cfr_wass", "cfr_mmd", "dragonnet", "mc_dropout", "tarnet_ensemble"), _L2),
-    **dict.fromkeys(("cib", "cib_one", "cib_adversarial"), _BETA),
+    **dict.fromkeys(("tarnet", "cfr-wass", "cfr-mmd", "dragonnet", "mc-dropout", "tarnet-ensemble"), _L2),
+    **dict.fromkeys(("cib", "cib-one", "cib-adversarial"), _BETA),
     "vib": [{"beta": beta} for beta in (0.1, 0.01, 0.03, 0.2, 0.3, 0.5)],
 }
 METHODS: tuple[str, ...] = (*NEURAL, *CLASSICAL, *EXTERNAL)

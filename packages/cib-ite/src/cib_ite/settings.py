@@ -10,9 +10,9 @@ from shared_core.errors import InputError
 
 __all__ = ["INDEPENDENCE", "PRESETS", "Independence", "Likelihood", "Settings"]
 
-Independence = Literal["adversarial", "confusion", "mmd_lin", "mmd_rbf", "wass", "mi_gauss", "none"]
+Independence = Literal["adversarial", "confusion", "mmd-lin", "mmd-rbf", "wass", "mi-gauss", "none"]
 Likelihood = Literal["gaussian", "mse", "hetero"]
-INDEPENDENCE: tuple[str, ...] = ("adversarial", "confusion", "mmd_lin", "mmd_rbf", "wass", "mi_gauss", "none")
+INDEPENDENCE: tuple[str, ...] = ("adversarial", "confusion", "mmd-lin", "mmd-rbf", "wass", "mi-gauss", "none")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Settings:
         bound that the adversary minimises means something only while the discriminator keeps up with z
     eval_every, patience, eval_samples : validation every so many steps, stop after so many without improvement
     clip : largest norm of a member's gradient
-    kernel_width : of ``mmd_rbf``; None is the median distance
+    kernel_width : of ``mmd-rbf``; None is the median distance
     sharpness, rounds : of ``wass``
     dragon, targeted : weights of DragonNet's propensity loss and targeted regularisation; 0 is without
     balance_share : share of treated assumed by mmd and wass; None is the training share
@@ -144,8 +144,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"independence": "adversarial", "n_members": 1, **_CFR_DECAY},
     "vib": {"gamma": 0.0, "lam": 0.0, "independence": "none"},
     "tarnet": _CFR | {"normalize": False},
-    "cfr_wass": _CFR | {"independence": "wass", "gamma": 0.3, "balance_share": 0.5},
-    "cfr_mmd": _CFR | {"independence": "mmd_lin", "gamma": 0.3, "balance_share": 0.5},
+    "cfr-wass": _CFR | {"independence": "wass", "gamma": 0.3, "balance_share": 0.5},
+    "cfr-mmd": _CFR | {"independence": "mmd-lin", "gamma": 0.3, "balance_share": 0.5},
     "dragonnet": _CFR | {"normalize": False, "heads": (100, 100), "dragon": 1.0, "targeted": 1.0, "reweight": False},
-    "mc_dropout": _CFR | {"normalize": False, "dropout_trunk": 0.1, "dropout_head": 0.5},
+    "mc-dropout": _CFR | {"normalize": False, "dropout_trunk": 0.1, "dropout_head": 0.5},
 }

@@ -500,9 +500,9 @@ class Trainer:
     ) -> Tensor:  # fmt: skip
         s = self.settings
         match s.independence:
-            case "mmd_lin":
+            case "mmd-lin":
                 return losses.mmd_lin(z, treatment, share)
-            case "mmd_rbf":
+            case "mmd-rbf":
                 return losses.mmd_rbf(z, treatment, share, s.kernel_width)
             case "wass":
                 return losses.sinkhorn(z, treatment, share, sharpness=s.sharpness, rounds=s.rounds)

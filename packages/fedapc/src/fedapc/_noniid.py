@@ -26,7 +26,7 @@ _SIDE = 16
 _HALVES = (("0-4", (0, 1, 2, 3, 4)), ("5-9", (5, 6, 7, 8, 9)))
 # Luma of ITU-R BT.601, as Pillow has it.
 _LUMA = (0.299, 0.587, 0.114)
-_TEN_CLASSES = ("mnist", "fashion_mnist", "kmnist", "cifar10", "svhn")
+_TEN_CLASSES = ("mnist", "fashion-mnist", "kmnist", "cifar10", "svhn")
 _SLANTED = ("", "-Bold", "-Oblique", "-BoldOblique")
 # The faces of each family, as the data set `glyphs` names them.
 _FAMILIES = {
@@ -71,7 +71,7 @@ def noniid_mini(
         for place, client in zip(order, wanted.names, strict=True):
             counts[client] = max(1, wanted.tasks - place % min(3, wanted.tasks))
     assigned = evenly(pool, counts, wanted.seed)
-    return deal("noniid_mini", wanted, assigned, "mlp", notes, fewer=True)
+    return deal("noniid-mini", wanted, assigned, "mlp", notes, fewer=True)
 
 
 def _small(images: UInt8[np.ndarray, "n height width *channels"]) -> Tensor:
@@ -167,7 +167,7 @@ def overlapped_cifar100(wanted: Wanted, *, test_per_class: int | None = None) ->
     images = Images("cifar100", *parts[0], *parts[1], *map(_by_channel, _CIFAR))
     pool = {name: Pooled(name, images, labels) for name, labels in groups.items() if len(labels) > 1}
     assigned = {client: [pool[name] for name in wanted.drawn(list(pool), client)] for client in wanted.names}
-    return deal("overlapped_cifar100", wanted, assigned, "lenet", notes)
+    return deal("overlapped-cifar100", wanted, assigned, "lenet", notes)
 
 
 def _by_channel(values: tuple[float, ...]) -> Tensor:
@@ -210,7 +210,7 @@ _SETS = {
     of.key: of
     for of in (
         _Set("mnist", 2, _bytes(0.1), _bytes(0.2752), core="mnist", grey=True),
-        _Set("fmnist", 2, _bytes(0.2190), _bytes(0.3318), core="fashion_mnist", grey=True),
+        _Set("fmnist", 2, _bytes(0.2190), _bytes(0.3318), core="fashion-mnist", grey=True),
         _Set("cifar10", 2, *_CIFAR, core="cifar10"),
         _Set("cifar100", 16, *_CIFAR, core="cifar100", classes=100),
         _Set("svhn", 2, _bytes(0.4377, 0.4438, 0.4728), _bytes(0.198, 0.201, 0.197), core="svhn"),

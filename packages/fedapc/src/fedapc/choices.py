@@ -12,9 +12,9 @@ __all__ = ["AdaptiveInit", "AttentionInit", "Norm", "Retroactive", "Score", "Tra
 Transfer = Literal["learned", "mean", "none"]
 AdaptiveInit = Literal["scaled", "zeros"]
 AttentionInit = Literal["probe", "scaled", "zeros"]
-Norm = Literal["refuse", "per_task", "frozen"]
+Norm = Literal["refuse", "per-task", "frozen"]
 Retroactive = Literal["shared", "joint", "none"]
-Score = Literal["gated_norm", "abs_raw_mask"]
+Score = Literal["gated-norm", "abs-raw-mask"]
 
 
 def sampled_parts(policy: str) -> int | None:

@@ -6,7 +6,7 @@ import csv
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from fedapc.experiments import Cell, Protocol
     from fedapc.federation import Federation, Progress
+    from fedapc.ledger import Amount
     from fedapc.report import Report
 
 line = CommandLine(
@@ -29,7 +30,7 @@ line = CommandLine(
 main = line.main
 
 _SAVED, _FACTS, _LEDGER = "federation.safetensors", "federation.json", "ledger.csv"
-_BENCHMARKS = "digits, overlapped_mnist, noniid_mini, gaussian; noniid50, overlapped_cifar100 where you have the sets"
+_BENCHMARKS = "digits, overlapped-mnist, noniid-mini, gaussian; noniid50, overlapped-cifar100 where you have the sets"
 _DRAWN_METRICS = ("accuracy", "forgetting", "accuracy when learnt", "sent up", "sent down", "density of parts")
 
 
@@ -101,8 +102,8 @@ class CompareConfig(ProtocolOptions):
 
     data: str = argument(f"benchmark: {_BENCHMARKS}", "digits")
     methods: tuple[str, ...] = Field(
-        ("stl", "finetune", "ewc", "stable_sgd", "apd", "fedavg", "fedprox", "scaffold", "fedcurv", "fedavg_ewc",
-         "fedprox_apd", "fedapc"),
+        ("stl", "finetune", "ewc", "stable-sgd", "apd", "fedavg", "fedprox", "scaffold", "fedcurv", "fedavg-ewc",
+         "fedprox-apd", "fedapc"),
         description="methods; an unknown name lists them all",
     )  # fmt: skip
     seeds: int = Field(3, ge=1, description="draws of the benchmark, and runs of each method")
@@ -215,7 +216,7 @@ def ablate(config: AblateConfig, session: Session) -> Outcome:
 class TransferConfig(ProtocolOptions):
     """Settings of ``transfer``."""
 
-    data: str = argument("benchmark: digits or overlapped_mnist", "digits")
+    data: str = argument("benchmark: digits or overlapped-mnist", "digits")
     seeds: int = Field(5, ge=1, description="draws")
     donor: int = Field(60, ge=2, description="examples of a class that the client has who learns the problem first")
     receiver: int = Field(5, ge=1, description="examples of a class that the client has who meets it later")
@@ -284,10 +285,10 @@ class FitConfig(FedAPCFields, CommandConfig):
     network: str | None = Field(
         None, description="mlp, lenet, resnet18, package.module:function or file.py:function (default: tasks.toml's)"
     )
-    norm: Literal["refuse", "per_task", "frozen"] = Field(
+    norm: Literal["refuse", "per-task", "frozen"] = Field(
         "refuse", description="running statistics of batch norms: each task its own, or those of the network given"
     )
-    start: Literal["fan_in", "module"] = Field("fan_in", description="weights to begin with: drawn, or the network's")
+    start: Literal["fan-in", "module"] = Field("fan-in", description="weights to begin with: drawn, or the network's")
     threads: int = Field(1, ge=1, description="threads that clients are spread over")
     processes: int = Field(0, ge=0, description="processes that clients are spread over instead; method fedapc only")
 
@@ -564,8 +565,8 @@ class LedgerConfig(CommandConfig):
     by: tuple[str, ...] = Field(
         ("direction", "kind"), description="fields to sum by: round, client, task, direction, kind, event"
     )
-    amount: Literal["values", "payload_bytes", "encoded_bytes", "wire_bytes", "messages"] = Field(
-        "encoded_bytes", description="what to sum; payload bytes are of the numbers alone"
+    amount: Literal["values", "payload-bytes", "encoded-bytes", "wire-bytes", "messages"] = Field(
+        "encoded-bytes", description="what to sum; payload bytes are of the numbers alone"
     )
 
 
@@ -575,11 +576,11 @@ def ledger(config: LedgerConfig, session: Session) -> Outcome:
     from fedapc.report import Report
 
     report = Report.load(config.run)
-    sums = report.ledger.sums(*config.by, amount=config.amount)
+    sums = report.ledger.sums(*config.by, amount=cast("Amount", config.amount.replace("-", "_")))
     unit = "bytes" if config.amount.endswith("bytes") else "1"
     results = [
         summarize([float(value)], dataset=", ".join(map(str, key)) or "all", method=report.method,
-                  metric=config.amount.replace("_", " "), unit=unit, better="lower")
+                  metric=config.amount.replace("-", " "), unit=unit, better="lower")
         for key, value in sorted(sums.items(), key=lambda item: tuple(map(str, item[0])))
     ]  # fmt: skip
     _write_ledger(session.run.artifact(_LEDGER), report)

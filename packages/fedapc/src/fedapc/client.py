@@ -91,7 +91,7 @@ class Learning:
     attention_init: AttentionInit = "probe"
     train_base: bool = True
     upload_fraction: float = 0.3
-    score: Score = "gated_norm"
+    score: Score = "gated-norm"
     share_adaptive: bool = True
 
     def __post_init__(self) -> None:

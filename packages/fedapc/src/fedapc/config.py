@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # without a gradient, and zeros that stand for "not sent".
     "reference": {
         "upload_fraction": 0.7,
-        "score": "abs_raw_mask",
+        "score": "abs-raw-mask",
         "kb_policy": "last+self",
         "keep_unsent": False,
         "retroactive": "none",
@@ -95,7 +95,7 @@ class FedAPCFields(BaseModel):
     upload_fraction: float = Field(
         default=0.3, gt=0, le=1, description="kappa, share of the base's rows a client sends"
     )
-    score: Score = Field(default="gated_norm", description="what rows are chosen by")
+    score: Score = Field(default="gated-norm", description="what rows are chosen by")
     share_adaptive: bool = Field(default=True, description="send adaptive parts to the server")
 
     @field_validator("kb_policy")

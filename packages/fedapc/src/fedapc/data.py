@@ -130,6 +130,7 @@ def _overlapped_mnist(
         rows = first_of_each(found.labels, most)
         pixels = torch.from_numpy(found.images[rows]).float()[:, None]
         parts.append((functional.avg_pool2d(pixels, 2).flatten(1), torch.from_numpy(found.labels[rows])))
+    # Draws of instances follow from the name of the set: this one is that of the published figures.
     return _permuted(wanted, standardised("overlapped_mnist", parts[0], parts[1]), permutations)
 
 
@@ -176,18 +177,18 @@ _SMALL = (4, 4, 20)
 _PAPER = (5, 10, None)
 _BUILDERS: dict[str, tuple[Callable[..., Benchmark], tuple[int, int, int | None]]] = {
     "digits": (_digits, _SMALL),
-    "overlapped_mnist": (_overlapped_mnist, _SMALL),
-    "noniid_mini": (noniid_mini, _SMALL),
-    "overlapped_cifar100": (overlapped_cifar100, _PAPER),
+    "overlapped-mnist": (_overlapped_mnist, _SMALL),
+    "noniid-mini": (noniid_mini, _SMALL),
+    "overlapped-cifar100": (overlapped_cifar100, _PAPER),
     "noniid50": (noniid50, _PAPER),
     "gaussian": (_gaussian, _SMALL),
 }
 
 BENCHMARKS: dict[str, str] = {
     "digits": "scikit-learn's 8 x 8 digits: {0-4, 5-9} with 4 fixed orders of pixels; needs no files",
-    "overlapped_mnist": "500 MNIST digits of each class as 14 x 14: {0-4, 5-9} with 4 fixed orders of pixels",
-    "noniid_mini": "16 x 16 grey images of digits and typefaces, and of MNIST, CIFAR-10, Omniglot, ... where they are",
-    "overlapped_cifar100": "the paper's: 10 of the 20 superclasses of CIFAR-100 for each of 5 clients",
+    "overlapped-mnist": "500 MNIST digits of each class as 14 x 14: {0-4, 5-9} with 4 fixed orders of pixels",
+    "noniid-mini": "16 x 16 grey images of digits and typefaces, and of MNIST, CIFAR-10, Omniglot, ... where they are",
+    "overlapped-cifar100": "the paper's: 10 of the 20 superclasses of CIFAR-100 for each of 5 clients",
     "noniid50": "the paper's: 50 five-way tasks of eight sets for 5 clients",
     "gaussian": "drawn clusters; needs no files",
 }

@@ -67,7 +67,7 @@ class Layout:
     own : names of the other parameters that are trained, of which every task has its own
     biases : those of `own` that are a decomposed layer's bias
     buffers : names of buffers, of which every task has its own if `norm` says so
-    norm : ``per_task`` for statistics of batch norms a task each; ``frozen`` to leave those of the network given
+    norm : ``per-task`` for statistics of batch norms a task each; ``frozen`` to leave those of the network given
     """
 
     layers: Mapping[str, tuple[int, ...]]
@@ -150,7 +150,7 @@ class Layout:
         tracking = [name for name, part in modules.items() if getattr(part, "running_mean", None) is not None]
         if tracking and norm == "refuse":
             raise InputError(
-                f"'{tracking[0]}' keeps running statistics, which tasks must not share; choose norm='per_task', or"
+                f"'{tracking[0]}' keeps running statistics, which tasks must not share; choose norm='per-task', or"
                 " norm='frozen' to leave those of the network given"
             )
         return cls(layers, head, last.in_features, own, tuple(biases), buffers, norm)
@@ -170,7 +170,7 @@ def fingerprint(layers: Mapping[str, Sequence[int]]) -> int:
 
 
 def initial_base(
-    module: nn.Module, layout: Layout, seed: int = 0, how: Literal["fan_in", "module"] = "fan_in"
+    module: nn.Module, layout: Layout, seed: int = 0, how: Literal["fan-in", "module"] = "fan-in"
 ) -> Tensors:
     """Draw the base that the server begins with.
 
@@ -179,7 +179,7 @@ def initial_base(
     module : the network
     layout : of it
     seed : of the draw
-    how : ``fan_in``, a normal of variance 1 / fan-in cut off at two standard deviations; ``module``, the weights that
+    how : ``fan-in``, a normal of variance 1 / fan-in cut off at two standard deviations; ``module``, the weights that
         the network has, e.g. pretrained ones
     """
     parameters = dict(module.named_parameters())

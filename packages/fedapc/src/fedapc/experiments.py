@@ -46,12 +46,12 @@ __all__ = [
 ABLATIONS = (
     "fedapc",
     "fedweit",
-    "fedapc_no_kb",
-    "fedapc_mean",
-    "fedapc_dense",
-    "fedapc_no_mask",
-    "fedapc_frozen",
-    "fedapc_no_retention",
+    "fedapc-no-kb",
+    "fedapc-mean",
+    "fedapc-dense",
+    "fedapc-no-mask",
+    "fedapc-frozen",
+    "fedapc-no-retention",
 )
 """FedAPC, and FedAPC without one of its parts each."""
 
@@ -426,8 +426,8 @@ def claims_of(cells: Mapping[str, Mapping[int, Cell]], ours: str = "fedapc") -> 
     if "fedavg" in cells:
         share = max(mine[seed]["up"] / cells["fedavg"][seed]["up"] for seed in mine)
         claims.append(_claim("sends up at most half of FedAvg's bytes", share, 0.5, below=True))
-    if "fedapc_no_retention" in cells:
-        least = min(cell["forgetting"] for cell in cells["fedapc_no_retention"].values())
+    if "fedapc-no-retention" in cells:
+        least = min(cell["forgetting"] for cell in cells["fedapc-no-retention"].values())
         claims.append(_claim("without the retroactive penalty at least 10 points are forgotten", least, 0.1))
     gains = [cell["gain"] for cell in mine.values() if cell["gain"] is not None]
     if gains:

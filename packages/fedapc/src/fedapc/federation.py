@@ -70,7 +70,7 @@ class Federation:
     head : qualified name of the head. Default: the last linear layer
     exclude : qualified names of modules that are not shared, see `Layout.of`
     norm : what becomes of running statistics, see `Layout.of`
-    start : ``fan_in``, the server draws the weights it begins with; ``module``, it takes those of `body`, e.g.
+    start : ``fan-in``, the server draws the weights it begins with; ``module``, it takes those of `body`, e.g.
         pretrained ones
     seed : of everything random
     device : where clients compute: auto, cpu, cuda, cuda:N or mps
@@ -102,7 +102,7 @@ class Federation:
         head: str | None = None,
         exclude: Sequence[str] = (),
         norm: Norm = "refuse",
-        start: Literal["fan_in", "module"] = "fan_in",
+        start: Literal["fan-in", "module"] = "fan-in",
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -111,7 +111,7 @@ class Federation:
         self.training = training or training_of(self.config)
         self.seed = seed
         self.device = resolve_device(device)
-        self._start: Literal["fan_in", "module"] = start
+        self._start: Literal["fan-in", "module"] = start
         given = dict(body) if isinstance(body, Mapping) else {"": body}
         if not given:
             raise InputError("body: no network; give one, or one by client")

@@ -155,7 +155,7 @@ def resnet18(channels: int = 3, width: int = 64, norm: Norm = "group", classes: 
     ----------
     channels : of the images
     width : channels of the first stage; later stages have 2, 4 and 8 times as many
-    norm : ``group``, which keeps no statistics; ``batch``, which needs ``Layout.of(net, norm="per_task")``
+    norm : ``group``, which keeps no statistics; ``batch``, which needs ``Layout.of(net, norm="per-task")``
     classes : of the head
 
     Raises

@@ -43,7 +43,7 @@ def rows_to_send(
     base: Float[Tensor, "rows ..."],
     mask: Float[Tensor, " rows"] | None,
     fraction: float,
-    score: Score = "gated_norm",
+    score: Score = "gated-norm",
 ) -> Bool[Tensor, " rows"]:
     """Choose the rows of a layer's base that a client uploads.
 
@@ -52,10 +52,10 @@ def rows_to_send(
     base : the local base
     mask : raw logits of the task's mask, none if the mask is open
     fraction : share of the rows to send
-    score : ``gated_norm``, the gate times the row's norm; ``abs_raw_mask``, as the authors' code has it, which ranks
+    score : ``gated-norm``, the gate times the row's norm; ``abs-raw-mask``, as the authors' code has it, which ranks
         a channel that is strongly closed first
     """
-    if score == "abs_raw_mask" and mask is not None:
+    if score == "abs-raw-mask" and mask is not None:
         return top_rows(mask.detach().abs(), fraction)
     norms = base.detach().flatten(1).norm(dim=1)
     return top_rows(norms if mask is None else mask.detach().sigmoid() * norms, fraction)

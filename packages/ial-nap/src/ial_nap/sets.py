@@ -21,7 +21,7 @@ __all__ = ["SETS", "housing_of", "pbc_of", "physionet_of"]
 
 
 def _cells(_hours: int) -> Dataset:
-    data = load("breast_cancer", expect=TableData)
+    data = load("breast-cancer", expect=TableData)
     n = len(data)
     features = tuple(name.removeprefix("mean ") for name in data.feature_names[:10])
     return Dataset(

@@ -105,7 +105,7 @@ class DemoConfig(CommandConfig):
     """Settings of ``demo``."""
 
     steps: int = Field(180, ge=1, description="meta-steps of each method")
-    methods: tuple[str, ...] = Field(("pixels", "maml", "meta_dropout"), description="methods to compare")
+    methods: tuple[str, ...] = Field(("pixels", "maml", "meta-dropout"), description="methods to compare")
     episodes: int = Field(200, ge=1, description="test episodes")
 
 
@@ -150,7 +150,7 @@ class CompareConfig(TaskOptions):
 
     data: str = argument(_SOURCE, "glyphs")
     methods: tuple[str, ...] = Field(
-        ("pixels", "protonet", "maml", "deterministic", "fixed", "meta_dropout"),
+        ("pixels", "protonet", "maml", "deterministic", "fixed", "meta-dropout"),
         description="methods; an unknown name lists them all",
     )
     seeds: int = Field(3, ge=1, description="trainings of each method")
@@ -245,7 +245,7 @@ class TrainConfig(TaskOptions):
     """Settings of ``train``."""
 
     data: str = argument(_SOURCE)
-    method: str = Field("meta_dropout", description="a method; an unknown name lists them all")
+    method: str = Field("meta-dropout", description="a method; an unknown name lists them all")
     chunk: int | None = Field(None, ge=1, description="tasks at a time, to save memory")
 
 

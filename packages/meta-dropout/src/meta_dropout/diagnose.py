@@ -85,8 +85,8 @@ def gates(
 ) -> dict[str, Gate]:
     """Measure what the noise does to every unit, for each row of a batch, in a pass without noise.
 
-    Factors are there for the families ``multiplicative``, ``learned_variance``, ``independent`` and ``fixed``, and
-    without spread for ``deterministic`` and ``more_params``. The head's entry, of shape ``(n,)``, is the standard
+    Factors are there for the families ``multiplicative``, ``learned-variance``, ``independent`` and ``fixed``, and
+    without spread for ``deterministic`` and ``more-params``. The head's entry, of shape ``(n,)``, is the standard
     deviation ``s`` that all logits of a row share; ``additive`` layers have one for each unit. Other families have
     none.
 
@@ -133,11 +133,11 @@ def _layer_gate(noise: str, branch: Callable[[str], Tensor], shape: tuple[int, .
     match noise:
         case "multiplicative":
             return _factor(branch("generator"), 1.0)
-        case "learned_variance":
+        case "learned-variance":
             return _factor(branch("generator"), functional.softplus(branch("spread")).cpu().double())
         case "independent" | "fixed":
             return _factor(level.expand(shape), 1.0)
-        case "deterministic" | "more_params":
+        case "deterministic" | "more-params":
             return _factor(branch("generator"), None)
         case "additive":
             return _added(functional.softplus(branch("generator")))

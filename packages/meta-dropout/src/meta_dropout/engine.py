@@ -323,7 +323,7 @@ def _known_means(
             for name, p in parameters.items()
             if name.startswith(f"{prefix}generator.")
         }
-        if not own or model.noise in {"more_params", "information"}:
+        if not own or model.noise in {"more-params", "information"}:
             # Adapted with the others, so not the same at every step.
             continue
         folded = torch.func.functional_call(layer.generator, own, (support.flatten(0, 1),))  # type: ignore[arg-type]

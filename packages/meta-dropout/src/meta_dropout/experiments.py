@@ -453,7 +453,7 @@ def _rows(name: str, protocol: Protocol, cells: Mapping[str, Mapping[int, Cell]]
     return found
 
 
-def paired(cells: Mapping[str, Mapping[int, Cell]], ours: str = "meta_dropout") -> list[Claim]:
+def paired(cells: Mapping[str, Mapping[int, Cell]], ours: str = "meta-dropout") -> list[Claim]:
     """Hold our method against each other one on the same episodes: mean difference with its 95 % interval.
 
     Parameters

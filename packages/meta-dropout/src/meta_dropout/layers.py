@@ -31,8 +31,8 @@ Noise = Literal[
     "none",
     "multiplicative",
     "deterministic",
-    "more_params",
-    "learned_variance",
+    "more-params",
+    "learned-variance",
     "fixed",
     "independent",
     "weight",
@@ -43,7 +43,7 @@ Noise = Literal[
 ]
 NOISES: tuple[str, ...] = get_args(Noise)
 _GENERATED = frozenset(
-    {"multiplicative", "deterministic", "more_params", "learned_variance", "additive", "information"}
+    {"multiplicative", "deterministic", "more-params", "learned-variance", "additive", "information"}
 )
 _PLAIN = frozenset({"none", "vib"})
 _MOST_INFORMATION_NOISE = 0.7
@@ -105,8 +105,8 @@ class PerturbedLayer(nn.Module):
     noise : which family, see :data:`NOISES`
 
         * ``deterministic``: the branch without noise (ablation; from memory)
-        * ``more_params``: as that, its parameters adapted with the others (from memory)
-        * ``learned_variance``: a second generator gives the noise's standard deviation (from memory)
+        * ``more-params``: as that, its parameters adapted with the others (from memory)
+        * ``learned-variance``: a second generator gives the noise's standard deviation (from memory)
         * ``fixed``: ``mu * softplus(eps)``, nothing learned (from memory)
         * ``independent``: ``mu * softplus(m + eps)`` with one learned `m` a unit, whatever the input (from memory)
         * ``weight``: Gaussian noise on the weights with a learned scale for each (from memory)
@@ -143,7 +143,7 @@ class PerturbedLayer(nn.Module):
         self.main, self.noise, self.name, self.rate = main, noise, "", rate
         if noise in _GENERATED:
             self.generator = like(main)
-        if noise == "learned_variance":
+        if noise == "learned-variance":
             self.spread = like(main)
         if noise == "weight":
             self.scale = nn.Parameter(torch.full_like(main.weight, -4.0))
@@ -154,7 +154,7 @@ class PerturbedLayer(nn.Module):
     @property
     def sampled(self) -> bool:
         """Whether the family draws noise at all."""
-        return self.noise not in _PLAIN and self.noise not in {"deterministic", "more_params"}
+        return self.noise not in _PLAIN and self.noise not in {"deterministic", "more-params"}
 
     def shape_units(self, output: tuple[int, ...]) -> None:
         """Give ``independent`` noise one level for each unit of an output ``(batch, ...)`` of this shape."""
@@ -193,7 +193,7 @@ class PerturbedLayer(nn.Module):
             return mu if eps is None else mu + functional.softplus(mean) * eps
         if eps is None or not self.sampled:
             return mu * functional.softplus(mean)
-        if self.noise == "learned_variance":
+        if self.noise == "learned-variance":
             eps = functional.softplus(self.spread(h)) * eps
         return mu * functional.softplus(mean + eps)
 
@@ -217,7 +217,7 @@ class PerturbedHead(nn.Module):
     Parameters
     ----------
     main : the head
-    noise : the additive noise is drawn for ``multiplicative``, ``learned_variance`` and ``additive``. ``vib`` is
+    noise : the additive noise is drawn for ``multiplicative``, ``learned-variance`` and ``additive``. ``vib`` is
         another head (variational information bottleneck, Alemi et al., 2017; a baseline): features become a draw
         from ``N(m(h), s(h)^2)``, or by ``m(h)`` without noise, and the inner loss pays for ``KL(. || N(0, I))``
 
@@ -239,7 +239,7 @@ class PerturbedHead(nn.Module):
     @property
     def sampled(self) -> bool:
         """Whether the family draws noise here."""
-        return self.noise in {"multiplicative", "learned_variance", "additive", "vib"}
+        return self.noise in {"multiplicative", "learned-variance", "additive", "vib"}
 
     def forward(self, h: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch ways"]:
         """Evaluate, with noise if there is any for this site."""

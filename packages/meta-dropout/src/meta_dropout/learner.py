@@ -204,7 +204,7 @@ class MetaLearner:
     def __init__(
         self,
         module: nn.Module,
-        method: str | Method = "meta_dropout",
+        method: str | Method = "meta-dropout",
         *,
         inner_lr: float = 0.1,
         inner_steps: int = 5,
@@ -839,7 +839,7 @@ class MetaLearner:
         save_tree(
             path,
             {
-                "meta_dropout": _FORMAT,
+                "meta-dropout": _FORMAT,
                 "method": self.method_name,
                 "definition": json.dumps(asdict(self.method)),
                 "options": json.dumps(options),
@@ -863,7 +863,7 @@ class MetaLearner:
         from shared_core.runs import load_tree
 
         tree = load_tree(path)
-        if not isinstance(tree, dict) or "meta_dropout" not in tree:
+        if not isinstance(tree, dict) or "meta-dropout" not in tree:
             raise InputError(f"{path} is no meta-learner of meta-dropout; give the file that `save` wrote")
         tree = cast("dict[str, Any]", tree)
         try:

@@ -48,18 +48,18 @@ class Method:
 
 
 METHODS: Mapping[str, Method] = {
-    "meta_dropout": Method("input-dependent multiplicative noise on every layer", "multiplicative", standing="code"),
+    "meta-dropout": Method("input-dependent multiplicative noise on every layer", "multiplicative", standing="code"),
     "maml": Method("no noise", standing="code"),
     "deterministic": Method("the generators' means as gates, no noise", "deterministic", standing="memory"),
-    "more_params": Method("the gates' parameters adapted too", "more_params", standing="memory"),
-    "learned_variance": Method("a second generator for the noise's size", "learned_variance", standing="memory"),
+    "more-params": Method("the gates' parameters adapted too", "more-params", standing="memory"),
+    "learned-variance": Method("a second generator for the noise's size", "learned-variance", standing="memory"),
     "fixed": Method("multiplicative noise, nothing learned", "fixed", standing="memory"),
     "independent": Method("learned noise levels, whatever the input", "independent", standing="memory"),
     "weight": Method("Gaussian noise on weights, learned scales", "weight", standing="memory"),
     "additive": Method("learned additive noise", "additive", standing="inferred"),
     "dropout": Method("Bernoulli dropout in the inner loop", "dropout", tune={"rate": (0.1, 0.3, 0.5)}),
     "mixup": Method("input mixup in the inner loop", mixup=1.0, standing="inferred", tune={"mixup": (0.2, 1.0, 2.0)}),
-    "manifold_mixup": Method(
+    "manifold-mixup": Method(
         "mixup at a layer drawn for each step",
         mixup=1.0,
         manifold=True,
@@ -73,19 +73,19 @@ METHODS: Mapping[str, Method] = {
         standing="memory",
         tune={"penalty": (1e-5, 1e-4, 1e-3)},
     ),
-    "information_dropout": Method(
+    "information-dropout": Method(
         "log-normal noise with a penalty",
         "information",
         penalty=1e-4,
         standing="inferred",
         tune={"penalty": (0.0, 1e-5, 1e-4, 1e-3)},
     ),
-    "adversarial_linf": Method("inner training on attacked support", attack=("linf", 0.1), standing="inferred"),
-    "adversarial_l2": Method("inner training on attacked support", attack=("l2", 5.0), standing="inferred"),
-    "adversarial_l1": Method("inner training on attacked support", attack=("l1", 100.0), standing="inferred"),
+    "adversarial-linf": Method("inner training on attacked support", attack=("linf", 0.1), standing="inferred"),
+    "adversarial-l2": Method("inner training on attacked support", attack=("l2", 5.0), standing="inferred"),
+    "adversarial-l1": Method("inner training on attacked support", attack=("l1", 100.0), standing="inferred"),
     "fomaml": Method("inner gradients taken for constants", algorithm="fomaml"),
     "metasgd": Method("a learned step size for every parameter", algorithm="metasgd"),
-    "metasgd_dropout": Method("meta-dropout under Meta-SGD", "multiplicative", "metasgd", standing="memory"),
+    "metasgd-dropout": Method("meta-dropout under Meta-SGD", "multiplicative", "metasgd", standing="memory"),
     "anil": Method("only the head adapted", algorithm="anil"),
     "reptile": Method("moves towards the adapted parameters", algorithm="reptile"),
     "protonet": Method("distances to class means, nothing adapted", algorithm="protonet"),
@@ -105,7 +105,7 @@ def find_method(name: str) -> Method:
 
     Examples
     --------
-    >>> find_method("meta_dropout").noise
+    >>> find_method("meta-dropout").noise
     'multiplicative'
     """
     if name not in METHODS:

@@ -139,7 +139,7 @@ class Perturbed(nn.Module):
             or "spread" in branches
             or (isinstance(module, PerturbedLayer) and last in {"level", "scale"})
         ):
-            return "theta" if self.noise in {"more_params", "information"} else "phi"
+            return "theta" if self.noise in {"more-params", "information"} else "phi"
         return "theta"
 
     def role(self, role: Role) -> dict[str, nn.Parameter]:

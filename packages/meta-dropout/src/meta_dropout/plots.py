@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _UNKNOWN = "#8A8A8A"
-_OURS = ("meta_dropout", "metasgd_dropout")
+_OURS = ("meta-dropout", "metasgd-dropout")
 _NORMS = {"l1": "$\\ell_1$", "l2": "$\\ell_2$", "linf": "$\\ell_\\infty$"}
 _WORDS = {
     "auc": "AUC",
@@ -57,7 +57,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
     Parameters
     ----------
     path : PNG, SVG or PDF to write
-    results : rows of a run's summary; ``meta_dropout`` and ``metasgd_dropout`` are highlighted
+    results : rows of a run's summary; ``meta-dropout`` and ``metasgd-dropout`` are highlighted
 
     Returns
     -------

@@ -68,7 +68,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
 
     photograph = load_table("photograph")
     # Half of the tiles: enough to tell the methods apart, in half the time.
-    tables = [replace(photograph, x=photograph.x[::2], y=photograph.y[::2]), load_table("breast_cancer")]
+    tables = [replace(photograph, x=photograph.x[::2], y=photograph.y[::2]), load_table("breast-cancer")]
     results: list[Result] = []
     claims: list[Claim] = []
     panels: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
     plot_comparison(session.run.artifact("comparison.png"), results)
     notes = [
         "Networks of two hidden layers, all tuned alike; each row keeps a random 5 to 100 % of its entries.",
-        "photograph: 48 like sensors, one target. breast_cancer: 30 columns that differ, mean filling's home ground.",
+        "photograph: 48 like sensors, one target. breast-cancer: 30 columns that differ, mean filling's home ground.",
     ]
     return Outcome(results, claims, notes)
 
@@ -100,7 +100,7 @@ class CompareConfig(DataOptions):
     """Settings of ``compare``."""
 
     data: str = argument(
-        "file (CSV, TSV, Parquet, NPZ; ratings without --target), or a name: latent, photograph, digits, breast_cancer,"
+        "file (CSV, TSV, Parquet, NPZ; ratings without --target), or a name: latent, photograph, digits, breast-cancer,"
         " diabetes, wine, physionet2012, movielens-100k, movielens-1m, movielens-10m"
     )
     methods: tuple[str, ...] = Field((), description="methods (default: the main ones for this kind of data)")

@@ -124,7 +124,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "latent": latent_level,
     "photograph": photograph,
     "digits": _digits,
-    "breast_cancer": lambda: _embedded("breast_cancer"),
+    "breast-cancer": lambda: _embedded("breast-cancer"),
     "diabetes": lambda: _embedded("diabetes"),
     "wine": lambda: _embedded("wine"),
     "physionet2012": _physionet,
@@ -136,7 +136,7 @@ def load_table(name: str) -> Table:
 
     Parameters
     ----------
-    name : latent, photograph, digits, breast_cancer, diabetes, wine, or physionet2012 (from the data folder)
+    name : latent, photograph, digits, breast-cancer, diabetes, wine, or physionet2012 (from the data folder)
 
     Raises
     ------

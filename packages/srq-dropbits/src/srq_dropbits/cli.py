@@ -23,8 +23,8 @@ line = CommandLine(
 main = line.main
 
 _METHODS_HELP = (
-    "ptq, ste_minmax, pact, lsq, lsq+, sr, rq, rq_local, rq_st, mcste_zero, mcste_input, mcste_clipped, mode_soft,"
-    " mode_gumbel, srq, srq+dropbits, srq+dropbits+bits; settings after a colon: 'srq+dropbits:p_keep=0.8'"
+    "ptq, ste-minmax, pact, lsq, lsq+, sr, rq, rq-local, rq-st, mcste-zero, mcste-input, mcste-clipped, mode-soft,"
+    " mode-gumbel, srq, srq+dropbits, srq+dropbits+bits; settings after a colon: 'srq+dropbits:p_keep=0.8'"
 )
 
 
@@ -96,7 +96,7 @@ class CompareConfig(TaskOptions):
         " file or folder, with --arch"
     )
     methods: str = Field(
-        "ptq lsq rq_st mcste_zero mcste_input srq srq+dropbits",
+        "ptq lsq rq-st mcste-zero mcste-input srq srq+dropbits",
         description=f"methods, spaces between them: {_METHODS_HELP}",
     )
     bits: tuple[str, ...] = Field(("2/2", "3/3", "4/4"), description="weights/activations; 3/32: activations float")
@@ -511,7 +511,7 @@ class DiagnoseConfig(CommandConfig):
     run: Path | None = argument("run folder of a train, whose weights are looked at too", default=None)
     bits: int | None = Field(None, ge=2, le=8, description="of the symmetric grid (default: the run's weights', or 3)")
     estimators: str = Field(
-        "lsq sr rq rq_st mcste_zero mcste_input mcste_clipped mode_soft mode_gumbel",
+        "lsq sr rq rq-st mcste-zero mcste-input mcste-clipped mode-soft mode-gumbel",
         description="estimators, spaces between them",
     )
     layers: int = Field(30, ge=1, description="random layers that are enumerated")

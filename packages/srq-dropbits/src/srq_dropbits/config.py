@@ -23,20 +23,20 @@ __all__ = [
 ]
 
 Estimator = Literal[
-    "mcste", "mode_soft", "mode_gumbel", "rq", "rq_st", "rq_local", "lsq", "lsq+", "pact", "ste_minmax", "sr", "ptq"
+    "mcste", "mode-soft", "mode-gumbel", "rq", "rq-st", "rq-local", "lsq", "lsq+", "pact", "ste-minmax", "sr", "ptq"
 ]
 Weighting = Literal["size", "layer", "macs"]
 ESTIMATORS: tuple[Estimator, ...] = (
     "mcste",
-    "mode_soft",
-    "mode_gumbel",
+    "mode-soft",
+    "mode-gumbel",
     "rq",
-    "rq_st",
-    "rq_local",
+    "rq-st",
+    "rq-local",
     "lsq",
     "lsq+",
     "pact",
-    "ste_minmax",
+    "ste-minmax",
     "sr",
     "ptq",
 )
@@ -86,7 +86,7 @@ class DropBits(_Strict):
 
         Examples
         --------
-        >>> DropBits().path("mcste"), DropBits().path("mode_soft")
+        >>> DropBits().path("mcste"), DropBits().path("mode-soft")
         ('prob', 'value')
         """
         if self.mask_path == "auto":
@@ -175,8 +175,8 @@ class QuantConfig(_Strict):
     quantize_input : bit-width of the network's own input; None: as `act_bits`; 0 or False: left as it is
     learn_sigma : learn the noise scale's ratio to the step, within 1/8 .. 1/2
     rho : that ratio at the start
-    temperature : of concrete samples (``rq``, ``rq_st``, ``rq_local``, ``mode_gumbel``)
-    delta : window of ``rq_local`` in noise scales
+    temperature : of concrete samples (``rq``, ``rq-st``, ``rq-local``, ``mode-gumbel``)
+    delta : window of ``rq-local`` in noise scales
     init : weights' first step: ``mse`` searches the least squared error, ``lsq`` is 2 mean|w| / sqrt(n_hi), ``max`` is
         max|w| / n_hi; ``auto`` is ``mse`` up to 4 bits, ``lsq`` above
     dropbits : regularise by dropping bit levels
@@ -191,12 +191,12 @@ class QuantConfig(_Strict):
     Examples
     --------
     >>> QuantConfig(weight_bits=3, act_bits=3, dropbits=DropBits(p_keep=0.8)).estimator
-    'mode_soft'
+    'mode-soft'
     """
 
     weight_bits: int = 4
     act_bits: int | None = 4
-    estimator: Estimator = "mode_soft"
+    estimator: Estimator = "mode-soft"
     baseline: Baseline = "input"
     per_channel: bool = False
     symmetric: bool = True
@@ -241,7 +241,7 @@ class QuantConfig(_Strict):
                 f"masks on {'end points' if pairs else 'probabilities'} need estimator 'mcste', not '{self.estimator}';"
                 f" or use DropBits({'sharing=' + repr('bit') if pairs else 'mask_path=' + repr('value')})"
             )
-        if gated and self.estimator in {"pact", "ste_minmax", "ptq"}:
+        if gated and self.estimator in {"pact", "ste-minmax", "ptq"}:
             raise ValueError(f"estimator '{self.estimator}' has no bit levels to drop")
         if self.learn_bits is not None and self.dropbits is not None and self.dropbits.sharing == "endpoint":
             raise ValueError("learned bits need DropBits(sharing='bit')")
@@ -260,8 +260,8 @@ class QuantConfig(_Strict):
 
         Examples
         --------
-        >>> QuantConfig.method("rq_st", 2, 2).estimator
-        'rq_st'
+        >>> QuantConfig.method("rq-st", 2, 2).estimator
+        'rq-st'
         """
         if name.startswith("cpq"):
             name = "srq" + name.removeprefix("cpq")
@@ -290,22 +290,22 @@ def _plain(error: ValidationError) -> SrqError:
 
 DEFAULT_METHOD = "srq"
 
-_SRQ: dict[str, Any] = {"estimator": "mode_soft"}
+_SRQ: dict[str, Any] = {"estimator": "mode-soft"}
 METHODS: dict[str, dict[str, Any]] = {
     "ptq": {"estimator": "ptq"},
-    "ste_minmax": {"estimator": "ste_minmax"},
+    "ste-minmax": {"estimator": "ste-minmax"},
     "pact": {"estimator": "pact"},
     "lsq": {"estimator": "lsq"},
     "lsq+": {"estimator": "lsq+"},
     "sr": {"estimator": "sr"},
     "rq": {"estimator": "rq"},
-    "rq_local": {"estimator": "rq_local"},
-    "rq_st": {"estimator": "rq_st"},
-    "mcste_zero": {"estimator": "mcste", "baseline": "zero"},
-    "mcste_input": {"estimator": "mcste", "baseline": "input"},
-    "mcste_clipped": {"estimator": "mcste", "baseline": "clipped"},
-    "mode_soft": {"estimator": "mode_soft"},
-    "mode_gumbel": {"estimator": "mode_gumbel"},
+    "rq-local": {"estimator": "rq-local"},
+    "rq-st": {"estimator": "rq-st"},
+    "mcste-zero": {"estimator": "mcste", "baseline": "zero"},
+    "mcste-input": {"estimator": "mcste", "baseline": "input"},
+    "mcste-clipped": {"estimator": "mcste", "baseline": "clipped"},
+    "mode-soft": {"estimator": "mode-soft"},
+    "mode-gumbel": {"estimator": "mode-gumbel"},
     "srq": _SRQ,
     "srq+dropbits": _SRQ | {"dropbits": True},
     "srq+dropbits+bits": _SRQ | {"dropbits": True, "learn_bits": True},

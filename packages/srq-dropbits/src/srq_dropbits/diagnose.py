@@ -54,9 +54,9 @@ __all__ = [
     "weight_diagnosis",
 ]
 
-LAB = ("lsq", "sr", "rq", "rq_st", "mcste_zero", "mcste_input", "mcste_clipped", "mode_soft", "mode_gumbel")
+LAB = ("lsq", "sr", "rq", "rq-st", "mcste-zero", "mcste-input", "mcste-clipped", "mode-soft", "mode-gumbel")
 """Estimators that differ in their gradient, by the names that ``METHODS`` gives them; ``lsq`` is the identity."""
-_SAMPLING = frozenset({"sr", "rq", "rq_st", "rq_local", "mode_gumbel"})
+_SAMPLING = frozenset({"sr", "rq", "rq-st", "rq-local", "mode-gumbel"})
 _MOST_COMBINATIONS = 200_000
 
 
@@ -64,8 +64,8 @@ def _settings(name: str) -> tuple[Estimator, Baseline]:
     """Return estimator and baseline of a method's name."""
     settings = METHODS.get(name, {})
     estimator = settings.get("estimator")
-    if estimator is None or "dropbits" in settings or estimator in {"pact", "ste_minmax", "lsq+"}:
-        raise SrqError(str(no_such("estimator", name, [*LAB, "rq_local"])))
+    if estimator is None or "dropbits" in settings or estimator in {"pact", "ste-minmax", "lsq+"}:
+        raise SrqError(str(no_such("estimator", name, [*LAB, "rq-local"])))
     return estimator, settings.get("baseline", "input")
 
 
@@ -80,13 +80,13 @@ def _quantize(
     match estimator:
         case "mcste":
             return mode_quantize(x, alpha, sigma, *bounds, baseline=baseline)
-        case "mode_soft":
+        case "mode-soft":
             return mode_quantize(x, alpha, sigma, *bounds, soft=True)
-        case "mode_gumbel":
+        case "mode-gumbel":
             return concrete_quantize(x, alpha, sigma, *bounds, forward_mode=True, **options)
-        case "rq" | "rq_st":
-            return concrete_quantize(x, alpha, sigma, *bounds, hard=estimator == "rq_st", **options)
-        case "rq_local":
+        case "rq" | "rq-st":
+            return concrete_quantize(x, alpha, sigma, *bounds, hard=estimator == "rq-st", **options)
+        case "rq-local":
             return concrete_quantize(x, alpha, sigma, *bounds, delta=3.0, **options)
         case "sr":
             return stochastic_round(x, alpha, *bounds, generator=generator)
@@ -175,7 +175,7 @@ def gain_curve(
 
     Examples
     --------
-    >>> curve = gain_curve("mcste_zero", Grid.signed(2), points=400)
+    >>> curve = gain_curve("mcste-zero", Grid.signed(2), points=400)
     >>> round(curve.dead, 2), curve.opposed
     (0.33, 0.0)
     """
@@ -396,7 +396,7 @@ def bias_study(
 
     Examples
     --------
-    >>> zero, soft = bias_study(5, bits=2, estimators=("mcste_zero", "mode_soft"))
+    >>> zero, soft = bias_study(5, bits=2, estimators=("mcste-zero", "mode-soft"))
     >>> zero.expected.cosine < soft.expected.cosine
     True
     """
@@ -558,7 +558,7 @@ def _estimating(model: nn.Module, name: str, inputs: bool) -> Generator[None]:
         part.baseline = baseline
         if isinstance(part, WeightQuantizer):
             part.estimator = estimator
-        elif part.estimator not in {"pact", "ste_minmax", "lsq+"}:
+        elif part.estimator not in {"pact", "ste-minmax", "lsq+"}:
             part.estimator = estimator if inputs else "lsq"
     try:
         yield

@@ -57,10 +57,10 @@ _FURTHER = 3
 _HELD = 4
 """Splits kept in memory."""
 SRQ_VARIANTS = (
-    "mcste_input",
-    "mcste_clipped",
-    "mode_soft",
-    "mode_gumbel",
+    "mcste-input",
+    "mcste-clipped",
+    "mode-soft",
+    "mode-gumbel",
     "srq",
     "srq+dropbits",
 )
@@ -619,17 +619,17 @@ def _claims(
             value = _mean(ours, "test_accuracy") - _mean(floats, "test_accuracy")
             text = f"{name}: {best} is within 1.5 points of float32 (E1)"
             claims.append(Claim(text=text, source=SPEC, holds=value >= -0.015, value=value, threshold=-0.015))
-        plain = next((method for method in ("srq", "mode_soft") if method in methods), None)
+        plain = next((method for method in ("srq", "mode-soft") if method in methods), None)
         if plain is not None and "srq+dropbits" in methods:
             value, low = _paired(cells["srq+dropbits", *pair], cells[plain, *pair], "test_accuracy")
             holds = value >= 0 if low is None else low > 0
             text = f"{name}: DropBits raises the accuracy of SRQ, paired 95 % interval above 0"
             claims.append(Claim(text=text, source=PAPER, holds=holds, value=value, threshold=0.0))
-        if "mcste_input" in methods and "lsq" in methods:
-            ratio = _mean(cells["mcste_input", *pair], "error") / max(_mean(cells["lsq", *pair], "error"), 1e-30)
-            text = f"{name}: weights cluster: mcste_input's quantization error is at most 0.8 of LSQ's (E2)"
+        if "mcste-input" in methods and "lsq" in methods:
+            ratio = _mean(cells["mcste-input", *pair], "error") / max(_mean(cells["lsq", *pair], "error"), 1e-30)
+            text = f"{name}: weights cluster: mcste-input's quantization error is at most 0.8 of LSQ's (E2)"
             claims.append(Claim(text=text, source=PAPER, holds=ratio <= 0.8, value=ratio, threshold=0.8))
-        for rival in ("rq", "rq_st"):
+        for rival in ("rq", "rq-st"):
             if rival in methods:
                 value, low = _paired(ours, cells[rival, *pair], "test_accuracy")
                 holds = value >= 0 if low is None else low > 0

@@ -354,7 +354,7 @@ def _quantize_layer(
     learn = config.learn_bits if settings.weight_bits is None else None
     bits = settings.weight_bits or (learn.max_bits if learn else config.weight_bits)
     _check_gates(name, config, settings)
-    grid = Grid.odd(bits) if estimator in {"ste_minmax", "pact"} else Grid.signed(bits, config.symmetric)
+    grid = Grid.odd(bits) if estimator in {"ste-minmax", "pact"} else Grid.signed(bits, config.symmetric)
     per_channel = config.per_channel if settings.per_channel is None else settings.per_channel
     _warn_if_depthwise(module, name, bits, per_channel)
     quantizer = WeightQuantizer(
@@ -379,7 +379,7 @@ def _check_gates(name: str, config: QuantConfig, settings: Override) -> None:
     if settings.estimator is None or (config.dropbits is None and config.learn_bits is None):
         return
     path = (config.dropbits or DropBits()).path(settings.estimator)
-    if settings.estimator == "mcste" or (path == "value" and settings.estimator not in {"pact", "ste_minmax", "ptq"}):
+    if settings.estimator == "mcste" or (path == "value" and settings.estimator not in {"pact", "ste-minmax", "ptq"}):
         return
     raise OverrideError(f"layer '{name}': estimator '{settings.estimator}' cannot drop or learn bits as the model does")
 

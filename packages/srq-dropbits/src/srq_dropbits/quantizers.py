@@ -46,8 +46,8 @@ __all__ = ["RHO_MAX", "RHO_MIN", "InputQuantizer", "Quantizer", "WeightQuantizer
 RHO_MIN, RHO_MAX = 1 / 8, 1 / 2
 """Bounds of the noise scale's ratio to the step: beyond them nothing is learned (specification 2.4)."""
 _SPAN = math.log(RHO_MAX / RHO_MIN)
-_RELAXED: frozenset[Estimator] = frozenset({"mcste", "mode_soft", "mode_gumbel", "rq", "rq_st", "rq_local"})
-_FIXED_STEP: frozenset[Estimator] = frozenset({"ptq", "ste_minmax"})
+_RELAXED: frozenset[Estimator] = frozenset({"mcste", "mode-soft", "mode-gumbel", "rq", "rq-st", "rq-local"})
+_FIXED_STEP: frozenset[Estimator] = frozenset({"ptq", "ste-minmax"})
 _SAMPLE = 50_000
 _CANDIDATES = 80
 _OPEN = 0.9
@@ -174,7 +174,7 @@ class Quantizer(nn.Module):
     learn_sigma : learn the noise scale
     rho : noise scale / step at the start
     temperature : of concrete samples
-    delta : window of ``rq_local``
+    delta : window of ``rq-local``
     name : of the layer, for messages
     """
 
@@ -286,13 +286,13 @@ class Quantizer(nn.Module):
         match self.estimator:
             case "mcste":
                 return mode_quantize(x, alpha, sigma, *bounds, baseline=self.baseline)
-            case "mode_soft":
+            case "mode-soft":
                 return mode_quantize(x, alpha, sigma, *bounds, soft=True)
-            case "mode_gumbel":
+            case "mode-gumbel":
                 return concrete_quantize(x, alpha, sigma, *bounds, temperature=self.temperature, forward_mode=True)
-            case "rq" | "rq_st" | "rq_local" if self.training:
-                window = self.delta if self.estimator == "rq_local" else None
-                hard = self.estimator == "rq_st"
+            case "rq" | "rq-st" | "rq-local" if self.training:
+                window = self.delta if self.estimator == "rq-local" else None
+                hard = self.estimator == "rq-st"
                 return concrete_quantize(
                     x, alpha, sigma, *bounds, temperature=self.temperature, hard=hard, delta=window
                 )
@@ -433,7 +433,7 @@ class _Gated(Quantizer):
         grid = self.grid if masks is None else self.base_grid
         if self.plain or grid.size == 1 or not applies(x, self.log_alpha, self.raw_rho):
             return None
-        if self.estimator == "mode_soft" and masks is None:
+        if self.estimator == "mode-soft" and masks is None:
             bounds = (grid.n_lo, grid.n_hi)
             return _SoftFromParameters.apply(x, self.log_alpha, self.raw_rho, bounds, self._factor(x.numel()))
         if self.estimator != "mcste":
@@ -504,7 +504,7 @@ class WeightQuantizer(_Gated):
         self.count = weight.numel()
         grid = self.base_grid
         rows = self.by_step(weight).float()
-        if self.estimator in {"ste_minmax", "pact"}:
+        if self.estimator in {"ste-minmax", "pact"}:
             unit = _dorefa_codes(rows, self._levels(), rows.abs().amax()).double()
             # The unit scale of DoReFa would undo a trained network; this one keeps the least squared error.
             alpha = ((rows.double() * unit).sum(1) / unit.square().sum(1)).abs().float()
@@ -528,14 +528,14 @@ class WeightQuantizer(_Gated):
         """Quantize the weights, of shape (out, in, ..)."""
         if not self.enabled:
             return weight
-        if self.estimator in {"ste_minmax", "pact"}:
+        if self.estimator in {"ste-minmax", "pact"}:
             codes = _dorefa_codes(weight, self._levels(), None)
             return self.alpha * codes
         return self._quantize(weight)
 
     def codes(self, x: Tensor) -> Tensor:
         """Give the integers of test-time quantization, int32, of the shape of the weight `x`, (out, in, ..)."""
-        if self.estimator in {"ste_minmax", "pact"}:
+        if self.estimator in {"ste-minmax", "pact"}:
             with torch.no_grad():
                 return _dorefa_codes(x.float(), self._levels(), None).round().to(torch.int32)
         return super().codes(x)
@@ -671,7 +671,7 @@ class InputQuantizer(_Gated):
             raise CalibrationError(f"layer '{self.name}' has not seen data: call calibrate(model, batches) first")
         if self.estimator == "lsq+":
             return self._with_idle_gates(self._shifted(x))
-        if self.estimator in {"pact", "ste_minmax"}:
+        if self.estimator in {"pact", "ste-minmax"}:
             return _clip_quantize(x, self._steps(x.numel())[0], self.base_grid)
         return self._quantize(x)
 

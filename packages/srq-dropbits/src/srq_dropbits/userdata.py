@@ -342,7 +342,7 @@ def load_images_or_table(
 
     Parameters
     ----------
-    source : a set's name (``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``breast_cancer``, ``wine`` ...); a
+    source : a set's name (``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``breast-cancer``, ``wine`` ...); a
         CSV or TSV file, also gzipped, with or without a header; an NPZ with ``x`` and ``y`` (or ``X``, ``x_train``) and
         perhaps ``x_test`` and ``y_test``; a folder with MNIST's or CIFAR's files; or a folder of images,
         ``train/<class>/*.png`` with perhaps ``val`` and ``test`` beside ``train``, or ``<class>/*.png``. A folder
@@ -457,7 +457,7 @@ def _named(name: str) -> LabelledData:
     found = load(name)
     if isinstance(found, TableData):
         if found.task != "classification":
-            raise InputError(f"{entry.name} is a regression table; give one with classes, such as breast_cancer")
+            raise InputError(f"{entry.name} is a regression table; give one with classes, such as breast-cancer")
         return LabelledData(
             entry.name,
             found.x.astype(np.float32),

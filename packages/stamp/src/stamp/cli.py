@@ -42,7 +42,7 @@ _PLAN, _SMALL, _WEIGHTS, _GENERATOR = "plan.json", "small.safetensors", "model.s
 _FACTS, _CELLS = "model.json", "cells.json"
 _SOURCE = "digits, mnist, glyphs, cifar-10, svhn ..., a folder <class>/*.png, an NPZ with x and y, or a table"
 _MODEL = "smallconv, vgg19, resnet18, resnet20, resnet50, mobilenetv2, densenet, vit; your own package.module:function"
-_Cost = Literal["macs", "params", "latency", "latency_ms"]
+_Cost = Literal["macs", "params", "latency", "latency-ms"]
 _Split = Literal["train", "validation", "test", "all"]
 _EVERY = 10
 
@@ -79,7 +79,7 @@ class PlanOptions(CommandConfig):
 def _budget(value: float, cost: _Cost) -> Budget:
     from stamp.selection import Budget
 
-    return Budget(**{cost: value})
+    return Budget(**{cost.replace("-", "_"): value})
 
 
 @dataclass(frozen=True)
@@ -1022,7 +1022,7 @@ class PruneConfig(ModelOptions, DataOptions):
     method: str = Field("stamp", description="stamp, with a generator; or another: an unknown name lists them")
     generator: Path | None = Field(None, description="generator of meta-fit, for method stamp: file or run folder")
     budget: float = Field(0.25, gt=0, description="share of the dense network's cost in (0, 1]; or milliseconds")
-    cost: _Cost = Field("macs", description="what the budget is of; latency is measured, latency_ms in milliseconds")
+    cost: _Cost = Field("macs", description="what the budget is of; latency is measured, latency-ms in milliseconds")
     mode: Literal["budget", "threshold", "efficiency"] = Field(
         "budget", description="keep the best that fit; all above the threshold; or remove what saves most a score first"
     )

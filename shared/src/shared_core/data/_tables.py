@@ -19,14 +19,16 @@ _STATIC = ("Age", "Gender", "Height", "ICUType", "Weight")
 
 
 def embedded(source: Source, *, scaled: bool = True) -> ImageData | TableData:
-    """Load a set that scikit-learn holds: digits (8 x 8 images, 0..16), breast_cancer, wine, diabetes.
+    """Load a set that scikit-learn holds: digits (8 x 8 images, 0..16), breast-cancer, wine, diabetes.
 
     ``scaled`` is for diabetes only: False gives the measured values instead of standardised ones.
     """
     from sklearn import datasets
 
     name = source.entry.name
-    bunch: Any = getattr(datasets, f"load_{name}")(**({"scaled": scaled} if name == "diabetes" else {}))
+    bunch: Any = getattr(datasets, f"load_{name.replace('-', '_')}")(
+        **({"scaled": scaled} if name == "diabetes" else {})
+    )
     classes = tuple(str(label) for label in getattr(bunch, "target_names", ()))
     if name == "digits":
         images, labels = bunch.images.astype(np.uint8), bunch.target.astype(np.int64)

@@ -780,12 +780,12 @@ CLASSICAL: Mapping[str, Callable[[int], EffectEstimator]] = {
     "ols2": lambda seed: OLS2(random_state=seed),
     "knn": lambda seed: KNNMatching(random_state=seed),
     "psm": lambda seed: PropensityMatching(random_state=seed),
-    "rf_t": lambda seed: TLearner("forest", random_state=seed),
-    "rf_s": lambda seed: SLearner("forest", random_state=seed),
-    "rf_x": lambda seed: XLearner("forest", random_state=seed),
-    "gbm_t": lambda seed: TLearner("boosting", random_state=seed),
-    "gbm_s": lambda seed: SLearner("boosting", random_state=seed),
-    "gbm_x": lambda seed: XLearner("boosting", random_state=seed),
+    "rf-t": lambda seed: TLearner("forest", random_state=seed),
+    "rf-s": lambda seed: SLearner("forest", random_state=seed),
+    "rf-x": lambda seed: XLearner("forest", random_state=seed),
+    "gbm-t": lambda seed: TLearner("boosting", random_state=seed),
+    "gbm-s": lambda seed: SLearner("boosting", random_state=seed),
+    "gbm-x": lambda seed: XLearner("boosting", random_state=seed),
 }
 
 _RIDGE: list[dict[str, Any]] = [{"alpha": alpha} for alpha in (0.0, 1.0, 10.0, 30.0, 100.0, 300.0)]
@@ -800,6 +800,6 @@ GRIDS: Mapping[str, list[dict[str, Any]]] = {
     "ols2": _RIDGE,
     "knn": [{"k": k} for k in (5, 1, 3, 9, 15, 25)],
     "psm": [{"k": k, "alpha": alpha} for k in (1, 5, 15) for alpha in (1.0, 100.0)],
-    **dict.fromkeys(("rf_t", "rf_s", "rf_x"), _FOREST),
-    **dict.fromkeys(("gbm_t", "gbm_s", "gbm_x"), _BOOSTING),
+    **dict.fromkeys(("rf-t", "rf-s", "rf-x"), _FOREST),
+    **dict.fromkeys(("gbm-t", "gbm-s", "gbm-x"), _BOOSTING),
 }

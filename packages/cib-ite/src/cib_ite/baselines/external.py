@@ -246,7 +246,7 @@ class CausalForest(EffectEstimator):
         self.random_state = random_state
 
     def _fit(self, X: Vector, arm: NDArray[np.int64], y: Vector) -> None:
-        dml = _import("econml.dml", method="causal_forest", extra="forests")
+        dml = _import("econml.dml", method="causal-forest", extra="forests")
         if self.n_estimators < 4 or self.n_estimators % 4:
             raise InputError(f"n_estimators is {self.n_estimators}; it must be a multiple of 4")
         model = dml.CausalForestDML(
@@ -425,6 +425,6 @@ class CEVAE(EffectEstimator):
 
 EXTERNAL: Mapping[str, Callable[[int], EffectEstimator]] = {
     "bcf": lambda seed: BCF(random_state=seed),
-    "causal_forest": lambda seed: CausalForest(random_state=seed),
+    "causal-forest": lambda seed: CausalForest(random_state=seed),
     "cevae": lambda seed: CEVAE(random_state=seed),
 }

@@ -111,7 +111,7 @@ METHODS: dict[str, MethodInfo] = {
         "additive parameter decomposition: FedAPC's shared base, masks and parts within a client, without a server",
         recipe=_Recipe(decomposed=_ALONE),
     ),
-    "stable_sgd": MethodInfo(
+    "stable-sgd": MethodInfo(
         "Stable-SGD",
         "local",
         "SGD with dropout, small batches, and a learning rate that falls from task to task",
@@ -147,7 +147,7 @@ METHODS: dict[str, MethodInfo] = {
         _CURVATURE,
         _Recipe("fedcurv", lambda training: Curvature(training.curvature_strength)),
     ),
-    "fedavg_ewc": MethodInfo(
+    "fedavg-ewc": MethodInfo(
         "FedAvg-EWC",
         "federated",
         "FedAvg, and every client consolidates its own past tasks",
@@ -155,7 +155,7 @@ METHODS: dict[str, MethodInfo] = {
         _EWC,
         _Recipe("dense", _elastic),
     ),
-    "fedprox_ewc": MethodInfo(
+    "fedprox-ewc": MethodInfo(
         "FedProx-EWC",
         "federated",
         "FedProx, and every client consolidates its own past tasks",
@@ -163,13 +163,13 @@ METHODS: dict[str, MethodInfo] = {
         _EWC,
         _Recipe("dense", _elastic, proximal=True),
     ),
-    "fedavg_apd": MethodInfo(
+    "fedavg-apd": MethodInfo(
         "FedAvg-APD",
         "federated",
         "FedAPC's decomposition with the base sent in full and averaged, and nothing else between clients",
         recipe=_Recipe("dense", decomposed=_AVERAGED),
     ),
-    "fedprox_apd": MethodInfo(
+    "fedprox-apd": MethodInfo(
         "FedProx-APD",
         "federated",
         "FedAvg-APD, and the base is held near what the round began with",
@@ -177,7 +177,7 @@ METHODS: dict[str, MethodInfo] = {
         _PROXIMAL,
         _Recipe("dense", decomposed=_AVERAGED, proximal=True),
     ),
-    "fedprox_stable_sgd": MethodInfo(
+    "fedprox-stable-sgd": MethodInfo(
         "FedProx-Stable-SGD",
         "federated",
         "FedProx of clients that train by Stable-SGD",
@@ -191,37 +191,37 @@ METHODS: dict[str, MethodInfo] = {
         "a shared base of which clients send a part, sparse parts of every task, attention over those of others",
         recipe=_Recipe("fedapc", decomposed={}),
     ),
-    "fedapc_no_kb": MethodInfo(
+    "fedapc-no-kb": MethodInfo(
         "FedAPC, nothing from others",
         "federated",
         "FedAPC without the parts of other clients",
         recipe=_Recipe("fedapc", decomposed=_ALONE),
     ),
-    "fedapc_dense": MethodInfo(
+    "fedapc-dense": MethodInfo(
         "FedAPC, base in full",
         "federated",
         "FedAPC with all rows of the base sent",
         recipe=_Recipe("fedapc", decomposed={"upload_fraction": 1.0}),
     ),
-    "fedapc_mean": MethodInfo(
+    "fedapc-mean": MethodInfo(
         "FedAPC, mean",
         "federated",
         "FedAPC with the mean of the parts of others in place of attention",
         recipe=_Recipe("fedapc", decomposed={"transfer": "mean"}),
     ),
-    "fedapc_no_mask": MethodInfo(
+    "fedapc-no-mask": MethodInfo(
         "FedAPC, no masks",
         "federated",
         "FedAPC with every gate open",
         recipe=_Recipe("fedapc", decomposed={"mask": False}),
     ),
-    "fedapc_frozen": MethodInfo(
+    "fedapc-frozen": MethodInfo(
         "FedAPC, past parts frozen",
         "federated",
         "FedAPC whose parts of past tasks do not follow the base, as in the authors' code",
         recipe=_Recipe("fedapc", decomposed={"retroactive": "none"}),
     ),
-    "fedapc_no_retention": MethodInfo(
+    "fedapc-no-retention": MethodInfo(
         "FedAPC, no retention",
         "federated",
         "FedAPC whose parts of past tasks move freely, so that the L1 norm wears them off: it must forget",
@@ -266,7 +266,7 @@ def build(
     rounds: int = 20,
     fraction: float = 1.0,
     seed: int = 0,
-    start: Literal["fan_in", "module"] = "fan_in",
+    start: Literal["fan-in", "module"] = "fan-in",
     counts: Mapping[str, int] | None = None,
 ) -> tuple[list[Participant], Coordinator]:
     """Make the two sides of a federation, for `fedapc.simulate` and every other engine.
@@ -281,7 +281,7 @@ def build(
     training : how clients learn. Default: that of `Training`
     layout : of the network when its weights are decomposed. Default: read off it
     rounds, fraction, seed : see `fedapc.Server`; they hold for clients that learn alone too
-    start : ``fan_in``, weights are drawn; ``module``, they are those of `module`, e.g. pretrained ones
+    start : ``fan-in``, weights are drawn; ``module``, they are those of `module`, e.g. pretrained ones
     counts : how many tasks each client has. Default: those given; else these may be missing, e.g. to predict only
 
     Raises

@@ -56,7 +56,7 @@ def body_layout(module: nn.Module, layout: Layout) -> Layout:
 
 
 def initial_body(
-    module: nn.Module, layout: Layout, seed: int = 0, how: Literal["fan_in", "module"] = "fan_in"
+    module: nn.Module, layout: Layout, seed: int = 0, how: Literal["fan-in", "module"] = "fan-in"
 ) -> dict[str, Tensor]:
     """Draw the body that all clients begin with; its weights are those of `initial_base`.
 
@@ -65,7 +65,7 @@ def initial_body(
     module : the network
     layout : of it when its weights are decomposed
     seed : of the draw
-    how : ``fan_in``, drawn weights, biases of zero, and norms as they are; ``module``, all that the network has
+    how : ``fan-in``, drawn weights, biases of zero, and norms as they are; ``module``, all that the network has
 
     Examples
     --------
@@ -80,7 +80,7 @@ def initial_body(
     for name in body_layout(module, layout).layers:
         if name in drawn:
             body[name] = drawn[name]
-        elif how == "fan_in" and name in layout.biases:
+        elif how == "fan-in" and name in layout.biases:
             body[name] = torch.zeros_like(given[name]).detach()
         else:
             body[name] = given[name].detach().clone()
