@@ -7,14 +7,11 @@ import functools
 import gzip
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import sparse
 from scipy.io import savemat
 
@@ -24,16 +21,10 @@ from shared_core.data import load, read_ratings
 from shared_core.errors import InputError
 from shared_core.runs import Result, Run, load_tree, read_summary, save_tree
 from shared_core.tables import TableSchema, read_sparse, read_table
-from shared_core.testing import fuzz, fuzz_file
+from shared_core.testing import Readers
 
 RANDOM = np.random.default_rng(0)
-READERS: dict[str, Callable[[Path], tuple[list[Path], Callable[[], object]]]] = {}
-
-
-def reader(make):
-    """Name what writes valid files into a folder and returns them with what reads them."""
-    READERS[make.__name__] = make
-    return make
+readers = Readers()
 
 
 def write(path: Path, content: bytes | str) -> Path:
@@ -59,14 +50,14 @@ def packed(folder, **arrays):
     return content
 
 
-@reader
+@readers
 def mnist(folder):
     images, labels = idx(RANDOM.integers(0, 256, (4, 28, 28))), idx(np.arange(4))
     files = {"mnist/train-images-idx3-ubyte.gz": gzip.compress(images), "mnist/train-labels-idx1-ubyte": labels}
     return of_set("mnist", folder, files)
 
 
-@reader
+@readers
 def cifar(folder):
     batch = {b"data": RANDOM.integers(0, 256, (3, 3072)).astype(np.uint8), b"labels": [0, 1, 2]}
     files = {
@@ -77,7 +68,7 @@ def cifar(folder):
     return of_set("cifar10", folder, files)
 
 
-@reader
+@readers
 def svhn(folder):
     path = folder / "svhn/train_32x32.mat"
     path.parent.mkdir()
@@ -85,7 +76,7 @@ def svhn(folder):
     return [path], functools.partial(load, "svhn", root=folder)
 
 
-@reader
+@readers
 def mini_imagenet(folder):
     path = folder / "mini-imagenet/train.npy"
     path.parent.mkdir()
@@ -93,39 +84,39 @@ def mini_imagenet(folder):
     return [path], functools.partial(load, "mini-imagenet", root=folder, size=5)
 
 
-@reader
+@readers
 def movielens(folder):
     lines = "".join(f"{user}\t{item}\t{1 + item % 5}\t88{item}\n" for user in range(3) for item in range(4))
     return of_set("movielens-100k", folder, {"ml-100k/u.data": lines})
 
 
-@reader
+@readers
 def ratings(folder):
     path = write(folder / "r.csv", 'userId,movieId,rating\n7,"a, b",4.5\n3,10,2\n"x",11,3.5\n')
     return [path], functools.partial(read_ratings, path)
 
 
-@reader
+@readers
 def ihdp(folder):
     rows = RANDOM.random((5, 30))
     rows[:, 0] = [0, 1, 0, 1, 0]
     return of_set("ihdp", folder, {"ihdp/ihdp_npci_1.csv": "\n".join(",".join(map(str, row)) for row in rows)})
 
 
-@reader
+@readers
 def jobs(folder):
     arrays = {"x": RANDOM.random((4, 17, 2)), "t": np.array([[0, 1]] * 4), "yf": np.zeros((4, 2)), "e": np.ones((4, 2))}
     return of_set("jobs", folder, {"jobs/jobs_DW_bin.new.10.train.npz": packed(folder, **arrays)}, split="train")
 
 
-@reader
+@readers
 def twins(folder):
     header = ",".join(f"x{k}" for k in range(30)) + ",'mort_0','mort_1'"
     rows = [",".join(map(str, [*range(30), 9999, 20])), ",".join(map(str, [*range(1, 31), 5, 9999]))]
     return of_set("twins", folder, {"twins/Twin_data.csv": "\n".join([header, *rows])})
 
 
-@reader
+@readers
 def physionet(folder):
     stay = "Time,Parameter,Value\n00:00,RecordID,7\n00:00,Age,54\n00:07,HR,70\n01:30,pH,7.4\n"
     files = {
@@ -135,7 +126,7 @@ def physionet(folder):
     return of_set("physionet2012", folder, files)
 
 
-@reader
+@readers
 def tables(folder):
     files = [
         write(folder / "a.csv", "age,sex,y\n3,f,0.5\n4,m,\n5.5,?,1\n"),
@@ -147,7 +138,7 @@ def tables(folder):
     return [*files, folder / "e.npz"], lambda: [read_table(file) for file in [*files, folder / "e.npz"]]
 
 
-@reader
+@readers
 def sparse_matrices(folder):
     files = [folder / f"{form}.npz" for form in ("csr", "csc", "coo", "dia", "bsr")]
     for file in files:
@@ -155,7 +146,7 @@ def sparse_matrices(folder):
     return files, lambda: [read_sparse(file) for file in files]
 
 
-@reader
+@readers
 def schema(folder):
     frame = read_table(write(folder / "t.csv", "age,sex,y\n3,f,a\n4,m,b\n5.5,f,a\n"))
     made = TableSchema.infer(frame, target="y")
@@ -170,14 +161,14 @@ def schema(folder):
     return [path], lambda: read()()
 
 
-@reader
+@readers
 def class_arrays(folder):
     path = folder / "a.npz"
     np.savez(path, x=RANDOM.integers(0, 256, (6, 9, 9)).astype(np.uint8), y=np.arange(6) % 3, class_names=list("abc"))
     return [path], functools.partial(load_classes, path, split="all")
 
 
-@reader
+@readers
 def pictures(folder):
     image = pytest.importorskip("PIL.Image")
     files = []
@@ -193,7 +184,7 @@ def run_in(folder):
     return Run(folder, package="p", version="0", command="demo", config={"epochs": 2}, resume=(folder / "x").exists())
 
 
-@reader
+@readers
 def summaries(folder):
     run = run_in(folder)
     run.finish(
@@ -215,7 +206,7 @@ def summaries(folder):
     return [folder / "summary.json"], functools.partial(read_summary, folder)
 
 
-@reader
+@readers
 def interrupted_runs(folder):
     run = run_in(folder)
     run.once("a", lambda: [1, {"b": 2.5}])
@@ -237,14 +228,14 @@ def resumed(folder):
             file.write_bytes(content)
 
 
-@reader
+@readers
 def trees(folder):
     path = folder / "tree.safetensors"
     save_tree(path, {"a": torch.ones(2, 3), "b": [np.arange(3), (1, None)], "c": {"d": 0.5, 3: "text"}})
     return [path], functools.partial(load_tree, path)
 
 
-@reader
+@readers
 def configuration(folder):
     path = write(
         folder / "c.toml", '# a comment\n[fit]\nepochs = 3\nname = "x"\nrates = [0.1, 1e-3]\n[fit.more]\na = true\n'
@@ -252,23 +243,7 @@ def configuration(folder):
     return [path], functools.partial(_read_config, path, {"fit": None}, "fit")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return functools.cache(lambda name: READERS[name](tmp_path_factory.mktemp(name)))
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_valid_files_are_read(name, made):
-    made(name)[1]()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", READERS)
-@fuzz(12)
-@given(data=st.data())
-def test_fuzz(name, made, data):
-    files, read = made(name)
-    fuzz_file(data, data.draw(st.sampled_from(files)), read)
+test_valid_files_are_read, test_fuzz = readers.tests(12)
 
 
 def test_a_configuration_nested_too_deeply_is_refused(tmp_path):

@@ -5,27 +5,18 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bayes_taml.learner import MetaLearner
 from bayes_taml.networks import conv_features
 from bayes_taml.pictures import read_query, read_support
-from shared_core.testing import fuzz, fuzz_file
+from shared_core.testing import Readers
 
 NETWORK = {"size": 8, "filters": 3, "blocks": 2, "norm": "batch"}
 
-READERS = {}
+readers = Readers()
 
 
-def reader(make):
-    """Name what writes valid files into a folder and returns them with what reads them."""
-    READERS[make.__name__] = make
-    return make
-
-
-@reader
+@readers
 def learners(folder):
     made = MetaLearner(conv_features(**NETWORK), "bayesian-taml", input_shape=(1, 8, 8), inner_steps=1, max_shot=3)
     path = folder / "m.safetensors"
@@ -33,7 +24,7 @@ def learners(folder):
     return [path], functools.partial(MetaLearner.load, path)
 
 
-@reader
+@readers
 def pictures(folder):
     files = [folder / "support.npz", folder / "query.npz"]
     for file in files:
@@ -46,20 +37,4 @@ def pictures(folder):
     return files, read
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return functools.cache(lambda name: READERS[name](tmp_path_factory.mktemp(name)))
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_valid_files_are_read(name, made):
-    made(name)[1]()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", READERS)
-@fuzz(15)
-@given(data=st.data())
-def test_fuzz(name, made, data):
-    files, read = made(name)
-    fuzz_file(data, data.draw(st.sampled_from(files)), read)
+test_valid_files_are_read, test_fuzz = readers.tests(15)

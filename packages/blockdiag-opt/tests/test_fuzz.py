@@ -5,25 +5,16 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
 from blockdiag_opt.userdata import read_shapes, read_table
-from shared_core.testing import fuzz, fuzz_file
+from shared_core.testing import Readers
 
-READERS = {}
-
-
-def reader(make):
-    """Name what writes valid files into a folder and returns them with what reads them."""
-    READERS[make.__name__] = make
-    return make
+readers = Readers()
 
 
-@reader
+@readers
 def tables(folder):
     (folder / "a.csv").write_text("age,dose,y\n3,0.5,1\n4,1e-3,0\n5,2,1\n")
     (folder / "b.tsv").write_text("age\tdose\n3\t0.5\n4\t1\n")
@@ -32,26 +23,10 @@ def tables(folder):
     return files, lambda: [read_table(file) for file in files]
 
 
-@reader
+@readers
 def weights(folder):
     save_file(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).state_dict(), folder / "w.safetensors")
     return [folder / "w.safetensors"], functools.partial(read_shapes, folder / "w.safetensors")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return functools.cache(lambda name: READERS[name](tmp_path_factory.mktemp(name)))
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_valid_files_are_read(name, made):
-    made(name)[1]()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", READERS)
-@fuzz(15)
-@given(data=st.data())
-def test_fuzz(name, made, data):
-    files, read = made(name)
-    fuzz_file(data, data.draw(st.sampled_from(files)), read)
+test_valid_files_are_read, test_fuzz = readers.tests(15)

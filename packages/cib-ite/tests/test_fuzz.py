@@ -5,33 +5,24 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cib_ite.data import draws, load
 from cib_ite.estimator import CIB
-from shared_core.testing import fuzz, fuzz_file
+from shared_core.testing import Readers
 
 RANDOM = np.random.default_rng(0)
 
-READERS = {}
+readers = Readers()
 
 
-def reader(make):
-    """Name what writes valid files into a folder and returns them with what reads them."""
-    READERS[make.__name__] = make
-    return make
-
-
-@reader
+@readers
 def tables(folder):
     path = folder / "a.csv"
     path.write_text("age,sex,treatment,y\n" + "".join(f"{k}.5,{'mf'[k % 2]},{k % 3 % 2},{k / 7}\n" for k in range(20)))
     return [path], functools.partial(load, path, treatment="treatment", outcome="y")
 
 
-@reader
+@readers
 def simulated(folder):
     path = folder / "a.npz"
     shape = (12, 2)
@@ -40,7 +31,7 @@ def simulated(folder):
     return [path], lambda: (draws(path), load(path))
 
 
-@reader
+@readers
 def models(folder):
     x = RANDOM.random((60, 3))
     t = np.arange(60) % 2
@@ -50,20 +41,4 @@ def models(folder):
     return [path], lambda: CIB.load(path).predict(x)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return functools.cache(lambda name: READERS[name](tmp_path_factory.mktemp(name)))
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_valid_files_are_read(name, made):
-    made(name)[1]()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", READERS)
-@fuzz(15)
-@given(data=st.data())
-def test_fuzz(name, made, data):
-    files, read = made(name)
-    fuzz_file(data, data.draw(st.sampled_from(files)), read)
+test_valid_files_are_read, test_fuzz = readers.tests(15)

@@ -330,7 +330,7 @@ def test_clients_share_a_network_that_nobody_changes():
 
 
 def test_a_method_there_is_none_of():
-    with pytest.raises(UnknownKeyError, match=r"no method 'fedsgd'; .*there are stl, finetune, ewc, apd, stable_sg"):
+    with pytest.raises(UnknownKeyError, match=r"no method 'fedsgd'; .*there are stl, finetune, ewc, apd, stable-sg"):
         federation("fedsgd")
 
 

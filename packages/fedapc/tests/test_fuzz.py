@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from fedapc.config import FedAPCConfig
@@ -15,18 +12,12 @@ from fedapc.data import read_tasks, write_example
 from fedapc.federation import FedAPC, Federation
 from fedapc.report import Report
 from fedapc.tasks import Task
-from shared_core.testing import fuzz, fuzz_file
+from shared_core.testing import Readers
 
-READERS = {}
-
-
-def reader(make):
-    """Name what writes valid files into a folder and returns them with what reads them."""
-    READERS[make.__name__] = make
-    return make
+readers = Readers()
 
 
-@reader
+@readers
 def tasks(folder):
     path = write_example(folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -37,7 +28,7 @@ def mlp():
     return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
 
 
-@reader
+@readers
 def federations(folder):
     random = torch.Generator().manual_seed(0)
     own = [Task(torch.randn(30, 6, generator=random), torch.arange(30) % 3, 3, name=f"task{k}") for k in range(2)]
@@ -48,7 +39,7 @@ def federations(folder):
     return [path], lambda: Federation.open(path, mlp()).predict("a", torch.zeros(2, 6), 0)
 
 
-@reader
+@readers
 def reports(folder):
     random = torch.Generator().manual_seed(0)
     task = Task(torch.randn(30, 6, generator=random), torch.arange(30) % 3, 3, name="task")
@@ -56,20 +47,4 @@ def reports(folder):
     return sorted(folder.iterdir()), functools.partial(Report.load, folder)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return functools.cache(lambda name: READERS[name](tmp_path_factory.mktemp(name)))
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_valid_files_are_read(name, made):
-    made(name)[1]()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", READERS)
-@fuzz(15)
-@given(data=st.data())
-def test_fuzz(name, made, data):
-    files, read = made(name)
-    fuzz_file(data, data.draw(st.sampled_from(files)), read)
+test_valid_files_are_read, test_fuzz = readers.tests(15)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from shared_core.testing import fuzz, fuzz_file
+from shared_core.testing import Readers
 from srq_dropbits.config import QuantConfig
 from srq_dropbits.deploy import convert
 from srq_dropbits.models import load_weights
@@ -20,16 +15,10 @@ from srq_dropbits.qat import prepare
 from srq_dropbits.saving import load, read_config, save
 from srq_dropbits.userdata import load_images_or_table
 
-READERS = {}
+readers = Readers()
 
 
-def reader(make):
-    """Name what writes valid files into a folder and returns them with what reads them."""
-    READERS[make.__name__] = make
-    return make
-
-
-@reader
+@readers
 def tables(folder):
     (folder / "a.csv").write_text("age,dose,y\n" + "".join(f"{k},{k / 3},{'ab'[k % 2]}\n" for k in range(20)))
     np.savez(folder / "b.npz", x=np.random.default_rng(0).random((20, 4)), y=np.arange(20) % 2)
@@ -37,7 +26,7 @@ def tables(folder):
     return files, lambda: [load_images_or_table(str(file)) for file in files]
 
 
-@reader
+@readers
 def weights(folder):
     model = nn.Linear(3, 2)
     torch.save(model.state_dict(), folder / "w.pt")
@@ -48,7 +37,7 @@ def network():
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 
 
-@reader
+@readers
 def quantized(folder):
     path = folder / "q.safetensors"
     x = torch.zeros(1, 3)
@@ -59,7 +48,7 @@ def quantized(folder):
     )
 
 
-@reader
+@readers
 def packed(folder):
     path = folder / "p.safetensors"
     x = torch.zeros(1, 3)
@@ -68,20 +57,4 @@ def packed(folder):
     return [path], lambda: (inspect_packed(path), load_packed(path))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return functools.cache(lambda name: READERS[name](tmp_path_factory.mktemp(name)))
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_valid_files_are_read(name, made):
-    made(name)[1]()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", READERS)
-@fuzz(15)
-@given(data=st.data())
-def test_fuzz(name, made, data):
-    files, read = made(name)
-    fuzz_file(data, data.draw(st.sampled_from(files)), read)
+test_valid_files_are_read, test_fuzz = readers.tests(15)

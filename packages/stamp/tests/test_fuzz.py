@@ -5,13 +5,10 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from shared_core.testing import fuzz, fuzz_file
+from shared_core.testing import Readers
 from stamp._files import read_weights, save_weights
 from stamp.generator import MaskGenerator
 from stamp.groups import trace
@@ -20,16 +17,10 @@ from stamp.networks import smallconv
 from stamp.plan import PrunePlan
 from stamp.sources import read_examples
 
-READERS = {}
+readers = Readers()
 
 
-def reader(make):
-    """Name what writes valid files into a folder and returns them with what reads them."""
-    READERS[make.__name__] = make
-    return make
-
-
-@reader
+@readers
 def tables(folder):
     (folder / "a.csv").write_text("age,dose,class\n" + "".join(f"{k},{k / 3},{'xyz'[k % 3]}\n" for k in range(30)))
     np.savez(folder / "b.npz", x=np.random.default_rng(0).random((30, 4)), y=np.arange(30) % 3)
@@ -37,14 +28,14 @@ def tables(folder):
     return files, lambda: [read_examples(file) for file in files]
 
 
-@reader
+@readers
 def weights(folder):
     path = folder / "w.safetensors"
     save_weights(nn.Linear(3, 2), path)
     return [path], functools.partial(read_weights, path)
 
 
-@reader
+@readers
 def plans(folder):
     model = smallconv(6, 1, channels=(6, 8), seed=2).eval()
     groups = trace(model, torch.rand(4, 1, 8, 8))
@@ -54,7 +45,7 @@ def plans(folder):
     return [path], lambda: PrunePlan.load(path).apply(smallconv(6, 1, channels=(6, 8), seed=2))
 
 
-@reader
+@readers
 def generators(folder):
     groups = trace(smallconv(6, 1, channels=(6, 8), seed=2).eval(), torch.rand(4, 1, 8, 8))
     path = folder / "g.safetensors"
@@ -62,7 +53,7 @@ def generators(folder):
     return [path], lambda: MaskGenerator.load(path, groups)
 
 
-@reader
+@readers
 def latencies(folder):
     zeros, ones = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     layer = LayerTable((1, 3), (1, 4), ((0.1, 0.2), (0.3, 0.4)))
@@ -72,20 +63,4 @@ def latencies(folder):
     return [path], lambda: LatencyTable.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return functools.cache(lambda name: READERS[name](tmp_path_factory.mktemp(name)))
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_valid_files_are_read(name, made):
-    made(name)[1]()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", READERS)
-@fuzz(15)
-@given(data=st.data())
-def test_fuzz(name, made, data):
-    files, read = made(name)
-    fuzz_file(data, data.draw(st.sampled_from(files)), read)
+test_valid_files_are_read, test_fuzz = readers.tests(15)

@@ -47,7 +47,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
+    kind, _, index = str(name).partition(":")
     if kind not in {"cpu", "cuda", "mps"} or (index and not index.isdigit()):
         raise InputError(f"unknown device '{name}': choose auto, cpu, cuda, cuda:N or mps")
     available = {

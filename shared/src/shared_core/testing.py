@@ -20,10 +20,10 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import jaxtyping
 import pytest
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Caller",
+    "Readers",
     "check_shapes",
     "data_folder",
     "figures",
@@ -265,6 +266,7 @@ class Caller:
 # ---- damaged and hostile files
 
 _Read = TypeVar("_Read")
+_Files: TypeAlias = "tuple[Sequence[Path], Callable[[], object]]"
 
 
 def fuzz(examples: int) -> settings:
@@ -309,6 +311,65 @@ def survives(read: Callable[[], _Read]) -> _Read | None:
         assert len(message.splitlines()) == 1, f"not one line: {message!r}"
         message.encode()
         return None
+
+
+class Readers:
+    """Readers of a package's files, to be tried on valid and on damaged ones.
+
+    It makes the whole of a ``test_fuzz.py``::
+
+        readers = Readers()
+
+        @readers
+        def summaries(folder):
+            write_summary(folder / "summary.json")
+            return [folder / "summary.json"], lambda: read_summary(folder)
+
+        test_valid_files_are_read, test_fuzz = readers.tests(15)
+    """
+
+    def __init__(self) -> None:
+        self._makers: dict[str, Callable[[Path], _Files]] = {}
+
+    def __call__(self, make: Callable[[Path], _Files]) -> Callable[[Path], _Files]:
+        """Take what writes valid files into an empty folder, and returns them with what reads them.
+
+        Parameters
+        ----------
+        make : its name is shown
+        """
+        self._makers[make.__name__] = make
+        return make
+
+    def tests(self, examples: int) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Return a test that reads the valid files, and one that damages them.
+
+        Parameters
+        ----------
+        examples : of damage for each reader
+        """
+        from hypothesis import given, strategies
+
+        kept: dict[str, _Files] = {}
+
+        def made(name: str, factory: pytest.TempPathFactory) -> _Files:
+            if name not in kept:
+                kept[name] = self._makers[name](factory.mktemp(name))
+            return kept[name]
+
+        @pytest.mark.parametrize("name", self._makers)
+        def valid(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+            made(name, tmp_path_factory)[1]()
+
+        @pytest.mark.usefixtures("unchecked")
+        @pytest.mark.parametrize("name", self._makers)
+        @fuzz(examples)
+        @given(data=strategies.data())
+        def damaged(name: str, tmp_path_factory: pytest.TempPathFactory, data: DataObject) -> None:
+            files, read = made(name, tmp_path_factory)
+            fuzz_file(data, data.draw(strategies.sampled_from(files)), read)
+
+        return valid, damaged
 
 
 def fuzz_file(draw: DataObject, path: Path, read: Callable[[], object]) -> None:
