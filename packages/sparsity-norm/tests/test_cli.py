@@ -70,7 +70,7 @@ FAST_RATINGS = ("--epochs", 4, "--hidden", 6, "--device", "cpu")
 def test_fit_evaluate_predict_export_a_table(done, call, table, tmp_path, target, exclude):
     fitted = done("fit", table, "--target", target, "--exclude", exclude, "--out", "m", *FAST_TABLE)
     metrics = {row.metric: row.mean for row in fitted.results}
-    assert ({"accuracy", "auroc"} if target == "died" else {"rmse"}) <= set(metrics)
+    assert ({"accuracy", "AUROC"} if target == "died" else {"RMSE"}) <= set(metrics)
     assert {"model", "history.png", "drift.png"} <= set(fitted.artifacts)
     model = load_model(tmp_path / "m")
     assert isinstance(model, TableModel)
@@ -121,6 +121,8 @@ def test_compare_on_ones_own_table(done, table):
     found = done("compare", table, *args, "--out", "c")
     rows = {(row.metric, row.method): row for row in found.results}
     assert rows["accuracy", "sn"].n == 2
+    assert rows["accuracy", "sn"].unit == "%"
+    assert 1 < rows["accuracy", "sn"].mean <= 100
     assert rows["accuracy", "sn"].low <= rows["accuracy", "sn"].mean <= rows["accuracy", "sn"].high
     assert {"comparison.png", "drift.png"} <= set(found.artifacts)
     assert {claim.text.split(":")[0] for claim in found.claims} == {"patients"}
@@ -172,7 +174,7 @@ def test_ampute_removes_entries_row_by_row(done, table, tmp_path):
 @pytest.mark.parametrize("mode", ["item", "user"])
 def test_fit_evaluate_predict_recommend_on_ratings(done, ratings, tmp_path, mode):
     fitted = done("fit", ratings, "--mode", mode, "--out", "m", *FAST_RATINGS)
-    assert {row.metric for row in fitted.results} == {"rmse", "mae"}
+    assert {row.metric for row in fitted.results} == {"RMSE", "MAE"}
     done("evaluate", "m", ratings, "--out", "e")
     report = json.loads((tmp_path / "e/evaluation.json").read_text())
     assert report["n"] == len(pd.read_csv(ratings))
@@ -216,7 +218,7 @@ def test_ratings_in_every_form_give_the_same_matrix(done, ratings, tmp_path):
 def test_compare_and_diagnose_ratings(done, ratings):
     args = ("--methods", "autorec-sn,autorec-zero,baseline-only", "--seeds", 1, "--epochs", 3, "--hidden", 4)
     found = done("compare", ratings, *args, "--out", "c")
-    assert {row.metric for row in found.results} == {"rmse", "mae", "count correlation gap"}
+    assert {row.metric for row in found.results} == {"RMSE", "MAE", "count correlation gap"}
     assert len(found.claims) == 3
     diagnosed = done("diagnose", ratings, "--out", "d")
     assert {row.method for row in diagnosed.results} == {"autorec-zero", "autorec-sn"}

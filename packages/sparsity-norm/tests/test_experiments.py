@@ -89,8 +89,8 @@ def test_metrics_are_scikit_learns():
     found = OutOfFold(np.arange(50), np.ones(50), scores, truth, {}, 0.0)
     metrics = table_metrics(found, "classification")
     assert metrics["log loss"] == pytest.approx(log_loss(truth, score))
-    assert metrics["auroc"] == pytest.approx(roc_auc_score(truth, score))
-    assert metrics["accuracy"] == np.mean((score > 0.5) == truth)
+    assert metrics["AUROC"] == pytest.approx(roc_auc_score(truth, score))
+    assert metrics["accuracy"] == 100 * np.mean((score > 0.5) == truth)
     np.testing.assert_array_equal(found.prediction, score)
     np.testing.assert_array_equal(found.target, truth)
 
@@ -124,7 +124,7 @@ def test_comparison_of_ratings_has_rows_and_claims(run, ratings, tmp_path):
     options = {"hidden": 3, "epochs": 2, "device": "cpu"}
     results, claims = compare_ratings(run(), ratings, name="toy", methods=methods, seeds=[0, 1], options=options)
     assert {(row.metric, row.method) for row in results} == {
-        (metric, method) for metric in ("rmse", "mae", "count correlation gap") for method in methods
+        (metric, method) for metric in ("RMSE", "MAE", "count correlation gap") for method in methods
     }
     assert len(claims) == 5
     plot_comparison(tmp_path / "c.png", results)

@@ -84,7 +84,7 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
                 device=str(session.device),
                 advance=_noting(advance),
             )
-            results += [row for row in rows if row.metric in {"rmse", "auroc", "count correlation gap"}]
+            results += [row for row in rows if row.metric in {"RMSE", "AUROC", "count correlation gap"}]
             claims += found
             panels[table.name] = {name: curves[name] for name in ("zero", "mean", "sn") if name in curves}
     plot_drift(session.run.artifact("drift.png"), panels)
@@ -282,12 +282,12 @@ def _fit_ratings(config: FitConfig, session: Session) -> Outcome:
                 validation_rmse=report.validation_rmse,
             )
             session.run.save_checkpoint(progress.state())
-            advance(note=f"{progress.phase}, train rmse {report.train_rmse:.4f}")
+            advance(note=f"{progress.phase}, train RMSE {report.train_rmse:.4f}")
 
         recommender.fit(train, on_epoch=after, resume=state)
     recommender.save(session.run.artifact("model"))
     history = [
-        {"epoch": r.epoch, "train rmse": r.train_rmse, "validation rmse": r.validation_rmse}
+        {"epoch": r.epoch, "train RMSE": r.train_rmse, "validation RMSE": r.validation_rmse}
         for r in recommender.history_
     ]
     plot_history(session.run.artifact("history.png"), history)
@@ -305,7 +305,7 @@ def _rating_results(model: AutoRecRecommender, test: RatingMatrix, name: str, se
     method = "autorec-sn" if model.power else "autorec-zero"
     return [
         summarize([value], dataset=name, method=method, metric=metric, unit="rating", better="lower")
-        for metric, value in (("rmse", found.rmse), ("mae", found.mae))
+        for metric, value in (("RMSE", found.rmse), ("MAE", found.mae))
     ]
 
 
@@ -375,7 +375,7 @@ def _fit_table(config: FitConfig, session: Session) -> Outcome:
 def _table_results(model: TableModel, frame: pd.DataFrame, name: str, session: Session) -> list[Result]:
     import numpy as np
 
-    from sparsity_norm.experiments import OutOfFold, count_correlation, drift_curve, table_metrics
+    from sparsity_norm.experiments import OutOfFold, count_correlation, drift_curve, table_metrics, table_row
     from sparsity_norm.plots import plot_drift
 
     x, y = model.schema.features(frame, name), model.schema.labels(frame, name)
@@ -395,13 +395,7 @@ def _table_results(model: TableModel, frame: pd.DataFrame, name: str, session: S
     drift = drift_curve(found.prediction, found.count, found.target)
     plot_drift(session.run.artifact("drift.png"), {name: {model.estimator.input: drift}})
     return [
-        summarize(
-            [value],
-            dataset=name,
-            method=model.estimator.input,
-            metric=metric,
-            better="higher" if metric in {"accuracy", "auroc"} else "lower",
-        )
+        table_row([value], dataset=name, method=model.estimator.input, metric=metric)
         for metric, value in metrics.items()
     ]
 

@@ -49,6 +49,7 @@ __all__ = [
     "rating_cell",
     "table_cell",
     "table_metrics",
+    "table_row",
     "tuned_recommender",
 ]
 
@@ -344,18 +345,29 @@ def _mean_curve(cells: Sequence[TableCell]) -> Curve:
 
 
 def table_metrics(found: OutOfFold, task: str) -> dict[str, float]:
-    """RMSE of a regression; accuracy, log loss and (two classes) AUROC of a classification."""
+    """RMSE of a regression; accuracy in percent, log loss and (two classes) AUROC of a classification."""
     if task == "regression":
-        return {"rmse": float(np.sqrt(np.mean((found.scores - found.truth) ** 2)))}
+        return {"RMSE": float(np.sqrt(np.mean((found.scores - found.truth) ** 2)))}
     metrics = {
-        "accuracy": float(np.mean(found.scores.argmax(axis=1) == found.truth)),
+        "accuracy": 100 * float(np.mean(found.scores.argmax(axis=1) == found.truth)),
         "log loss": _log_loss(found.scores, found.truth),
     }
     if found.scores.shape[1] == 2 and 0 < found.truth.mean() < 1:
         from sklearn.metrics import roc_auc_score
 
-        metrics["auroc"] = float(roc_auc_score(found.truth, found.prediction))
+        metrics["AUROC"] = float(roc_auc_score(found.truth, found.prediction))
     return metrics
+
+
+def table_row(values: Sequence[float], *, dataset: str, method: str, metric: str, seconds: float = 0.0) -> Result:
+    """Make a row of the values that one of :func:`table_metrics`, or a gap of correlations, took."""
+    unit = "%" if metric == "accuracy" else "1"
+    better = _better(metric)
+    return summarize(values, dataset=dataset, method=method, metric=metric, unit=unit, better=better, seconds=seconds)
+
+
+def _better(metric: str) -> Literal["lower", "higher"]:
+    return "higher" if metric in {"accuracy", "AUROC"} else "lower"
 
 
 def compare_tables(
@@ -392,7 +404,7 @@ def compare_tables(
 
     def tell(key: str, cell: TableCell) -> None:
         metric, value = next(iter(cell["metrics"].items()))
-        advance(f"{pairs[key][0]}: {metric} {value:.4f}")
+        advance(f"{pairs[key][0]}: {metric} {value:.4g}")
 
     cells: dict[str, list[TableCell]] = {}
     for key, cell in run.each(work, tell).items():
@@ -402,11 +414,8 @@ def compare_tables(
     for metric in [*first["metrics"], "count correlation gap"]:
         for method, found in cells.items():
             values = [_table_metric(cell, metric) for cell in found]
-            better: Literal["lower", "higher"] = "higher" if metric in {"accuracy", "auroc"} else "lower"
             seconds = sum(cell["seconds"] for cell in found)
-            results.append(
-                summarize(values, dataset=table.name, method=method, metric=metric, better=better, seconds=seconds)
-            )
+            results.append(table_row(values, dataset=table.name, method=method, metric=metric, seconds=seconds))
     curves = {method: _mean_curve(found) for method, found in cells.items()}
     return results, _table_claims(cells, table.name), curves
 
@@ -439,8 +448,8 @@ def _table_claims(cells: Mapping[str, Sequence[TableCell]], name: str) -> list[C
         return [_table_metric(cell, of) for cell in cells[method]]
 
     metrics = next(iter(cells.values()))[0]["metrics"]
-    metric = "auroc" if "auroc" in metrics else next(iter(metrics))
-    sign = 1.0 if metric in {"accuracy", "auroc"} else -1.0
+    metric = "AUROC" if "AUROC" in metrics else next(iter(metrics))
+    sign = 1.0 if _better(metric) == "higher" else -1.0
     claims: list[Claim] = []
     for ours, rival, source in (
         ("sn", "zero", PAPER),
@@ -619,7 +628,7 @@ def compare_ratings(
 
     Returns
     -------
-    Results (rmse, mae, and how far the correlation with the observed count is from the truth's), and the paper's claims
+    Results (RMSE, MAE, and how far the correlation with the observed count is from the truth's), and the paper's claims
     where both methods it speaks of are there.
     """
     pairs = {f"{name}/{mode}/{method}/{seed}": (method, seed) for method in methods for seed in seeds}
@@ -628,12 +637,12 @@ def compare_ratings(
         for key, (method, seed) in pairs.items()
     }
     cells: dict[str, list[RatingCell]] = {}
-    found = run.each(work, lambda key, cell: advance(f"{pairs[key][0]}: rmse {cell['rmse']:.4f}"))
+    found = run.each(work, lambda key, cell: advance(f"{pairs[key][0]}: RMSE {cell['rmse']:.4f}"))
     for key, cell in found.items():
         cells.setdefault(pairs[key][0], []).append(cell)
     dataset = f"{name}, {mode}s as instances"
     results: list[Result] = []
-    for metric, unit in (("rmse", "rating"), ("mae", "rating"), ("count correlation gap", "1")):
+    for metric, unit in (("RMSE", "rating"), ("MAE", "rating"), ("count correlation gap", "1")):
         for method, of_method in cells.items():
             values = [_rating_metric(cell, metric) for cell in of_method]
             seconds = sum(cell["seconds"] for cell in of_method)
@@ -647,9 +656,9 @@ def compare_ratings(
 
 def _rating_metric(cell: RatingCell, metric: str) -> float:
     match metric:
-        case "rmse":
+        case "RMSE":
             return cell["rmse"]
-        case "mae":
+        case "MAE":
             return cell["mae"]
         case _:
             return abs(cell["correlation"] - cell["true_correlation"])
@@ -767,7 +776,7 @@ def _diagnose_methods(name: str, found: Mapping[str, _Predictions], before: str,
         curves[method] = drift_curve(prediction, count, truth)
         results.append(_dependence_row(report, name, method, data["seconds"]))
         rmse = float(np.sqrt(np.mean((prediction - truth) ** 2)))
-        results.append(summarize([rmse], dataset=name, method=method, metric="rmse", better="lower"))
+        results.append(summarize([rmse], dataset=name, method=method, metric="RMSE", better="lower"))
         notes.append(f"{method}: {report.verdict}: {report.message}")
     claims = [
         _verdict_claim(
@@ -775,9 +784,9 @@ def _diagnose_methods(name: str, found: Mapping[str, _Predictions], before: str,
         ),
         _verdict_claim(f"{name}: with {after} they still do", reports[after]),
     ]
-    errors = {row.method: row.mean for row in results if row.metric == "rmse"}
+    errors = {row.method: row.mean for row in results if row.metric == "RMSE"}
     best = min(errors, key=lambda method: errors[method])
-    notes.append(f"smallest error on rows the model had not seen: {best} (rmse {errors[best]:.4g})")
+    notes.append(f"smallest error on rows the model had not seen: {best} (RMSE {errors[best]:.4g})")
     audits: dict[str, Any] = {method: report.to_dict() for method, report in reports.items()}
     return Diagnosis(sorted(results, key=lambda row: row.metric), claims, notes, audits, curves)
 

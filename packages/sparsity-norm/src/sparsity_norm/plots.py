@@ -83,9 +83,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
     -------
     The path.
     """
-    return core.plot_comparison(
-        path, results, ours=lambda name: name.startswith(("sn", "autorec-sn")), words={"rmse": "RMSE", "mae": "MAE"}
-    )
+    return core.plot_comparison(path, results, ours=lambda name: name.startswith(("sn", "autorec-sn")))
 
 
 def plot_history(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> Path:
