@@ -4,6 +4,7 @@ import os
 
 import jaxtyping
 import torch
+from hypothesis import settings
 
 from shared_core.testing import unchecked as unchecked
 
@@ -11,6 +12,9 @@ from shared_core.testing import unchecked as unchecked
 # times slower on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# A busy machine is no fault of what is tested.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 jaxtyping.install_import_hook(
     [

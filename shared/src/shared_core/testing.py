@@ -1,6 +1,6 @@
 """What the tests of all packages begin with: checked shapes, real data, calls of a command line, damaged files.
 
-Needs pytest; nothing else of the core imports it. A package's ``tests/conftest.py`` is
+Needs pytest and hypothesis; nothing else of the core imports it. A package's ``tests/conftest.py`` is
 
     import ial_nap
     from shared_core.testing import check_shapes, data_folder as data_folder, unchecked as unchecked
@@ -81,7 +81,10 @@ _HOSTILE_VALUES: tuple[Any, ...] = (
 
 
 def check_shapes(package: ModuleType, *, leave_out: Collection[str] = ()) -> None:
-    """Check shapes and types in calls of a package's functions from here on, and keep torch to one thread.
+    """Check shapes and types in calls of a package's functions from here on.
+
+    Besides, torch is kept to one thread, and hypothesis lets an example take as long as it takes: a busy machine is no
+    fault of what is tested.
 
     Call it before anything else of the package is imported. Only modules that have shapes in their signatures are
     checked: for the types of others, which the type checker sees, every call would pay.
@@ -91,9 +94,13 @@ def check_shapes(package: ModuleType, *, leave_out: Collection[str] = ()) -> Non
     package : imported, with a lazy ``__init__``
     leave_out : modules that cannot be checked, such as ``networks`` where torch.fx calls forward passes with proxies
     """
+    from hypothesis import settings
+
     # Inherited by child processes: threads that only wait for each other make small models many times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
     root = Path(next(iter(package.__path__)))
     files = {".".join(path.relative_to(root).with_suffix("").parts): path for path in sorted(root.rglob("*.py"))}
     names = [
