@@ -144,7 +144,7 @@ STEPS, GAMMA = 300, 0.02
 
 
 def train_clipped(seed: int, final_lr: float | None, check: bool = False) -> tuple[float, float]:
-    """Train the CNN on 500 digits; return its mean loss over the last tenth and its accuracy."""
+    """Train the CNN on 500 digits; return its mean loss over the last tenth and its accuracy in percent."""
     task = task_of("digits-clip")
     clip = None if final_lr is None else SpectrumClip(final_lr, GAMMA)
     model, losses = task.build(seed), []
@@ -178,7 +178,7 @@ def test_e_clipped_training_ends_as_sgd_and_is_as_accurate():
     clipped = [train_clipped(seed, best, check=True)[1] for seed in SEEDS]
     free = [train_clipped(seed, None)[1] for seed in SEEDS]
     # The paper's authors clip for better generalisation. Here it neither helps nor hurts beyond noise.
-    assert np.mean(clipped) >= np.mean(free) - 0.01
+    assert np.mean(clipped) >= np.mean(free) - 1
     print(losses, clipped, free)
 
 

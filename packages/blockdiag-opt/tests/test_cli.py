@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_breast_cancer, load_diabetes
 
-from blockdiag_opt.cli import line
+from blockdiag_opt.cli import CompareConfig, line
 from blockdiag_opt.training import load_trained
 from shared_core.runs import Summary, load_tree, read_summary
 from shared_core.testing import Caller, figures
@@ -52,16 +52,17 @@ def value(summary: Summary, metric: str) -> float:
 def test_train_evaluate_predict_export_and_plot_of_a_users_table(done, call, cancer, tmp_path):
     _, y = cancer
     summary = done("train", "cancer.csv", "--target", "y", "--epochs", 12, "--out", "run")
-    assert value(summary, "test accuracy") > 0.93
+    assert value(summary, "test accuracy") > 93
+    assert {row.metric: row.unit for row in summary.results} == {"test accuracy": "%", "test loss": "nats"}
     assert {"model.safetensors", "optimizer.safetensors", "history.png", "monitor.png"} <= set(summary.artifacts)
-    assert value(done("evaluate", "run", "cancer.csv", "--out", "e"), "accuracy") > 0.95
+    assert value(done("evaluate", "run", "cancer.csv", "--out", "e"), "accuracy") > 95
     done("predict", "run", "cancer.csv", "--out", "p")
     rows = np.genfromtxt(tmp_path / "p" / "predictions.csv", delimiter=",", names=True)
     assert (rows["prediction"] == y).mean() > 0.95
     assert np.allclose(rows["probability_of_0"] + rows["probability_of_1"], 1)
 
     done("export", "run", "--out", "x1")
-    weights = load_file(tmp_path / "x1" / "weights.safetensors")
+    weights = load_file(tmp_path / "x1" / "model.safetensors")
     assert weights["0.weight"].shape == (64, 30)
     done("export", "run", "--format", "optimizer", "--out", "x2")
     state = load_file(tmp_path / "x2" / "optimizer.safetensors")
@@ -92,7 +93,7 @@ def test_train_images_and_a_users_own_model(done, tmp_path):
     y = random.integers(0, 2, 200)
     x = random.normal(size=(200, 8, 8)) + y[:, None, None]
     np.savez(tmp_path / "images.npz", x=x, y=y)
-    assert value(done("train", "images.npz", "--target", "y", "--model", "cnn:4", "--epochs", 5), "test accuracy") > 0.9
+    assert value(done("train", "images.npz", "--target", "y", "--model", "cnn:4", "--epochs", 5), "test accuracy") > 90
     (tmp_path / "mine_for_blockdiag.py").write_text(
         "import torch\ndef make(outputs, shape):\n    assert shape == (8, 8)\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, outputs))\n"
@@ -109,7 +110,7 @@ def test_train_images_and_a_users_own_model(done, tmp_path):
         "--epochs",
         5,
     )
-    assert value(summary, "test accuracy") > 0.9
+    assert value(summary, "test accuracy") > 90
 
 
 def test_training_discovers_groups_in_the_users_table(done, cancer, tmp_path):
@@ -160,13 +161,30 @@ def test_an_interrupted_training_ends_as_if_nothing_had_happened(done, call, can
     assert [json.loads(each)["epoch"] for each in lines] == list(range(1, 7))
 
 
+@pytest.mark.parametrize(
+    ("given", "methods"),
+    [
+        ("adam,block-adam:b=25,K=5,soap", ("adam", "block-adam:b=25,K=5", "soap")),
+        ("adam block-adam:b=25,K=5 soap", ("adam", "block-adam:b=25,K=5", "soap")),
+        ("sgd:momentum=0, block-adam:b=25, K=5, adam", ("sgd:momentum=0", "block-adam:b=25,K=5", "adam")),
+        ("adam:betas=0.9/0.99,sgd:nesterov=true", ("adam:betas=0.9/0.99", "sgd:nesterov=true")),
+        (["block-adam:b=25,K=5", "adam"], ("block-adam:b=25,K=5", "adam")),
+    ],
+)
+def test_methods_are_told_apart_from_their_options(given, methods):
+    assert CompareConfig(task="digits", methods=given).methods == methods
+
+
 def test_compare_on_a_users_table(done, cancer, tmp_path):
     summary = done(
-        "compare", "cancer.csv", "--target", "y", "--methods", "adam block-adam", "--seeds", 2, "--tuning-seeds", 1,
+        "compare", "cancer.csv", "--target", "y", "--methods", "adam,block-adam", "--seeds", 2, "--tuning-seeds", 1,
         "--points", 3, "--extend", 2, "--steps", 30, "--block-sizes", "1,10", "--out", "c",
     )  # fmt: skip
     methods = {row.method for row in summary.results}
     assert methods == {"adam", "block-adam", "block-adam:b=1,K=1", "block-adam:b=10,K=1"}
+    right = [row for row in summary.results if row.metric in {"test accuracy", "validation accuracy"}]
+    assert len(right) == 8
+    assert all(row.unit == "%" and 30 < row.mean <= 100 for row in right)
     assert {"curves.png", "grids.png", "grids.json", "pareto.png", "comparison.png"} <= set(summary.artifacts)
     grids = json.loads((tmp_path / "c" / "grids.json").read_text())
     assert len(grids["cancer"]["adam"]["tried"]) >= 3
@@ -288,6 +306,8 @@ def test_wrong_runs(wrong, call, cancer, tmp_path):
         call("train", "cancer.csv", "--target", "y", "--epochs", 1, "--optimizer", "sgd", "--out", "s").returncode == 0
     )
     assert "another optimizer" in wrong("spectrum", "s")
+    assert "would be overwritten" in wrong("export", "s", "--out", "s")
+    load_trained(tmp_path / "s" / "model.safetensors")
     write_csv(tmp_path / "less.csv", cancer[0][:, :5], cancer[1])
     assert "no column 'f5'" in wrong("predict", "s", "less.csv")
     write_csv(tmp_path / "other.csv", cancer[0], cancer[1] + 7)

@@ -214,6 +214,11 @@ def test_rows_and_claims_of_a_comparison(run):
     assert any(text.startswith("breast-cancer: block-adam is better than adam in train loss") for text in texts)
     assert any("block-adam is better than block-adam:grouping=input" in text for text in texts)
     assert any("lies inside its grid" in text for text in texts)
+    right = {row.method: row for row in found.results if row.metric == "test accuracy"}
+    assert all(row.unit == "%" and 10 < row.mean <= 100 for row in right.values())
+    claim = next(claim for claim in found.claims if "block-adam is better than adam in test accuracy" in claim.text)
+    assert claim.value == pytest.approx(right["block-adam"].mean - right["adam"].mean)
+    assert claim.text.endswith(" points)")
     best = {row.method: row.mean for row in found.results if row.metric == "best learning rate"}
     assert best == {spec: grid.best for spec, grid in found.grids["breast-cancer"].items()}
     assert {curve.loss.shape for curve in found.curves["breast-cancer"].values()} == {(3, 20)}

@@ -68,7 +68,10 @@ def test_an_untrained_model_is_at_chance():
             parameter.zero_()
     batch = next(task.batches(0, 1))
     assert float(task.loss(model, batch).detach()) == pytest.approx(math.log(10), rel=1e-6)
-    assert task.evaluate(model)["test loss"] == pytest.approx(math.log(10), rel=1e-6)
+    found = task.evaluate(model)
+    assert found["test loss"] == pytest.approx(math.log(10), rel=1e-6)
+    # Of equal logits the first counts: the share of zeros, in percent.
+    assert found["test accuracy"] == pytest.approx(10, abs=3)
 
 
 def test_an_epoch_shows_every_example_once():

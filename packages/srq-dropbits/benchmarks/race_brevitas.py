@@ -174,7 +174,7 @@ def race(task: Task, options: argparse.Namespace, labels: list[str]) -> dict[str
     baseline = statistics.mean(evaluate(f.network, f.data.x_test, f.data.y_test)["accuracy"] for f in fields)
     rows = f"{len(first.data.y_train)} rows, batches of {task.batch_size}, {task.epochs} epochs"
     print(f"\n{task.name}: {task.arch}, {rows}, {len(fields)} seed(s), {options.threads} thread(s)")
-    print(f"float32: test accuracy {baseline:.4f}", flush=True)
+    print(f"float32: test accuracy {100 * baseline:.2f} %", flush=True)
     result: dict[str, Any] = {"task": task.name, "float_test_accuracy": baseline, "bits": {}}
     for bits in options.bits:
         times = step_times(first, [FLOAT, *labels], bits, options.repeats)
@@ -201,11 +201,11 @@ def race(task: Task, options: argparse.Namespace, labels: list[str]) -> dict[str
 
 
 def report(title: str, times: dict[str, float], found: dict[str, dict[str, Any]]) -> None:
-    header = ("", "ms/step", "/ brevitas", "training s", "lr", "test accuracy", "packed", "onnx", "onnx int8")
+    header = ("", "ms/step", "/ brevitas", "training s", "lr", "test accuracy, %", "packed", "onnx", "onnx int8")
     peer = times.get(PEER)
     lines: list[tuple[Any, ...]] = [(FLOAT, f"{times[FLOAT]:.2f}", against(times[FLOAT], peer), *[None] * 6)]
     for label, one in found.items():
-        spread = max(one["test_accuracy"]) - min(one["test_accuracy"])
+        scores = [100 * score for score in one["test_accuracy"]]
         size = one["bytes"]
         lines.append(
             (
@@ -214,7 +214,7 @@ def report(title: str, times: dict[str, float], found: dict[str, dict[str, Any]]
                 against(one["ms_per_step"], peer),
                 f"{one['training_s']:.2f}",
                 f"{one['lr']:g}",
-                f"{statistics.mean(one['test_accuracy']):.4f} (range {spread:.4f})",
+                f"{statistics.mean(scores):.2f} (range {max(scores) - min(scores):.2f})",
                 *(size.get(form) for form in ("packed", "onnx", "onnx, 8-bit integers")),
             )
         )

@@ -35,7 +35,7 @@ def means(found: Comparison, metric: str) -> dict[tuple[str, str], float]:
 
 
 def ladder(run: Run, task: str) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
-    """Return accuracies and quantization errors by bits and method."""
+    """Return accuracies in percent and quantization errors by bits and method."""
     bits = [(2, 2), (4, 4)]
     accuracy: dict[tuple[str, str], float] = {}
     error: dict[tuple[str, str], float] = {}
@@ -63,23 +63,23 @@ def digits(run):
 
 def test_e1_mnist_at_two_and_four_bits(mnist):
     accuracy, _ = mnist
-    print({key: round(value, 4) for key, value in accuracy.items()})
+    print({key: round(value, 2) for key, value in accuracy.items()})
     # Required were 5 points. Rounding with the least squared error and fresh BN statistics is a strong baseline.
-    assert accuracy["2/2", "srq"] >= accuracy["2/2", "ptq"] + 0.02
-    assert accuracy["2/2", "srq"] >= accuracy["2/2", "lsq"] - 0.01
-    assert accuracy["4/4", "srq"] >= accuracy["4/4", "float32"] - 0.015
+    assert accuracy["2/2", "srq"] >= accuracy["2/2", "ptq"] + 2
+    assert accuracy["2/2", "srq"] >= accuracy["2/2", "lsq"] - 1
+    assert accuracy["4/4", "srq"] >= accuracy["4/4", "float32"] - 1.5
 
 
 def test_e1_digits_at_two_and_four_bits(digits):
     accuracy, _ = digits
-    print({key: round(value, 4) for key, value in accuracy.items()})
-    assert accuracy["2/2", "srq"] >= accuracy["2/2", "lsq"] - 0.01
-    assert accuracy["4/4", "srq"] >= accuracy["4/4", "float32"] - 0.015
+    print({key: round(value, 2) for key, value in accuracy.items()})
+    assert accuracy["2/2", "srq"] >= accuracy["2/2", "lsq"] - 1
+    assert accuracy["4/4", "srq"] >= accuracy["4/4", "float32"] - 1.5
 
 
 def test_the_literal_estimator_loses(mnist):
     accuracy, _ = mnist
-    assert accuracy["2/2", "mcste-zero"] < accuracy["2/2", "srq"] - 0.01
+    assert accuracy["2/2", "mcste-zero"] < accuracy["2/2", "srq"] - 1
 
 
 # ---- E2: clusters
@@ -146,7 +146,7 @@ def test_e5_joint_learning_against_retraining_is_measured(run):
             print(row.method, row.mean, row.low, row.high)
             # Three pairs cannot settle it: either outcome is within a few points.
             assert math.isfinite(row.mean)
-            assert abs(row.mean) < 0.1
+            assert abs(row.mean) < 10
     joint = [point[2] for point in found.points["joint, from float network"]]
     assert joint == [point[2] for point in found.points["retrained, from float network"]]
 

@@ -66,7 +66,8 @@ def test_a_comparison_reports_every_method_and_resumes_without_training_again(ru
     for dataset in ("tiny 2/2", "tiny 4/32"):
         for method in ["float32", *methods]:
             row = rows[dataset, method, "test accuracy"]
-            assert 0.1 <= row.mean <= 1
+            assert row.unit == "%"
+            assert 10 <= row.mean <= 100
             assert row.n == 2
         assert rows[dataset, "lsq", "average bits"].mean == int(dataset[5])
         # Validation decides the learning rate; what was found is told.
@@ -94,7 +95,7 @@ def test_float_networks_are_the_same_for_all_methods(run):
     found = compare(run, [TINY], ["ptq", "lsq"], [(8, 8)], [3], rates=[1e-4])
     accuracy = {row.method: row.mean for row in found.results if row.metric == "test accuracy"}
     # At 8 bits and a tiny rate all are the float network but for rounding.
-    assert max(accuracy.values()) - min(accuracy.values()) < 0.05
+    assert max(accuracy.values()) - min(accuracy.values()) < 5
 
 
 def test_what_cannot_be_compared_is_refused(run):
@@ -119,6 +120,11 @@ def test_sweep_steers_bits_and_says_where_they_went(run):
     texts = {claim.text: claim for claim in found.claims}
     assert next(claim for text, claim in texts.items() if "target of 2.5" in text).holds
     assert next(claim for text, claim in texts.items() if "bits change" in text).value == 2
+    right = {row.method: row.mean for row in found.results if row.metric == "test accuracy"}
+    assert right["learned, penalty 0"] == pytest.approx(100 * points["learned, penalty 0"][1])
+    near = next(claim for text, claim in texts.items() if "within 0.5 points of uniform 2" in text)
+    assert near.value == pytest.approx(right["learned, target 2.5"] - right["uniform 2 bits"])
+    assert near.threshold == -0.5
 
 
 def test_lottery_retrains_with_exactly_the_bits_that_were_learned(run):
@@ -127,7 +133,9 @@ def test_lottery_retrains_with_exactly_the_bits_that_were_learned(run):
         together, again = found.points[f"joint, from {start}"], found.points[f"retrained, from {start}"]
         assert [point[2] for point in together] == [point[2] for point in again]
         row = next(r for r in found.results if r.method == f"from {start}")
-        difference = np.mean([a[1] - b[1] for a, b in zip(together, again, strict=True)])
-        assert row.mean == pytest.approx(difference)
+        difference = np.mean([100 * (a[1] - b[1]) for a, b in zip(together, again, strict=True)])
+        assert (row.mean, row.unit) == (pytest.approx(difference), "points")
+        claim = next(claim for claim in found.claims if f"from {start}" in claim.text)
+        assert claim.value == row.mean
         assert row.low is not None
         assert math.isfinite(row.low)

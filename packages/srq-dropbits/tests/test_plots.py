@@ -19,15 +19,16 @@ from srq_dropbits.qat import calibrate, prepare
 
 
 def row(dataset, method, values, metric="test accuracy", **options) -> Result:
-    return summarize(values, dataset=dataset, method=method, metric=metric, **{"better": "higher", **options})
+    given = {"better": "higher", "unit": "%" if metric == "test accuracy" else "1", **options}
+    return summarize(values, dataset=dataset, method=method, metric=metric, **given)
 
 
 def ladder() -> list[Result]:
     rows = []
-    levels = {"float32": 0.985, "ptq": 0.61, "lsq": 0.95, "mcste-zero": 0.11, "rq-st": 0.955, "srq+dropbits": 0.957}
-    for bits, gain in (("2/2", 0.0), ("4/4", 0.02)):
+    levels = {"float32": 98.5, "ptq": 61.0, "lsq": 95.0, "mcste-zero": 11.0, "rq-st": 95.5, "srq+dropbits": 95.7}
+    for bits, gain in (("2/2", 0.0), ("4/4", 2.0)):
         for name, level in levels.items():
-            rows.append(row(f"digits {bits}", name, [min(level + gain + 0.004 * k, 1) for k in (-1, 0, 1)]))
+            rows.append(row(f"digits {bits}", name, [min(level + gain + 0.4 * k, 100) for k in (-1, 0, 1)]))
             rows.append(row(f"digits {bits}", name, [1e-3], "best learning rate", better="lower"))
         rows.append(row(f"digits {bits}", "lsq", [0.3, 0.4], "quantization error", better="lower"))
     return rows
@@ -127,7 +128,7 @@ def test_ladder_has_a_panel_for_each_bit_width_and_cuts_off_what_failed(tmp_path
     named = [[label.get_text() for label in axis.get_yticklabels()] for axis in figures[0].axes]
     assert named == [["srq+dropbits", "rq-st", "mcste-zero", "lsq", "ptq"], []]
     for axis, rows in zip(figures[0].axes, (ladder()[:12], ladder()[13:25]), strict=True):
-        means = {one.method: 100 * one.mean for one in rows if one.metric == "test accuracy"}
+        means = {one.method: one.mean for one in rows if one.metric == "test accuracy"}
         # What is beyond the edge is written out.
         left = axis.get_xlim()[0]
         assert {text.get_text() for text in axis.texts} == {
@@ -139,18 +140,18 @@ def test_ladder_has_a_panel_for_each_bit_width_and_cuts_off_what_failed(tmp_path
 
 
 def test_ladder_keeps_all_where_methods_are_alike(tmp_path, figures):
-    rows = [row("wine 3/3", name, [level]) for name, level in (("float32", 0.96), ("lsq", 0.9), ("srq", 0.93))]
+    rows = [row("wine 3/3", name, [level]) for name, level in (("float32", 96.0), ("lsq", 90.0), ("srq", 93.0))]
     plots.plot_ladder(tmp_path / "p.png", rows)
     assert not figures[0].axes[0].texts
     assert figures[0].axes[0].get_xlim()[0] < 90
 
 
 def test_comparison_leaves_settings_to_the_table(tmp_path, figures):
-    plots.plot_comparison(tmp_path / "p.png", ladder())
+    plots.plot_comparison(tmp_path / "p.png", [*ladder(), row("digits 2/2", "mode-gumbel", [95.2])])
     labels = [axis.get_xlabel() for axis in figures[0].axes if axis.get_xlabel()]
-    assert sorted(set(labels)) == ["quantization error (lower is better)", "test accuracy (higher is better)"]
+    assert sorted(set(labels)) == ["quantization error (lower is better)", "test accuracy [%] (higher is better)"]
     bold = {label.get_text() for label in figures[0].axes[0].get_yticklabels() if label.get_fontweight() == "bold"}
-    assert bold == {"mcste-zero", "srq+dropbits"}
+    assert bold == {"mcste-zero", "mode-gumbel", "srq+dropbits"}
 
 
 def test_pareto_joins_uniform_widths_and_stars_learned_ones(tmp_path, figures):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shared_core.cli import Advance, CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError, no_such
@@ -26,9 +26,30 @@ line = CommandLine(
 main = line.main
 
 _SPEC_HELP = (
-    "optimizers, spaces between them: a name of ours (block-adam, ...), of torch.optim or of pytorch_optimizer (soap,"
-    " ...), with options after a colon, as in 'adam block-adam:b=25,K=5 soap:precondition_frequency=5'"
+    "optimizers, commas between them: a name of ours (block-adam, ...), of torch.optim or of pytorch_optimizer (soap,"
+    " ...), with options after a colon, as in adam,block-adam:b=25,K=5,soap:precondition_frequency=5"
 )
+
+
+def _whole_methods(value: object) -> object:
+    """Take methods apart at commas and spaces; what reads ``key=value`` belongs to the settings before it.
+
+    Examples
+    --------
+    >>> _whole_methods("adam,block-adam:b=25,K=5,soap")
+    ['adam', 'block-adam:b=25,K=5', 'soap']
+    """
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, cast("Sequence[object]", value)))
+    if not isinstance(value, str):
+        return value
+    methods: list[str] = []
+    for part in value.replace(",", " ").split():
+        if methods and ":" in methods[-1] and "=" in part.partition(":")[0]:
+            methods[-1] += f",{part}"
+        else:
+            methods.append(part)
+    return methods
 
 
 class TableOptions(CommandConfig):
@@ -87,7 +108,7 @@ class CompareConfig(TableOptions):
         "CSV, TSV or NPZ file, or names: correlated, correlated-permuted, breast-cancer, digits, digits-clip,"
         " autoencoder-digits, char-lstm; with MNIST in the data folder autoencoder, cnn, mlp"
     )
-    methods: str = Field("adam sgd block-adam block-adam:grouping=input", description=_SPEC_HELP)
+    methods: tuple[str, ...] = Field(("adam", "sgd", "block-adam", "block-adam:grouping=input"), description=_SPEC_HELP)
     block_sizes: tuple[int, ...] = Field((), description="compare block-adam at these block sizes as well ...")
     intervals: tuple[int, ...] = Field((1,), description="... each with these update intervals; draws pareto.png")
     seeds: int = Field(5, ge=1, description="training runs of each optimizer at its best learning rate")
@@ -100,6 +121,11 @@ class CompareConfig(TableOptions):
     lr: float | None = Field(None, gt=0, le=1e4, description="take this learning rate everywhere instead of tuning")
     text: Path | None = Field(None, description="text file for char-lstm")
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _split_methods(cls, value: object) -> object:
+        return _whole_methods(value)
+
 
 @line.command(CompareConfig, spread=True)
 def compare(config: CompareConfig, session: Session) -> Outcome:
@@ -109,7 +135,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     from blockdiag_opt.plots import plot_pareto
 
     tasks = _tasks(config)
-    specs = config.methods.split()
+    specs = list(config.methods)
     specs += [spec for spec in block_specs(config.block_sizes, config.intervals) if spec not in specs]
     seeds = [config.seed + seed for seed in range(config.seeds)]
     expected = len(tasks) * len(specs) * (config.points * config.tuning_seeds * (config.lr is None) + len(seeds))
@@ -339,12 +365,15 @@ def train(config: TrainConfig, session: Session) -> Outcome:
 
 
 def _metric_rows(metrics: Mapping[str, float], dataset: str, method: str) -> list[Result]:
-    return [
-        summarize(
-            [value], dataset=dataset, method=method, metric=name, better="higher" if "accuracy" in name else "lower"
+    from blockdiag_opt.userdata import in_units, metric_named
+
+    rows: list[Result] = []
+    for name, value in in_units(metrics).items():
+        metric = metric_named(name)
+        rows.append(
+            summarize([value], dataset=dataset, method=method, metric=name, unit=metric.unit, better=metric.better)
         )
-        for name, value in metrics.items()
-    ]
+    return rows
 
 
 class EvaluateConfig(CommandConfig):
@@ -443,7 +472,9 @@ def export(config: ExportConfig, session: Session) -> Outcome:
     """Export a trained model, or its optimizer's state, for other programs."""
     from blockdiag_opt.training import export_run
 
-    name = {"optimizer": "optimizer.safetensors", "weights": "weights.safetensors", "pt2": "model.pt2"}[config.format]
+    if config.format != "pt2" and session.run.folder.resolve() == config.run.resolve():
+        raise InputError(f"{config.run}: the run's own files would be overwritten; give another folder with --out")
+    name = {"optimizer": "optimizer.safetensors", "weights": "model.safetensors", "pt2": "model.pt2"}[config.format]
     note = export_run(config.run, config.format, session.run.artifact(name))
     return Outcome(notes=[note])
 

@@ -631,7 +631,8 @@ def _paired(
     if len(gains) < len(traces[ours]):
         return Claim(text=f"{text} (a seed diverged)", source=source, holds=False, value=None, threshold=0.0)
     mean, low, high = interval(gains)
-    spread = "" if low is None or high is None else f" (95 % interval of the gain: {low:.3g} to {high:.3g})"
+    unit = " points" if metric.unit == "%" else ""
+    spread = "" if low is None or high is None else f" (95 % interval of the gain: {low:.3g} to {high:.3g}{unit})"
     return Claim(text=text + spread, source=source, holds=(mean if low is None else low) > 0, value=mean, threshold=0.0)
 
 

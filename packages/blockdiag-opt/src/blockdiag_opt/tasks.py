@@ -57,7 +57,8 @@ class Task:
     build : seed -> a fresh model
     batches : (seed, steps) -> that many batches
     loss : (model, batch) -> scalar
-    evaluate : trained model -> metric name -> value; the test part of the data is looked at here only
+    evaluate : trained model -> metric name -> value in the metric's unit; the test part of the data is looked at here
+        only
     metrics : what ``evaluate`` returns, the headline first
     steps : training steps of the full task
     batch_size : examples in a step
@@ -292,7 +293,7 @@ def _classifier(
         with torch.no_grad():
             logits = model(test_x)
             return {
-                "test accuracy": float((logits.argmax(dim=1) == test_y).double().mean()),
+                "test accuracy": 100 * float((logits.argmax(dim=1) == test_y).double().mean()),
                 "test loss": float(functional.cross_entropy(logits, test_y)),
             }
 
@@ -303,7 +304,7 @@ def _classifier(
         batches=lambda seed, steps: _shuffled([x, y], batch_size, seed, steps),
         loss=loss,
         evaluate=evaluate,
-        metrics=(Metric("test accuracy", better="higher"), Metric("test loss", "nats")),
+        metrics=(Metric("test accuracy", "%", "higher"), Metric("test loss", "nats")),
         steps=steps,
         batch_size=batch_size,
     )

@@ -352,7 +352,7 @@ def export_run(run: Path, kind: str, path: str | Path) -> str:
         weights = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
         with atomic_path(path) as temporary:
             save_file(weights, temporary)
-        return f"{len(weights)} tensors; features enter as (x - offset) * factor, see model.safetensors"
+        return f"{len(weights)} tensors; features enter as (x - offset) * factor, see the run's own model.safetensors"
     shape = schema.shape or (len(schema.features),)
     example = torch.zeros(2, *shape)
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

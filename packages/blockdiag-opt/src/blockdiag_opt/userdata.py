@@ -412,8 +412,8 @@ def metrics_of(schema: Schema, model: nn.Module, x: Tensor, y: Tensor) -> dict[s
 
     Returns
     -------
-    ``accuracy`` and ``loss`` (classification), ``rmse`` in the target's own unit (regression), or ``squared error`` a
-    row (reconstruction).
+    ``accuracy`` (0..1) and ``loss`` in nats (classification), ``rmse`` in the target's own unit (regression), or
+    ``squared error`` a row (reconstruction).
     """
     mode = model.training
     model.eval()
@@ -430,6 +430,33 @@ def metrics_of(schema: Schema, model: nn.Module, x: Tensor, y: Tensor) -> dict[s
     if schema.kind == "regression":
         return {"rmse": float((prediction - y).double().square().mean().sqrt() / schema.target_factor)}
     return {"squared error": float((prediction - y).double().square().sum(1).mean())}
+
+
+def metric_named(name: str) -> Metric:
+    """Say in which unit tables show what :func:`metrics_of` measures, and which direction is better.
+
+    Parameters
+    ----------
+    name : such as ``test accuracy``
+    """
+    if name.endswith("accuracy"):
+        return Metric(name, "%", "higher")
+    return Metric(name, "nats" if name.endswith("loss") else "1")
+
+
+def in_units(found: Mapping[str, float]) -> dict[str, float]:
+    """Return what :func:`metrics_of` measured in the units of :func:`metric_named`: accuracies in percent.
+
+    Parameters
+    ----------
+    found : name -> value
+
+    Examples
+    --------
+    >>> in_units({"test accuracy": 0.5, "test loss": 0.7})
+    {'test accuracy': 50.0, 'test loss': 0.7}
+    """
+    return {name: 100 * value if metric_named(name).unit == "%" else value for name, value in found.items()}
 
 
 def table_task(
@@ -484,7 +511,7 @@ def table_task(
     def evaluate(network: nn.Module) -> dict[str, float]:
         found = {f"test {name}": value for name, value in metrics_of(schema, network, x[test], y[test]).items()}
         chosen = metrics_of(schema, network, x[validation], y[validation])
-        return found | {f"validation {name}": value for name, value in chosen.items()}
+        return in_units(found | {f"validation {name}": value for name, value in chosen.items()})
 
     probe = build(0)
     try:
@@ -496,11 +523,7 @@ def table_task(
             f"model '{model}' does not take rows of {tuple(x.shape[1:])} to {schema.outputs} outputs: {detail}"
         ) from error
     names = {"classification": ("accuracy", "loss"), "regression": ("rmse",), "reconstruction": ("squared error",)}
-    metrics = tuple(
-        Metric(f"{part} {name}", better="higher" if name == "accuracy" else "lower")
-        for part in ("test", "validation")
-        for name in names[schema.kind]
-    )
+    metrics = tuple(metric_named(f"{part} {name}") for part in ("test", "validation") for name in names[schema.kind])
     return Task(
         name=Path(path).name.split(".")[0],
         description=f"{model} on {Path(path).name}, {schema.kind}, {len(train)} rows",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shared_core.cli import Advance, CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError, no_such
@@ -24,12 +24,33 @@ main = line.main
 
 _METHODS_HELP = (
     "ptq, ste-minmax, pact, lsq, lsq+, sr, rq, rq-local, rq-st, mcste-zero, mcste-input, mcste-clipped, mode-soft,"
-    " mode-gumbel, srq, srq+dropbits, srq+dropbits+bits; settings after a colon: 'srq+dropbits:p_keep=0.8'"
+    " mode-gumbel, srq, srq+dropbits, srq+dropbits+bits; settings after a colon: srq+dropbits:p_keep=0.8"
 )
 
 
 def _noting(advance: Advance) -> Callable[[str], None]:
     return lambda note: advance(note=note)
+
+
+def _whole_methods(value: object) -> object:
+    """Take methods apart at commas and spaces; what reads ``key=value`` belongs to the settings before it.
+
+    Examples
+    --------
+    >>> _whole_methods("lsq,srq:p_keep=0.9,per_channel=true,ptq")
+    ['lsq', 'srq:p_keep=0.9,per_channel=true', 'ptq']
+    """
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, cast("Sequence[object]", value)))
+    if not isinstance(value, str):
+        return value
+    methods: list[str] = []
+    for part in value.replace(",", " ").split():
+        if methods and ":" in methods[-1] and "=" in part.partition(":")[0]:
+            methods[-1] += f",{part}"
+        else:
+            methods.append(part)
+    return methods
 
 
 def _pairs(texts: tuple[str, ...]) -> list[tuple[int, int | None]]:
@@ -95,15 +116,20 @@ class CompareConfig(TaskOptions):
         "names: digits, digits-mlp; with MNIST or CIFAR-10 in the data folder mnist-small, mnist, cifar10; or a data"
         " file or folder, with --arch"
     )
-    methods: str = Field(
-        "ptq lsq rq-st mcste-zero mcste-input srq srq+dropbits",
-        description=f"methods, spaces between them: {_METHODS_HELP}",
+    methods: tuple[str, ...] = Field(
+        ("ptq", "lsq", "rq-st", "mcste-zero", "mcste-input", "srq", "srq+dropbits"),
+        description=f"methods, commas between them: {_METHODS_HELP}",
     )
     bits: tuple[str, ...] = Field(("2/2", "3/3", "4/4"), description="weights/activations; 3/32: activations float")
     seeds: int = Field(3, ge=1, description="trainings of each method at its best learning rate")
     tuning_seeds: int = Field(1, ge=1, description="other seeds, which the learning rates are chosen on")
     rates: tuple[float, ...] = Field((3e-4, 1e-3, 3e-3), description="learning rates each method may choose from")
     epochs: int | None = Field(None, ge=0, description="epochs after quantization (default: the task's)")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _split_methods(cls, value: object) -> object:
+        return _whole_methods(value)
 
 
 @line.command(CompareConfig, spread=True)
@@ -112,15 +138,15 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
     from srq_dropbits.experiments import compare as run_comparison
 
     tasks = _tasks(config)
-    methods, bits = config.methods.split(), _pairs(config.bits)
+    bits = _pairs(config.bits)
     seeds = [config.seed + seed for seed in range(config.seeds)]
     trials = len(config.rates) * config.tuning_seeds if len(config.rates) > 1 else 0
-    expected = len(tasks) * (len(methods) * len(bits) * (trials + len(seeds)) + len(seeds))
+    expected = len(tasks) * (len(config.methods) * len(bits) * (trials + len(seeds)) + len(seeds))
     with session.progress("compare", expected) as advance:
         found = run_comparison(
             session.run,
             tasks,
-            methods,
+            config.methods,
             bits,
             seeds,
             tuning_seeds=[config.seed + 1000 + seed for seed in range(config.tuning_seeds)],
@@ -320,13 +346,7 @@ def train(config: TrainConfig, session: Session) -> Outcome:
     if found.history:
         plot_history(session.run.artifact("history.png"), found.history)
     results = [
-        summarize(
-            [value],
-            dataset=split.name,
-            method=config.method if "float" not in name else "float32",
-            metric=name.removeprefix("float "),
-            better="higher" if "accuracy" in name else "lower",
-        )
+        _measured(name.removeprefix("float "), value, split.name, "float32" if "float" in name else config.method)
         for name, value in found.metrics.items()
     ]
     for metric, value, unit in (
@@ -337,6 +357,13 @@ def train(config: TrainConfig, session: Session) -> Outcome:
             summarize([value], dataset=split.name, method=config.method, metric=metric, unit=unit, better="lower")
         )
     return Outcome(results, notes=str(found.report).splitlines())
+
+
+def _measured(metric: str, value: float, dataset: str, method: str) -> Result:
+    """Make a row of an accuracy or a loss, as :func:`srq_dropbits.training.evaluate` gives it."""
+    if metric.endswith("accuracy"):
+        return summarize([100 * value], dataset=dataset, method=method, metric=metric, unit="%", better="higher")
+    return summarize([value], dataset=dataset, method=method, metric=metric, unit="nats", better="lower")
 
 
 def _quant_config(config: TrainConfig) -> QuantConfig:
@@ -391,11 +418,11 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
         truncated(trained, config.truncate)
     del session
     name = config.data or f"{trained.recipe.data}, {config.part} rows"
-    results: list[Result] = []
-    for method, integer in (("as trained", False), ("integer", True)):
-        for metric, value in evaluate_run(trained, x, y, integer=integer).items():
-            better = "higher" if metric == "accuracy" else "lower"
-            results.append(summarize([value], dataset=name, method=method, metric=metric, better=better))
+    results = [
+        _measured(metric, value, name, method)
+        for method, integer in (("as trained", False), ("integer", True))
+        for metric, value in evaluate_run(trained, x, y, integer=integer).items()
+    ]
     return Outcome(results, notes=[f"{len(y):,} rows", *str(report(trained.model)).splitlines()])
 
 
@@ -437,9 +464,11 @@ def export(config: ExportConfig, session: Session) -> Outcome:
     from srq_dropbits.pipeline import export_run, load_run, truncated
 
     trained = load_run(config.run)
+    if config.format == "weights" and session.run.folder.resolve() == config.run.resolve():
+        raise InputError(f"{config.run}: the run's own model.safetensors would be overwritten; give another --out")
     if config.truncate is not None:
         truncated(trained, config.truncate)
-    name = {"packed": "model.srq.safetensors", "onnx": "model.onnx", "weights": "weights.safetensors"}[config.format]
+    name = {"packed": "model.srq.safetensors", "onnx": "model.onnx", "weights": "model.safetensors"}[config.format]
     notes, figures = export_run(trained, config.format, session.run.artifact(name), weight_type=config.weight_type)
     results = [
         summarize(
@@ -510,14 +539,19 @@ class DiagnoseConfig(CommandConfig):
 
     run: Path | None = argument("run folder of a train, whose weights are looked at too", default=None)
     bits: int | None = Field(None, ge=2, le=8, description="of the symmetric grid (default: the run's weights', or 3)")
-    estimators: str = Field(
-        "lsq sr rq rq-st mcste-zero mcste-input mcste-clipped mode-soft mode-gumbel",
-        description="estimators, spaces between them",
+    estimators: tuple[str, ...] = Field(
+        ("lsq", "sr", "rq", "rq-st", "mcste-zero", "mcste-input", "mcste-clipped", "mode-soft", "mode-gumbel"),
+        description="estimators, commas between them",
     )
     layers: int = Field(30, ge=1, description="random layers that are enumerated")
     rho: float = Field(1 / 3, gt=0, le=10, description="noise scale / step")
     temperature: float = Field(1.0, gt=0, description="of concrete samples")
     batches: int = Field(8, ge=1, description="batches of a run's training rows")
+
+    @field_validator("estimators", mode="before")
+    @classmethod
+    def _split_estimators(cls, value: object) -> object:
+        return _whole_methods(value)
 
 
 @line.command(DiagnoseConfig)
@@ -531,7 +565,7 @@ def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
 
     trained = None if config.run is None else load_run(config.run)
     bits = config.bits or (3 if trained is None else trained.config.weight_bits)
-    names = config.estimators.split()
+    names = config.estimators
     if not names:
         raise InputError("--estimators: name one at least")
     grid = Grid.signed(bits)

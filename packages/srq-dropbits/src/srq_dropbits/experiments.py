@@ -421,11 +421,11 @@ def _of_seed(
     """Train the float network of a seed, and every method from it at every bit-width."""
     name = bench.task.name
     network = bench.float_cell(seed)
-    advance(f"{name}, float32, seed {seed}: {network['test_accuracy']:.3f}")
+    advance(f"{name}, float32, seed {seed}: {100 * network['test_accuracy']:.1f} %")
     cells: dict[tuple[str, tuple[int, int | None]], Cell] = {}
     for (method, pair), lr in chosen.items():
         cells[method, pair] = cell = bench.cell(method, parse_method(method, *pair, seed), lr, seed)
-        advance(f"{name} {_label(pair)}, {method}, seed {seed}: {cell['test_accuracy']:.3f}")
+        advance(f"{name} {_label(pair)}, {method}, seed {seed}: {100 * cell['test_accuracy']:.1f} %")
     return network, cells
 
 
@@ -508,7 +508,7 @@ def _tried(
             for lr in waiting:
                 each = [bench.cell(method, parse_method(method, *pair, seed), lr, seed) for seed in seeds]
                 tried[lr] = _mean(each, "validation_accuracy"), -_mean(each, "validation_loss")
-                advance(f"{bench.task.name} {_label(pair)}, {method}, lr {lr:g}: {tried[lr][0]:.3f}")
+                advance(f"{bench.task.name} {_label(pair)}, {method}, lr {lr:g}: {100 * tried[lr][0]:.1f} %")
             best = max(tried, key=lambda lr: tried[lr])
             waiting = _beyond(best, sorted(tried)) if len(tried) < most else []
         found[pair] = {lr: accuracy for lr, (accuracy, _) in tried.items()}, best
@@ -534,7 +534,14 @@ _METRICS: tuple[tuple[str, str, str], ...] = (
 
 
 def _unit(key: str) -> str:
-    return "bytes" if key == "bytes" else "bits" if key.endswith("bits") else "1"
+    ends = {"accuracy": "%", "bytes": "bytes", "bits": "bits"}
+    return next((unit for end, unit in ends.items() if key.endswith(end)), "1")
+
+
+def _values(cells: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """Return what trainings measured in the unit of its rows: accuracies in percent."""
+    factor = 100.0 if _unit(key) == "%" else 1.0
+    return [factor * float(cell[key]) for cell in cells]
 
 
 def _summary(values: Iterable[float], **options: Any) -> Result:
@@ -554,7 +561,7 @@ def _rows(
         dataset = f"{task.name} {_label(pair)}"
         for metric, key, better in _METRICS:
             if key in floats[0]:
-                values = [cell[key] for cell in floats]
+                values = _values(floats, key)
                 seconds = math.fsum(cell["seconds"] for cell in floats)
                 options: dict[str, Any] = {
                     "metric": metric,
@@ -566,7 +573,7 @@ def _rows(
                 each = cells[method, *pair]
                 seconds = math.fsum(cell["seconds"] for cell in each)
                 options = {"metric": metric, "better": better, "unit": _unit(key)}
-                values = [float(cell[key]) for cell in each]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+                values = _values(each, key)
                 rows.append(_summary(values, dataset=dataset, method=method, seconds=seconds, **options))
         for method in methods:
             seconds = math.fsum(cell["seconds"] for cell in cells[method, *pair])
@@ -578,9 +585,14 @@ def _rows(
     return rows
 
 
-def _paired(first: Sequence[Cell], second: Sequence[Cell], key: str) -> tuple[float, float | None]:
-    """Give the mean difference, and the lower end of its paired 95 % interval."""
-    mean, low, _ = interval([float(a[key]) - float(b[key]) for a, b in zip(first, second, strict=True)])  # pyright: ignore[reportTypedDictNotRequiredAccess, reportGeneralTypeIssues]
+def _ahead(first: Sequence[Cell], second: Sequence[Cell]) -> list[float]:
+    """Return by how many points the first are ahead in test accuracy, seed by seed."""
+    return [100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in zip(first, second, strict=True)]
+
+
+def _paired(first: Sequence[Cell], second: Sequence[Cell]) -> tuple[float, float | None]:
+    """Give by how many points the first are ahead on average, and the lower end of the paired 95 % interval."""
+    mean, low, _ = interval(_ahead(first, second))
     return mean, low
 
 
@@ -607,21 +619,21 @@ def _claims(
         ours = cells[best, *pair]
 
         def against(rival: str, margin: float, text: str, *, ours: Sequence[Cell] = ours, pair: Any = pair) -> None:
-            value, _ = _paired(ours, cells[rival, *pair], "test_accuracy")
+            value, _ = _paired(ours, cells[rival, *pair])
             claims.append(Claim(text=text, source=SPEC, holds=value >= margin, value=value, threshold=margin))
 
         if "ptq" in methods and pair[0] == 2:
-            against("ptq", 0.05, f"{name}: {best}, the best SRQ variant by validation, is 5 points above rounding (E1)")
+            against("ptq", 5.0, f"{name}: {best}, the best SRQ variant by validation, is 5 points above rounding (E1)")
         if "lsq" in methods:
-            against("lsq", -0.01, f"{name}: {best} is not more than 1 point below LSQ (E1)")
+            against("lsq", -1.0, f"{name}: {best} is not more than 1 point below LSQ (E1)")
             against("lsq", 0.0, f"{name}: {best} is at or above LSQ")
         if pair[0] >= 4:
-            value = _mean(ours, "test_accuracy") - _mean(floats, "test_accuracy")
+            value = 100 * (_mean(ours, "test_accuracy") - _mean(floats, "test_accuracy"))
             text = f"{name}: {best} is within 1.5 points of float32 (E1)"
-            claims.append(Claim(text=text, source=SPEC, holds=value >= -0.015, value=value, threshold=-0.015))
+            claims.append(Claim(text=text, source=SPEC, holds=value >= -1.5, value=value, threshold=-1.5))
         plain = next((method for method in ("srq", "mode-soft") if method in methods), None)
         if plain is not None and "srq+dropbits" in methods:
-            value, low = _paired(cells["srq+dropbits", *pair], cells[plain, *pair], "test_accuracy")
+            value, low = _paired(cells["srq+dropbits", *pair], cells[plain, *pair])
             holds = value >= 0 if low is None else low > 0
             text = f"{name}: DropBits raises the accuracy of SRQ, paired 95 % interval above 0"
             claims.append(Claim(text=text, source=PAPER, holds=holds, value=value, threshold=0.0))
@@ -631,7 +643,7 @@ def _claims(
             claims.append(Claim(text=text, source=PAPER, holds=ratio <= 0.8, value=ratio, threshold=0.8))
         for rival in ("rq", "rq-st"):
             if rival in methods:
-                value, low = _paired(ours, cells[rival, *pair], "test_accuracy")
+                value, low = _paired(ours, cells[rival, *pair])
                 holds = value >= 0 if low is None else low > 0
                 text = f"{name}: {best} is above {rival}, paired 95 % interval above 0"
                 claims.append(Claim(text=text, source=PAPER, holds=holds, value=value, threshold=0.0))
@@ -642,7 +654,10 @@ def _claims(
 
 
 class Sweep(NamedTuple):
-    """What :func:`sweep` and :func:`lottery` found; ``points``: method -> (average bits, accuracy, bits of layers)."""
+    """What :func:`sweep` and :func:`lottery` found.
+
+    ``points``: method -> a triple a seed: average bits, test accuracy 0..1, bits of layers.
+    """
 
     results: list[Result]
     claims: list[Claim]
@@ -697,19 +712,26 @@ def sweep(
         learn = LearnBits(max_bits=max_bits, penalty=penalty, weighting=weighting)
         configs[f"learned, penalty {penalty:g}"] = _learning(method, max_bits, act_bits, learn)
 
-    def of_seed(bench: _Bench, advance: _Advance, seed: int) -> tuple[float, dict[str, Cell]]:
-        network = bench.float_cell(seed)["test_accuracy"]
+    def of_seed(bench: _Bench, advance: _Advance, seed: int) -> tuple[dict[str, float], dict[str, Cell]]:
+        network = bench.float_cell(seed)
         found: dict[str, Cell] = {}
         for name, config in configs.items():
             found[name] = cell = bench.cell(name, config.model_copy(update={"seed": seed}), lr, seed, epochs=epochs)
-            advance(f"{task.name}, {name}, seed {seed}: {cell[key]:.2f} bits, {cell['test_accuracy']:.3f}")
+            advance(f"{task.name}, {name}, seed {seed}: {cell[key]:.2f} bits, {100 * cell['test_accuracy']:.1f} %")
         return network, found
 
     by_seed = bench.each([partial(of_seed, seed=seed) for seed in seeds], advance)
     floats = [network for network, _ in by_seed]
     cells = {name: [found[name] for _, found in by_seed] for name in configs}
     results: list[Result] = [
-        _summary(floats, dataset=task.name, method=_FLOAT, metric="test accuracy", better="higher")
+        _summary(
+            _values(floats, "test_accuracy"),
+            dataset=task.name,
+            method=_FLOAT,
+            metric="test accuracy",
+            better="higher",
+            unit="%",
+        )
     ]
     for metric, field, better in (
         ("test accuracy", "test_accuracy", "higher"),
@@ -719,7 +741,7 @@ def sweep(
         for name, each in cells.items():
             results.append(
                 _summary(
-                    [float(cell[field]) for cell in each],  # pyright: ignore[reportTypedDictNotRequiredAccess, reportGeneralTypeIssues]
+                    _values(each, field),
                     dataset=task.name,
                     method=name,
                     metric=metric,
@@ -751,9 +773,9 @@ def _sweep_claims(
         claims.append(Claim(text=text, source=SPEC, holds=value <= 0.15, value=value, threshold=0.15))
         below = cells.get(f"uniform {math.floor(target)} bits")
         if below is not None:
-            gain, _ = _paired(each, below, "test_accuracy")
+            gain, _ = _paired(each, below)
             text = f"{task.name}: learned, target {target:g}, is within 0.5 points of uniform {math.floor(target)} (E4)"
-            claims.append(Claim(text=text, source=SPEC, holds=gain >= -0.005, value=gain, threshold=-0.005))
+            claims.append(Claim(text=text, source=SPEC, holds=gain >= -0.5, value=gain, threshold=-0.5))
     if len(penalties) > 1:
         bits = [_mean(cells[f"learned, penalty {penalty:g}"], key) for penalty in sorted(penalties)]
         rise = max(later - earlier for earlier, later in pairwise(bits))
@@ -821,7 +843,7 @@ def lottery(
             again = bench.cell("retrained", fixed, rate, seed, fresh=fresh, epochs=count)
             for how, cell in (("joint", together), ("retrained", again)):
                 found[f"{how}, from {start}"] = cell
-                advance(f"{task.name}, {how} from {start}, seed {seed}: {cell['test_accuracy']:.3f}")
+                advance(f"{task.name}, {how} from {start}, seed {seed}: {100 * cell['test_accuracy']:.1f} %")
         return found
 
     by_seed = bench.each([partial(of_seed, seed=seed) for seed in seeds], advance)
@@ -829,18 +851,21 @@ def lottery(
     results: list[Result] = []
     for metric, field, better in (("test accuracy", "test_accuracy", "higher"), ("average bits", key, "lower")):
         for name, each in cells.items():
-            values = [float(cell[field]) for cell in each]  # pyright: ignore[reportTypedDictNotRequiredAccess, reportGeneralTypeIssues]
             seconds = math.fsum(cell["seconds"] for cell in each)
             options: dict[str, Any] = {"metric": metric, "better": better, "unit": _unit(field), "seconds": seconds}
-            results.append(_summary(values, dataset=task.name, method=name, **options))
+            results.append(_summary(_values(each, field), dataset=task.name, method=name, **options))
     claims: list[Claim] = []
     for start in ("float network", "random weights"):
         first, second = cells[f"joint, from {start}"], cells[f"retrained, from {start}"]
-        value, low = _paired(first, second, "test_accuracy")
-        differences = [a["test_accuracy"] - b["test_accuracy"] for a, b in zip(first, second, strict=True)]
+        value, low = _paired(first, second)
         results.append(
             _summary(
-                differences, dataset=task.name, method=f"from {start}", metric="joint - retrained", better="higher"
+                _ahead(first, second),
+                dataset=task.name,
+                method=f"from {start}",
+                metric="joint - retrained",
+                better="higher",
+                unit="points",
             )
         )
         text = f"{task.name}: from {start}, learning bits with weights is at least as good as retraining (E5)"
@@ -921,8 +946,9 @@ def export_example(run: Run, task: Task, seed: int, path: Path, method: str = "s
         found = quantize_and_train(bench.network(seed), data, config, **options)
         sizes = save_packed(convert(found.model, data.x_train[:2]), path)
         integer = load_packed(path, build(task.arch, data.shape, data.classes, seed))
-        score = evaluate(integer, data.x_test, data.y_test)["accuracy"]
+        score = 100 * evaluate(integer, data.x_test, data.y_test)["accuracy"]
+        trained = 100 * found.metrics["test accuracy"]
     return [
         f"{path.name}: {sizes.total:,} bytes, {sizes.total / sizes.float_bytes:.3f} of float32; read back and run in"
-        f" integers: accuracy {score:.4f}, as trained {found.metrics['test accuracy']:.4f}"
+        f" integers: accuracy {score:.2f} %, as trained {trained:.2f} %"
     ]

@@ -214,7 +214,7 @@ def _usual_arch(shape: Sequence[int]) -> str:
 def _note(phase: str, record: Mapping[str, Any]) -> str:
     text = f"{phase}, epoch {record['epoch']}: loss {record['loss']:.3f}"
     if "validation_accuracy" in record:
-        text += f", validation {record['validation_accuracy']:.3f}"
+        text += f", validation {100 * record['validation_accuracy']:.1f} %"
     return text + (f", {record['avg_bits']:.2f} bits" if "avg_bits" in record else "")
 
 
@@ -331,7 +331,7 @@ def evaluate_run(trained: TrainedRun, x: Tensor, y: Tensor, *, integer: bool = F
 
     Returns
     -------
-    Accuracy and mean cross-entropy.
+    Accuracy (0..1) and mean cross-entropy.
     """
     return evaluate(_form(trained, integer), x, y)
 

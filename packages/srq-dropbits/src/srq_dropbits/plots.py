@@ -38,7 +38,7 @@ __all__ = [
 
 _BLUE, _ORANGE, _GREEN = COLOURS[:3]
 _GREY = QUIET
-_OURS = ("srq", "mcste", "mode_")
+_OURS = ("srq", "mcste", "mode-")
 _FLOAT = "float32"
 # Neither better nor worse, or of no use beside the others: they belong into the table.
 _TABLE_ONLY = frozenset({"best learning rate", "seconds a training", "validation accuracy"})
@@ -67,7 +67,7 @@ def plot_ladder(path: str | Path, results: Sequence[Result]) -> Path:
     Parameters
     ----------
     path : PNG, SVG or PDF to write
-    results : rows of a comparison, with the metric ``test accuracy`` and data sets such as ``digits 2/2``
+    results : rows of a comparison, with the metric ``test accuracy`` in % and data sets such as ``digits 2/2``
 
     Returns
     -------
@@ -102,26 +102,24 @@ def _rungs(axis: Axes, rows: Sequence[Result]) -> None:
     floats = [row for row in rows if row.method == _FLOAT]
     for row in floats:
         label = f"{_FLOAT} (line and band: mean and 95 % interval)" if row.low is not None else _FLOAT
-        axis.axvline(100 * row.mean, color=_GREY, linewidth=1.3, linestyle="--", label=label, zorder=1)
+        axis.axvline(row.mean, color=_GREY, linewidth=1.3, linestyle="--", label=label, zorder=1)
         if row.low is not None and row.high is not None:
-            axis.axvspan(100 * row.low, 100 * min(row.high, 1), color=_GREY, alpha=0.15, linewidth=0, zorder=0)
+            axis.axvspan(row.low, min(row.high, 100.0), color=_GREY, alpha=0.15, linewidth=0, zorder=0)
     left = _left_edge([row.mean for row in rows], [row.low for row in rows if row.low is not None])
     for place, row in enumerate(reversed(methods)):
         colour = _ORANGE if row.method.startswith(_OURS) else _BLUE
         if row.mean < left:
-            axis.plot(100 * left, place, "<", color=colour, markersize=6, clip_on=False)
-            axis.annotate(
-                f"{100 * row.mean:.1f}", (100 * left, place), (7, 0), textcoords="offset points", va="center", size=8
-            )
+            axis.plot(left, place, "<", color=colour, markersize=6, clip_on=False)
+            axis.annotate(f"{row.mean:.1f}", (left, place), (7, 0), textcoords="offset points", va="center", size=8)
             continue
         if row.low is not None and row.high is not None:
-            ends = [100 * max(row.low, left), 100 * min(row.high, 1)]
+            ends = [max(row.low, left), min(row.high, 100.0)]
             axis.plot(ends, [place, place], color=colour, linewidth=2, alpha=0.5)
-        axis.plot(100 * row.mean, place, "o", color=colour, markersize=5)
+        axis.plot(row.mean, place, "o", color=colour, markersize=5)
     axis.plot([], [], "o", color=_ORANGE, label="semi-relaxed: mode forward, distribution backward")
     axis.plot([], [], "o", color=_BLUE, label="others")
     axis.set_yticks(range(len(methods)), [row.method for row in reversed(methods)])
-    axis.set_xlim(left=100 * left)
+    axis.set_xlim(left=left)
     axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.margins(y=0.08)
     axis.grid(axis="x", alpha=0.3)
@@ -131,11 +129,11 @@ def _left_edge(means: Sequence[float], lows: Sequence[float]) -> float:
     """Find where to cut the axis off: below what lies within a few times the range of the better half."""
     ordered = sorted(means, reverse=True)
     better = ordered[: len(ordered) // 2 + 1]
-    reach = max(4 * (better[0] - better[-1]), 0.02)
+    reach = max(4 * (better[0] - better[-1]), 2.0)
     kept = [mean for mean in ordered if mean >= better[-1] - reach]
     kept += [low for low in lows if low >= better[-1] - reach]
     bottom, top = min(kept), max(kept)
-    return max(bottom - 0.06 * (top - bottom) - 1e-3, 0.0)
+    return max(bottom - 0.06 * (top - bottom) - 0.1, 0.0)
 
 
 def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:

@@ -87,7 +87,7 @@ class Quantized:
     config : how it was quantized
     history : as of :class:`Training`
     metrics : ``validation accuracy``, ``test accuracy``, ``test loss``, ``float test accuracy`` and so on, for the
-        parts that have rows
+        parts that have rows; accuracies are 0..1
     report : bits and bytes, layer by layer
     """
 
