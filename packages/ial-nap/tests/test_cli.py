@@ -268,6 +268,11 @@ def test_evaluation_has_intervals_and_compares_on_the_same_instances(updated, ca
     (same,) = [row for row in brier.results if row.method == "model - against"]
     assert (same.mean, same.low, same.high, same.metric, same.better) == (0, 0, 0, "Brier score, difference", "lower")
     assert {row.dataset for row in brier.results} == {"own, validation"}
+    right = call.done("evaluate", "u", "--against", "m", "--metric", "accuracy", "--draws", 9, "--out", "e4")
+    shares = {row.method: row for row in right.results if row.metric.startswith("accuracy")}
+    assert {row.unit for row in shares.values()} == {"%", "points"}
+    assert shares["model - against"].mean == pytest.approx(shares["model"].mean - shares["against"].mean)
+    assert shares["model"].low <= shares["model"].mean <= shares["model"].high
     again = call.done("evaluate", "m", "own.csv", *COLUMNS, "--draws", 0, "--out", "e3")
     assert {row.low for row in again.results} == {None}
 
@@ -298,7 +303,8 @@ def test_labels_of_another_table_are_matched_by_name(fitted, call, home):
     (accuracy,) = [row for row in found.results if row.metric == "accuracy"]
     rows = list(csv.DictReader((home / "l/predictions.csv").open()))
     truth = {row["pid"]: row["outcome"] for row in csv.DictReader((home / "one.csv").open())}
-    assert accuracy.mean == pytest.approx(np.mean([row["class"] == truth[row["id"]] for row in rows]))
+    assert accuracy.unit == "%"
+    assert accuracy.mean == pytest.approx(100 * np.mean([row["class"] == truth[row["id"]] for row in rows]))
     table(home / "odd.csv", patients(8, 5), names=("well", "cured"))
     assert "label 'cured' is no class of the training: ill, well" in call.wrong(
         "evaluate", "m", "odd.csv", *COLUMNS, "--out", "wrong", "--overwrite"

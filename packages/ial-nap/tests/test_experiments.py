@@ -119,6 +119,17 @@ def test_claims_of_the_loop_are_those_of_the_numbers(cells):
     values = [claim.value for claim in claims.values()]
     assert values == pytest.approx([1.0, 0.03, 0.0, -0.05, 0.01])
     assert [claim.holds for claim in claims.values()] == [True, True, True, False, True]
+    # Of accuracies, all is in percent.
+    shares = {claim.text: claim for claim in experiments._loop_claims(replace(cells, kind="multiclass"), found)}
+    ceiling = shares["ial-nap ends within 3 points of leaving features out and training anew"]
+    assert (ceiling.value, ceiling.threshold) == pytest.approx((3.0, 3.0))
+    assert [claim.holds for claim in shares.values()] == [claim.holds for claim in claims.values()]
+    rows = experiments._loop_rows(replace(cells, kind="multiclass"), found)
+    assert [(row.metric, row.unit, row.mean) for row in rows if row.method == "ial-nap"][:3] == [
+        ("accuracy", "%", pytest.approx(90)),
+        ("accuracy before", "%", pytest.approx(70)),
+        ("accuracy, mean of rounds", "%", pytest.approx(85)),
+    ]
     # Of errors, less is more.
     found = {"ial-nap": {0: rounds(3.0, 2.0)}, "aila": {0: rounds(3.0, 2.5)}}
     claims = experiments._loop_claims(replace(cells, kind="regression"), found)

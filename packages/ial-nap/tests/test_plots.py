@@ -215,6 +215,10 @@ def test_a_curve_is_over_verdicts_and_over_the_time_that_learning_took(tmp_path,
         np.testing.assert_array_equal(line.get_xdata(), [0, 320, 640, 960, 1280])
         np.testing.assert_allclose(line.get_ydata(), np.mean([[r.score for r in run] for run in runs], 0))
     np.testing.assert_allclose(right.lines[1].get_xdata(), np.array([1, 2, 3, 4]) * 0.01)
+    plots.plot_curve(tmp_path / "a.png", found, metric="accuracy")
+    shares = drawn[1].axes[0]
+    assert shares.get_ylabel() == "accuracy [%] (higher is better)"
+    np.testing.assert_allclose(shares.lines[0].get_ydata(), 100 * left.lines[0].get_ydata())
 
 
 def test_reliability_is_the_share_that_came_true(tmp_path, drawn):
@@ -349,6 +353,7 @@ def test_a_report_says_what_happened():
         "m.safetensors", "better", "worse", "no clear change", "no interval", "pid-17", "label 1",
         "1 cells are excluded, and nothing in them can reach the prediction", "gradient 0",
         "5 stand: 1 attend, 3 not attend, 1 don't know; of 2 people, in 10 s", "Where opinions differ", "the end",
+        "AUROC  higher is better", "Brier score  lower is better", "accuracy  %, higher is better",
     ):  # fmt: skip
         assert words in text, words
 

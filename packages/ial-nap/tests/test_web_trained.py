@@ -143,6 +143,10 @@ def test_many_steps_with_gaps_and_ends_and_a_class_to_choose(driver, tmp_path):
         assert page.text("title").startswith("4")
         page.one("[data-all='1']").click()
         assert len(page.cells()) == 37 * 48
+        # Of classes, the score is an accuracy.
+        bench = ModelWorkbench(network(model), split_of("wide")[0].train, split_of("wide")[0].validation)
+        assert page.text("metric").lower() == "validation accuracy"
+        assert page.text("score") == f"{100 * bench.score().value:.1f} %"
         assert len(page.all("td.past")) == 37 * 18
         whole, seen, grid, room = driver.execute_script(WIDTHS)
         assert whole <= seen

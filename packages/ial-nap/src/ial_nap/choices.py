@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from shared_core.errors import InputError, no_such
 
@@ -15,7 +15,9 @@ __all__ = [
     "Method",
     "Picture",
     "TaskKind",
+    "Written",
     "chosen_methods",
+    "written",
 ]
 
 TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
@@ -60,6 +62,54 @@ METRIC_WORDS = {
     "mpe": "mean percentage error",
 }
 """How metrics are written in tables and pictures, where not by their names."""
+
+
+class Written(NamedTuple):
+    """How a score is written in tables, pictures and sentences.
+
+    Parameters
+    ----------
+    name : in words
+    unit : of it; "1" is none
+    factor : what 1 of the score is in this unit
+    """
+
+    name: str
+    unit: str = "1"
+    factor: float = 1.0
+
+    @property
+    def unit_of_change(self) -> str:
+        """Unit of a difference of two such scores."""
+        return "points" if self.unit == "%" else self.unit
+
+    def value(self, score: float) -> str:
+        """Write a score."""
+        return f"{self.factor * score:.4g}" + (" %" if self.unit == "%" else "")
+
+    def change(self, difference: float) -> str:
+        """Write a difference of two scores, with its sign."""
+        return f"{self.factor * difference:+.4g}" + (" points" if self.unit == "%" else "")
+
+    def size(self, difference: float) -> str:
+        """Write how large a difference of two scores is."""
+        return f"{self.factor * difference:g} points" if self.unit == "%" else f"{difference:.2f}"
+
+
+def written(metric: str) -> Written:
+    """Say how a metric is written: accuracies are in percent.
+
+    Parameters
+    ----------
+    metric : its name
+
+    Examples
+    --------
+    >>> written("auroc").value(0.9), written("accuracy").value(0.9), written("accuracy").change(-0.025)
+    ('0.9', '90 %', '-2.5 points')
+    """
+    name = METRIC_WORDS.get(metric, metric)
+    return Written(name, "%", 100.0) if metric == "accuracy" else Written(name)
 
 
 def chosen_methods(names: tuple[str, ...]) -> tuple[str, ...]:

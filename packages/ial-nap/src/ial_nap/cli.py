@@ -9,13 +9,14 @@ import sqlite3
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from pydantic import Field
 
-from ial_nap.choices import METRIC_WORDS, ExportFormat, Picture, TaskKind, chosen_methods
+from ial_nap.choices import ExportFormat, Picture, TaskKind, chosen_methods, written
 from ial_nap.config import EstimatorFields, RankingFields, SimulationFields
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError, no_such
@@ -313,11 +314,12 @@ def _score_rows(report: ScoreReport, dataset: str, method: str, *, draws: int = 
 
     rows: list[Result] = []
     for name, found in resampled(report.series, report.predictions, draws=draws, seed=seed).items():
-        low, high = found.interval() or (None, None)
+        metric, bounds = written(name), found.interval()
+        low, high = (None, None) if bounds is None else (metric.factor * bound for bound in bounds)
         if math.isfinite(found.value):
             rows.append(
-                Result(dataset=dataset, method=method, metric=METRIC_WORDS.get(name, name), unit="1",
-                       better=found.better, mean=found.value, low=low, high=high,
+                Result(dataset=dataset, method=method, metric=metric.name, unit=metric.unit, better=found.better,
+                       mean=metric.factor * found.value, low=low, high=high,
                        n=1 if low is None else len(report.series), seconds=0.0)
             )  # fmt: skip
     return rows
@@ -572,11 +574,13 @@ def _change(before: ScoreReport, after: ScoreReport) -> str:
     from ial_nap.resampling import resampled
 
     old, new = (next(iter(resampled(r.series, r.predictions, draws=1000).values())) for r in (before, after))
-    text = f"validation {new.metric} {old.value:.4g} -> {new.value:.4g}, change {new.value - old.value:+.4g}"
+    metric = written(new.metric)
+    text = f"validation {metric.name} {metric.value(old.value)} -> {metric.value(new.value)}"
+    text = f"{text}, change {metric.change(new.value - old.value)}"
     bounds = new.gain_over(old)
     if bounds is None:
         return f"{text}: too few instances for an interval"
-    text = f"{text} (95 % interval {bounds[0]:+.4g} .. {bounds[1]:+.4g})"
+    text = f"{text} (95 % interval {metric.change(bounds[0])} .. {metric.change(bounds[1])})"
     if bounds[0] <= 0 <= bounds[1]:
         return f"{text}: no clear change"
     worse = (new.value < old.value) == (new.better == "higher")
@@ -711,7 +715,9 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
         rows += _score_rows(second, name, "against", draws=config.draws, seed=config.seed)
         rows.append(_difference(report, second, name, config))
         text = "a clear difference" if (rows[-1].low or 0) * (rows[-1].high or 0) > 0 else "no clear difference"
-        notes.append(f"{rows[-1].metric} {rows[-1].mean:+.4g}: {text}; the same instances are drawn for both models")
+        unit = "" if rows[-1].unit == "1" else f" {rows[-1].unit}"
+        gap = f"{rows[-1].metric} {rows[-1].mean:+.4g}{unit}"
+        notes.append(f"{gap}: {text}; the same instances are drawn for both models")
     _draw_reliability(session.run.artifact("reliability.png"), curves, plots)
     return Outcome(rows, notes=notes)
 
@@ -727,10 +733,11 @@ def _difference(one: ScoreReport, two: ScoreReport, dataset: str, config: Evalua
     name = config.metric or next(iter(first))
     if name not in first:
         raise no_such("metric", name, first, where=f"--metric, a {one.series.kind} task")
-    low, high = first[name].gain_over(second[name]) or (None, None)
+    metric, bounds = written(name), first[name].gain_over(second[name])
+    low, high = (None, None) if bounds is None else (metric.factor * bound for bound in bounds)
     return Result(
-        dataset=dataset, method="model - against", metric=f"{METRIC_WORDS.get(name, name)}, difference", unit="1",
-        better=first[name].better, mean=first[name].value - second[name].value, low=low, high=high,
+        dataset=dataset, method="model - against", metric=f"{metric.name}, difference", unit=metric.unit_of_change,
+        better=first[name].better, mean=metric.factor * (first[name].value - second[name].value), low=low, high=high,
         n=len(one.series), seconds=0.0,
     )  # fmt: skip
 
@@ -1100,9 +1107,10 @@ def report(config: ReportConfig, session: Session) -> Outcome:
         notes.append(f"the two seeds that agree least: {stable.low:.3f}")
     if config.tax and split is not None:
         cost = reports.tax(estimator, series)
+        metric = written(cost.metric)
         notes.append(
-            f"before verdicts, {cost.metric} {cost.after:.4g}; a plain RETAIN {cost.before:.4g}"
-            f" (difference {cost.low:+.4g} .. {cost.high:+.4g})"
+            f"before verdicts, {metric.name} {metric.value(cost.after)}; a plain RETAIN {metric.value(cost.before)}"
+            f" (difference {metric.change(cost.low)} .. {metric.change(cost.high)})"
         )
     notes += [
         f"{one.feature} at {estimator.series_.steps[one.step]}: {one.verdicts} verdicts move predictions {one.size:.3g}"
@@ -1233,12 +1241,15 @@ def simulate(config: SimulateConfig, session: Session) -> Outcome:
     rounds: dict[str, list[list[Round]]] = {name: [] for name in methods}
 
     def work(seed: int) -> dict[str, Callable[[], list[dict[str, Any]]]]:
-        split = _split(data, config, seed)
-        oracle = _oracle(config, data, split, seed)
         trained: dict[str, Any] = {}
 
+        @cache
+        def prepared() -> tuple[Split, Oracle]:
+            split = _split(data, config, seed)
+            return split, _oracle(config, data, split, seed)
+
         def run(name: Any) -> list[dict[str, Any]]:
-            chosen = setting
+            (split, oracle), chosen = prepared(), setting
             if config.tune:
                 chosen = tuned(
                     name, split.train, split.validation, oracle, setting, seed, config.trials, trained=trained
@@ -1259,7 +1270,7 @@ def simulate(config: SimulateConfig, session: Session) -> Outcome:
     _write_rounds(session, rounds, facts)
     plots.plot_curve(session.run.artifact("curve.png"), rounds, **facts)
     rows = _simulation_rows(rounds, facts)
-    plots.plot_comparison(session.run.artifact("comparison.png"), [r for r in rows if r.unit == "1"])
+    plots.plot_comparison(session.run.artifact("comparison.png"), [r for r in rows if r.unit != "s"])
     cells = max(run[-1].cells for runs in rounds.values() for run in runs)
     return Outcome(rows, notes=[f"up to {cells} verdicts of a simulated annotator; seconds are of learning from them"])
 
@@ -1326,7 +1337,7 @@ def _as_rounds(rows: Iterable[dict[str, Any]]) -> list[Round]:
 def _simulation_rows(rounds: dict[str, list[list[Round]]], facts: dict[str, str]) -> list[Result]:
     """Return each method's score at the end, its mean over verdicts, and the time it took to learn from them."""
     better: Any = facts["better"]
-    metric = METRIC_WORDS.get(facts["metric"], facts["metric"])
+    metric = written(facts["metric"])
     rows: list[Result] = []
     for name, runs in rounds.items():
         same: dict[str, Any] = {
@@ -1334,13 +1345,20 @@ def _simulation_rows(rounds: dict[str, list[list[Round]]], facts: dict[str, str]
             "method": name,
             "seconds": sum(r.seconds for run in runs for r in run),
         }
-        learnt = [sum(one.seconds for one in run[1:]) for run in runs]
+        scores = {
+            "before": [run[0].score for run in runs],
+            "after": [run[-1].score for run in runs],
+            "over verdicts": [_over_cells(run) for run in runs],
+        }
         rows += [
-            summarize([run[0].score for run in runs], metric=f"{metric} before", better=better, **same),
-            summarize([run[-1].score for run in runs], metric=f"{metric} after", better=better, **same),
-            summarize([_over_cells(run) for run in runs], metric=f"{metric} over verdicts", better=better, **same),
-            summarize(learnt, metric="learning", unit="s", better="lower", **same),
-        ]
+            summarize(
+                [metric.factor * value for value in values], metric=f"{metric.name} {when}", unit=metric.unit,
+                better=better, **same,
+            )
+            for when, values in scores.items()
+        ]  # fmt: skip
+        learnt = [sum(one.seconds for one in run[1:]) for run in runs]
+        rows.append(summarize(learnt, metric="learning", unit="s", better="lower", **same))
     return rows
 
 

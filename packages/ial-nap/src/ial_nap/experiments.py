@@ -22,6 +22,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from ial_nap.attention import Contributions, Retain
+from ial_nap.choices import Written, written
 from ial_nap.context import Context
 from ial_nap.data import Dataset, Split, load_data, plant
 from ial_nap.influence import influence_on
@@ -207,24 +208,25 @@ def _of(masks: Int8[Tensor, "k t r"]) -> Context:
 
 # ---- rows and claims
 
-_METRIC: dict[str, tuple[str, Literal["lower", "higher"]]] = {
-    "binary": ("AUROC", "higher"),
-    "multiclass": ("accuracy", "higher"),
-    "multilabel": ("accuracy", "higher"),
-    "regression": ("RMSE", "lower"),
+_METRIC: dict[str, tuple[Written, Literal["lower", "higher"]]] = {
+    "binary": (written("auroc"), "higher"),
+    "multiclass": (written("accuracy"), "higher"),
+    "multilabel": (written("accuracy"), "higher"),
+    "regression": (written("rmse"), "lower"),
 }
 
 
 def _rows(
-    data: Dataset, cells: Cells, metric: str, better: Literal["lower", "higher"], names: Sequence[str] | None = None
+    data: Dataset, cells: Cells, metric: Written, better: Literal["lower", "higher"], names: Sequence[str] | None = None
 ) -> list[Result]:
     """Return a row for each name whose cells are numbers."""
     return [
         summarize(
-            [float(value) for value in cells[name].values()],
+            [metric.factor * float(value) for value in cells[name].values()],
             dataset=data.name,
             method=name,
-            metric=metric,
+            metric=metric.name,
+            unit=metric.unit,
             better=better,
         )
         for name in names or cells
@@ -246,8 +248,19 @@ def _share(more: Mapping[int, float], less: Mapping[int, float]) -> float:
     return float(np.mean([more[seed] > less[seed] for seed in more]))
 
 
-def _claim(text: str, value: float, threshold: float, *, below: bool = False, source: str = "specification 8") -> Claim:
+def _claim(
+    text: str,
+    value: float,
+    threshold: float,
+    *,
+    below: bool = False,
+    source: str = "specification 8",
+    of: Written | None = None,
+) -> Claim:
+    """Hold a number against a threshold; differences of scores are written as `of` is."""
     holds = value <= threshold if below else value >= threshold
+    if of is not None:
+        value, threshold = of.factor * value, of.factor * threshold
     return Claim(text=text, source=source, holds=bool(holds), value=float(value), threshold=threshold)
 
 
@@ -370,7 +383,7 @@ def correction(
     metric, better = _METRIC[data.kind]
     shares = [name for name in cells if name.startswith("share")]
     results = _rows(data, cells, metric, better, [name for name in cells if name not in shares])
-    results += _rows(data, cells, "share of |contributions|", "lower", shares)
+    results += _rows(data, cells, Written("share of |contributions|"), "lower", shares)
     sign = -1 if better == "lower" else 1
     scores = {name: {seed: sign * value for seed, value in by.items()} for name, by in cells.items()}
     first, most = "none", str(max(protocol.masks))
@@ -378,9 +391,20 @@ def correction(
     least = min(_gap(scores[b], scores[a]) for a, b in itertools.pairwise(ladder))
     middle = "5" if "5" in scores else most
     claims = [
-        _claim(f"{middle} masks raise the score by 0.08 or more", _gap(scores[middle], scores[first]), 0.08),
-        _claim(f"{most} masks come within 0.02 of training anew", _gap(scores["drop"], scores[most]), 0.02, below=True),
-        _claim("more masks never cost more than 0.01", least, -0.01),
+        _claim(
+            f"{middle} masks raise the score by {metric.size(0.08)} or more",
+            _gap(scores[middle], scores[first]),
+            0.08,
+            of=metric,
+        ),
+        _claim(
+            f"{most} masks come within {metric.size(0.02)} of training anew",
+            _gap(scores["drop"], scores[most]),
+            0.02,
+            below=True,
+            of=metric,
+        ),
+        _claim(f"more masks never cost more than {metric.size(0.01)}", least, -0.01, of=metric),
         _claim(
             f"the shortcut's share of contributions falls below 0.05 with {most} masks",
             _mean(cells[f"share of the shortcut, {most}"]),
@@ -388,21 +412,28 @@ def correction(
             below=True,
         ),
         _claim(
-            "the release's schedule does not react without gradient steps: less than 0.01",
+            f"the release's schedule does not react without gradient steps: less than {metric.size(0.01)}",
             max(abs(scores[f"release {most}"][seed] - scores["release"][seed]) for seed in seeds),
             0.01,
             below=True,
+            of=metric,
         ),
     ]
     if "causal" in scores:
         claims += [
             _claim(
-                "masks on features that do not matter change less than 0.02",
+                f"masks on features that do not matter change less than {metric.size(0.02)}",
                 abs(_gap(scores["irrelevant"], scores[first])),
                 0.02,
                 below=True,
+                of=metric,
             ),
-            _claim("masks on features that matter cost 0.10 or more", _gap(scores[first], scores["causal"]), 0.10),
+            _claim(
+                f"masks on features that matter cost {metric.size(0.10)} or more",
+                _gap(scores[first], scores["causal"]),
+                0.10,
+                of=metric,
+            ),
         ]
     return Found(cells, results, claims)
 
@@ -517,20 +548,21 @@ def _loop_rows(data: Dataset, cells: Cells) -> list[Result]:
     rows: list[Result] = []
     for method, by in cells.items():
         seconds = sum(row[3] for cell in by.values() for row in cell["rounds"])
-        values: list[tuple[str, str, Literal["lower", "higher"], dict[int, float]]] = [
-            (metric, "1", better, _scores(by, -1)),
-            (f"{metric} before", "1", better, _scores(by, 0)),
-            (f"{metric}, mean of rounds", "1", better, _area(by)),
-            ("verdicts", "1", "lower", {seed: cell["rounds"][-1][1] for seed, cell in by.items()}),
-            ("time a round", "s", "lower", _seconds(by)),
-            ("time of the first training", "s", "lower", {seed: cell["rounds"][0][3] for seed, cell in by.items()}),
+        first = {seed: cell["rounds"][0][3] for seed, cell in by.items()}
+        values: list[tuple[Written, Literal["lower", "higher"], dict[int, float]]] = [
+            (metric, better, _scores(by, -1)),
+            (metric._replace(name=f"{metric.name} before"), better, _scores(by, 0)),
+            (metric._replace(name=f"{metric.name}, mean of rounds"), better, _area(by)),
+            (Written("verdicts"), "lower", {seed: cell["rounds"][-1][1] for seed, cell in by.items()}),
+            (Written("time a round", "s"), "lower", _seconds(by)),
+            (Written("time of the first training", "s"), "lower", first),
         ]
         rows += [
             summarize(
-                [float(v) for v in found.values()],
-                dataset=data.name, method=method, metric=name, unit=unit, better=way, seconds=seconds,
+                [of.factor * float(v) for v in found.values()],
+                dataset=data.name, method=method, metric=of.name, unit=of.unit, better=way, seconds=seconds,
             )
-            for name, unit, way, found in values
+            for of, way, found in values
         ]  # fmt: skip
     return rows
 
@@ -538,22 +570,28 @@ def _loop_rows(data: Dataset, cells: Cells) -> list[Result]:
 def _loop_claims(data: Dataset, cells: Cells) -> list[Claim]:
     if "ial-nap" not in cells:
         return []
-    sign = -1 if _METRIC[data.kind][1] == "lower" else 1
+    metric, better = _METRIC[data.kind]
+    sign = -1 if better == "lower" else 1
     last = {method: {seed: sign * value for seed, value in _scores(by, -1).items()} for method, by in cells.items()}
     ours = cells["ial-nap"]
     before = {seed: sign * value for seed, value in _scores(ours, 0).items()}
     claims = [_claim("ial-nap gains by verdicts, in four seeds of five or more", _share(last["ial-nap"], before), 0.8)]
     if "drop" in cells:
         gap = _gap(last["drop"], last["ial-nap"])
-        claims.append(
-            _claim("ial-nap ends within 0.03 of leaving features out and training anew", gap, 0.03, below=True)
-        )
+        text = f"ial-nap ends within {metric.size(0.03)} of leaving features out and training anew"
+        claims.append(_claim(text, gap, 0.03, below=True, of=metric))
     if "random-nap" in cells:
         rounds = range(1, len(next(iter(ours.values()))["rounds"]))
         ahead = min(sign * _gap(_scores(ours, at), _scores(cells["random-nap"], at)) for at in rounds)
-        claims.append(_claim("ranking is no worse than chance after any round", ahead, 0.0))
+        claims.append(_claim("ranking is no worse than chance after any round", ahead, 0.0, of=metric))
     claims += [
-        _claim(f"ial-nap ends above {method}", _gap(last["ial-nap"], last[method]), 0.0, source="Heo et al. 2020")
+        _claim(
+            f"ial-nap ends above {method}",
+            _gap(last["ial-nap"], last[method]),
+            0.0,
+            source="Heo et al. 2020",
+            of=metric,
+        )
         for method in ("random-ua", "aila", "rrr", "random-retain", "if-retain")
         if method in cells
     ]
@@ -599,7 +637,9 @@ def harmless(
     found = loop(data, ["ial-nap"], seeds, protocol, planted=False, store=store, advance=advance)
     ours = found.cells["ial-nap"]
     moved = max(abs(row[2] - cell["rounds"][0][2]) for cell in ours.values() for row in cell["rounds"])
-    claim = _claim("verdicts that exclude nothing change the score by 0.01 at most", moved, 0.01, below=True)
+    metric = _METRIC[data.kind][0]
+    text = f"verdicts that exclude nothing change the score by {metric.size(0.01)} at most"
+    claim = _claim(text, moved, 0.01, below=True, of=metric)
     return replace(found, claims=[claim])
 
 
@@ -649,9 +689,9 @@ def ranking(
 
     cells = _collect(seeds, store, f"ranking {data.name}", compute, advance)
     metric, better = _METRIC[data.kind]
-    parts: list[tuple[str, str, Literal["lower", "higher"]]] = [
-        ("flips found", "precision", "higher"),
-        ("first shortcut", "mean reciprocal rank", "higher"),
+    parts: list[tuple[str, Written, Literal["lower", "higher"]]] = [
+        ("flips found", Written("precision"), "higher"),
+        ("first shortcut", Written("mean reciprocal rank"), "higher"),
         ("over questions", metric, better),
     ]
     results = [
@@ -808,7 +848,7 @@ def leak(
         claims.append(
             _claim("no worse than the last price", _mean(cells["clean"]) / _mean(cells["persistence"]), 1.0, below=True)
         )
-    return Found(cells, _rows(data, cells, "mean percentage error", "lower"), claims)
+    return Found(cells, _rows(data, cells, written("mpe"), "lower"), claims)
 
 
 # ---- E6: what the model does not know
@@ -898,7 +938,7 @@ def honesty(
             below=True,
         ),
     ]
-    return Found(cells, _rows(data, cells, "measured", "lower"), claims)
+    return Found(cells, _rows(data, cells, Written("measured"), "lower"), claims)
 
 
 def _conflict(truth: Int8[Tensor, "t r"]) -> dict[str, Int8[Tensor, "k t r"]]:
@@ -963,9 +1003,8 @@ def tax(
     sign = -1 if better == "lower" else 1
     cost = sign * _gap(cells["retain"], cells["ial-nap"])
     limit = 0.02 if better == "higher" else 0.02 * _mean(cells["retain"])
-    claim = _claim(
-        "without verdicts, within 0.02 of a plain RETAIN", cost, limit, below=True, source="specification 10"
-    )
+    text = f"without verdicts, within {metric.size(0.02)} of a plain RETAIN"
+    claim = _claim(text, cost, limit, below=True, source="specification 10", of=metric)
     return Found(cells, _rows(data, cells, metric, better), [claim])
 
 

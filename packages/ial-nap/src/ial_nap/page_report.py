@@ -26,6 +26,7 @@ from ial_nap.annotations import (
     kappa_of_all,
     latest,
 )
+from ial_nap.choices import written
 from ial_nap.context import Context
 from ial_nap.resampling import resampled
 from shared_core.errors import InputError
@@ -246,19 +247,22 @@ def _scores(report: Report) -> str:
         return ""
     rows: list[str] = []
     for one in report.scores:
-        gain = one.after - one.before
-        if not (math.isfinite(one.low) and math.isfinite(one.high)):
+        metric = written(one.metric)
+        before, after, low, high = (metric.factor * v for v in (one.before, one.after, one.low, one.high))
+        gain = after - before
+        if not (math.isfinite(low) and math.isfinite(high)):
             verdict, look = "no interval", "muted"
-        elif one.low <= 0 <= one.high:
+        elif low <= 0 <= high:
             verdict, look = "within its interval: no clear change", "muted"
         elif (gain > 0) == (one.better == "higher"):
             verdict, look = "better", "good"
         else:
             verdict, look = "worse", "warn"
-        bounds = f"{_signed(one.low)} .. {_signed(one.high)}" if math.isfinite(one.low) else "\u2013"
+        bounds = f"{_signed(low)} .. {_signed(high)}" if math.isfinite(low) else "\u2013"
+        note = f"{one.better} is better" if metric.unit == "1" else f"{metric.unit}, {one.better} is better"
         rows.append(
-            f'<tr><th scope="row">{escape(one.metric)} <span class="unit">{escape(one.better)} is better</span></th>'
-            f'<td class="n">{_number(one.before)}</td><td class="n">{_number(one.after)}</td>'
+            f'<tr><th scope="row">{escape(metric.name)} <span class="unit">{escape(note)}</span></th>'
+            f'<td class="n">{_number(before)}</td><td class="n">{_number(after)}</td>'
             f'<td class="n">{_signed(gain)}</td><td class="n">{bounds}</td><td class="{look}">{verdict}</td></tr>'
         )
     return (

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from ial_nap.choices import METRIC_WORDS
+from ial_nap.choices import written
 from shared_core import plots as shared
 from shared_core.errors import InputError
 from shared_core.plots import COLOURS, QUIET, drawing, legend_outside, looks, save_figure, short_names
@@ -118,7 +118,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> None:
     InputError
         When there is nothing to draw.
     """
-    shared.plot_comparison(path, results, ours=lambda method: method.startswith("ial-nap"), words=METRIC_WORDS)
+    shared.plot_comparison(path, results, ours=lambda method: method.startswith("ial-nap"))
 
 
 def plot_history(path: str | Path, histories: Mapping[str, Sequence[EpochLike]]) -> None:
@@ -440,10 +440,10 @@ def plot_curve(
         figure = Figure(figsize=(9.4, 3.7 + 0.22 * -(-len(kept) // columns)), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, 2, sharey=True))
         positive: list[float] = []
-        every = _looks(kept)
+        shown, every = written(metric), _looks(kept)
         for name, runs in kept.items():
             look = every[name]
-            scores = np.array([[one.score for one in run] for run in runs], np.float64)
+            scores = shown.factor * np.array([[one.score for one in run] for run in runs], np.float64)
             cells = np.array([[one.cells for one in run] for run in runs], np.float64).mean(0)
             spent = np.array([np.cumsum([one.seconds for one in run[1:]]) for run in runs], np.float64).mean(0)
             mean = scores.mean(0)
@@ -462,7 +462,8 @@ def plot_curve(
                 positive += spent[at].tolist()
         if positive and max(positive) > 20 * min(positive):
             axes[1].set_xscale("log")
-        axes[0].set(xlabel="verdicts on cells", ylabel=f"{_metric(metric, '1')} ({better} is better)")
+        label = shown.name if shown.unit == "1" else f"{shown.name} [{shown.unit}]"
+        axes[0].set(xlabel="verdicts on cells", ylabel=f"{label} ({better} is better)")
         axes[1].set(xlabel="seconds of learning from verdicts, all rounds so far")
         axes[0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for axis in axes:
@@ -659,11 +660,6 @@ def _looks(names: Iterable[str]) -> dict[str, _Look]:
         name: _Look(*look, label)
         for (name, look), label in zip(found.items(), short_names(list(found), 34), strict=True)
     }
-
-
-def _metric(name: str, unit: str) -> str:
-    words = " ".join(METRIC_WORDS.get(word, word) for word in name.split("_"))
-    return words if unit in {"1", ""} else f"{words} [{unit}]"
 
 
 def _cells(name: str, values: ArrayLike, shape: tuple[int, int]) -> Array:
