@@ -44,7 +44,7 @@ PEERS = {
     "causal-forest": ("econml.dml", "econml"),
     "cevae": ("pyro.contrib.cevae", "pyro-ppl"),
 }
-MEANS = {"Spearman": "spearman", "withholding": "withholding 20 %", "coverage": "cate coverage 90 %"}
+MEANS = {"Spearman": "spearman", "withholding": "withholding 20 %", "coverage": "CATE coverage 90 %"}
 
 
 def warm_up(name: str, draw: Draw) -> None:
@@ -63,7 +63,7 @@ def run_method(name: str, draws: list[Draw], *, together: bool, changes: dict[st
     for group in groups:
         settled += fit_method(name, [tables[seed] for seed in group], group, tune=False, changes=changes)
     cells = [measure(s.model, draw.table, draw.parts) for s, draw in zip(settled, draws, strict=True)]
-    errors = [cell["sqrt_pehe out"] for cell in cells]
+    errors = [cell["sqrt PEHE out"] for cell in cells]
     found: dict[str, Any] = {"method": name, "mean": float(np.mean(errors)), "median": float(np.median(errors))}
     for column, metric in MEANS.items():
         values = [cell[metric] for cell in cells if metric in cell]

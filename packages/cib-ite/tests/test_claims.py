@@ -75,21 +75,21 @@ def values(cells: dict[str, dict[int, Cell]], method: str, metric: str) -> np.nd
 
 
 def test_effects_are_more_accurate_than_the_same_network_without_a_bottleneck(cells, ensemble):
-    ours, theirs = values(cells, "cib", "sqrt_pehe out"), values(cells, "tarnet", "sqrt_pehe out")
+    ours, theirs = values(cells, "cib", "sqrt PEHE out"), values(cells, "tarnet", "sqrt PEHE out")
     assert ours.mean() <= 0.75 * theirs.mean()
     assert (ours < theirs).sum() >= 8
-    decayed = values(cells, "tarnet-decay", "sqrt_pehe out")
+    decayed = values(cells, "tarnet-decay", "sqrt PEHE out")
     assert ours.mean() < decayed.mean()
     assert (ours < decayed).sum() >= 8
-    assert ours[:5].mean() < values(ensemble, "tarnet-ensemble", "sqrt_pehe out").mean()
+    assert ours[:5].mean() < values(ensemble, "tarnet-ensemble", "sqrt PEHE out").mean()
 
 
 def test_effects_are_more_accurate_than_regressions_and_forests(cells):
-    ours = values(cells, "cib", "sqrt_pehe out")
+    ours = values(cells, "cib", "sqrt PEHE out")
     for method in ("ols2", "rf-t"):
-        assert ours.mean() <= 0.75 * values(cells, method, "sqrt_pehe out").mean(), method
-    assert np.median(ours) < np.median(values(cells, "ols2", "sqrt_pehe out"))
-    assert values(cells, "cib", "ate error out").mean() <= 0.3
+        assert ours.mean() <= 0.75 * values(cells, method, "sqrt PEHE out").mean(), method
+    assert np.median(ours) < np.median(values(cells, "ols2", "sqrt PEHE out"))
+    assert values(cells, "cib", "ATE error out").mean() <= 0.3
 
 
 # ---- reliability: the point of the paper (8.4 a, c)
@@ -100,16 +100,16 @@ def test_uncertainty_predicts_the_error(cells, ensemble):
     assert rho.mean() >= 0.10
     assert (rho > 0).sum() >= 8
     assert values(cells, "cib", "withholding 20 %").mean() <= 0.95
-    assert (values(cells, "cib", "ause / random") < 1).sum() >= 8
+    assert (values(cells, "cib", "AUSE / random") < 1).sum() >= 8
     assert rho[:5].mean() > values(ensemble, "tarnet-ensemble", "spearman").mean()
 
 
 def test_intervals_cover_and_are_not_endless(cells):
-    assert values(cells, "cib", "cate coverage 90 %").mean() >= 0.85
-    assert values(cells, "cib", "ite coverage 90 %").mean() >= 0.88
-    assert values(cells, "cib", "ite infinite").mean() <= 0.02
+    assert values(cells, "cib", "CATE coverage 90 %").mean() >= 0.85
+    assert values(cells, "cib", "ITE coverage 90 %").mean() >= 0.88
+    assert values(cells, "cib", "ITE infinite").mean() <= 0.02
     # Three times the width that knowing everything but the noise would give.
-    assert values(cells, "cib", "ite width 90 %").mean() <= 3 * 2 * 1.645 * np.sqrt(2)
+    assert values(cells, "cib", "ITE width 90 %").mean() <= 3 * 2 * 1.645 * np.sqrt(2)
 
 
 def test_a_group_never_seen_is_told_a_little_better_than_by_chance():
@@ -203,6 +203,6 @@ def test_twins_effects_are_hardly_individual_and_no_method_pretends_otherwise():
     found = compare(
         run(), "twins", tables, methods=("cib", "ols2"), tune=False, changes={"steps": 200, "device": "cpu"}
     )[2]
-    auc = {method: values(found, method, "auc both out")[0] for method in found}
+    auc = {method: values(found, method, "AUC both out")[0] for method in found}
     assert auc["cib"] > 0.6
     assert auc["cib"] > auc["ols2"] - 0.05

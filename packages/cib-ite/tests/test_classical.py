@@ -270,7 +270,7 @@ class TestEveryOne:
         outcomes = learner.predict_outcomes(x)
         assert learner.effect(x).shape == (120,)
         assert outcomes.shape == (120, 2)
-        if not name.endswith("_x"):
+        if not name.endswith("-x"):
             assert learner.effect(x) == pytest.approx(outcomes[:, 1] - outcomes[:, 0])
 
     def test_binary_outcomes_are_probabilities(self, name):

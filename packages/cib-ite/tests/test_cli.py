@@ -19,6 +19,7 @@ from cib_ite import cli, experiments, overlap
 from cib_ite.cli import line
 from cib_ite.data import NAMES
 from cib_ite.estimator import CIB
+from cib_ite.evaluate import in_words
 from shared_core.cli import Outcome
 from shared_core.runs import Run, Summary, read_summary
 from shared_core.testing import Caller, figures
@@ -179,8 +180,10 @@ def test_evaluate_measures_new_rows(done, fitted, home):
     found = done("evaluate", "m", "later.csv", "--out", "e")
     metrics = json.loads((home / "e/metrics.json").read_text())
     shown = {row.metric: row.mean for row in found.results}
-    assert {name: metrics[name] for name in shown} == pytest.approx(shown)
-    assert not {"ate", "treat_share", "propensity_auc"} & set(shown)
+    named = {in_words(name): value for name, value in metrics.items()}
+    assert {name: named[name] for name in shown} == pytest.approx(shown)
+    assert {"factual RMSE", "R loss", "factual withholding 20 %", "outcome coverage 90 %"} <= set(shown)
+    assert not {"ATE", "treat share", "propensity AUC"} & set(shown)
     model, x = CIB.load(home / "m/model.safetensors"), inputs(new)
     factual = model.predict_outcomes(x)[np.arange(70), (new["arm"] == "drug").to_numpy(int)]
     assert metrics["factual_rmse"] == pytest.approx(np.sqrt(np.mean((factual - new["days"]) ** 2)))
@@ -250,11 +253,11 @@ def test_files_of_arrays_go_the_whole_way(known, done, home, truth):
     frame = pd.DataFrame(arrays["x"], columns=list(model.feature_names_in_))
     metrics = {row.metric: row.mean for row in known.results}
     error = model.effect(frame) - (arrays["mu1"] - arrays["mu0"])
-    assert metrics["sqrt_pehe"] == pytest.approx(np.sqrt(np.mean(error**2)))
+    assert metrics["sqrt PEHE"] == pytest.approx(np.sqrt(np.mean(error**2)))
     done("predict", "k", truth, "--out", "pk")
     np.testing.assert_allclose(pd.read_csv(home / "pk/effects.csv")["effect"], model.effect(frame), rtol=1e-5)
     again = done("evaluate", "k", truth, "--out", "ek")
-    assert {row.metric: row.mean for row in again.results}["sqrt_pehe"] == pytest.approx(metrics["sqrt_pehe"])
+    assert {row.metric: row.mean for row in again.results}["sqrt PEHE"] == pytest.approx(metrics["sqrt PEHE"])
     assert "calibration.png" in again.artifacts
 
 
@@ -337,7 +340,7 @@ def test_workers_do_not_change_a_comparison(done, truth):
     one, two = (done(*args, "--workers", n, "--out", f"w{n}") for n in (1, 2))
     assert {row.method for row in two.results} == {"ols2", "tarnet"}
     # Their width follows the forest of the overlap, which is small in this process only.
-    others, ours = ([row for row in figures(each) if not row.metric.startswith("ite")] for each in (one, two))
+    others, ours = ([row for row in figures(each) if not row.metric.startswith("ITE")] for each in (one, two))
     assert len(ours) > 20
     assert ours == others
 
@@ -346,7 +349,7 @@ def test_compare_on_the_papers_data(done, data_folder):
     if not (data_folder / "ihdp").is_dir():
         pytest.skip("needs ihdp in the data folder")
     found = done("compare", "ihdp", *COMPARE, "--methods", "ols2", "--draw", 1, "--out", "ci")
-    error = next(row for row in found.results if row.metric == "sqrt_pehe out")
+    error = next(row for row in found.results if row.metric == "sqrt PEHE out")
     assert error.n == 2
     assert 0.5 < error.mean < 10
 
@@ -359,7 +362,7 @@ def test_a_group_that_training_never_saw_is_looked_at(done, wrong, home, truth):
     np.savez(home / "shift.npz", **arrays)
     args = ("--draws", 1, "--steps", 25, "--members", 1, "--device", "cpu")
     found = done("compare", "shift.npz", "--shift", "near", *args, "--out", "s")
-    assert {"auroc", "auroc_rate", "sqrt_pehe_unseen"} <= {row.metric for row in found.results}
+    assert {"AUROC", "AUROC of the rate", "sqrt PEHE, unseen"} <= {row.metric for row in found.results}
     assert found.claims[0].holds
     assert "no covariate 'far'; " in wrong("compare", "shift.npz", "--shift", "far", *args)
     assert "'x1' is not a 0/1 covariate" in wrong("compare", "shift.npz", "--shift", arrays["feature_names"][0], *args)

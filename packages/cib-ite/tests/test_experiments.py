@@ -215,29 +215,29 @@ def test_measures_equal_hand_computations():
     found = measure(Guess(outcome, std), table, PARTS)
     effect, true = outcome[:, 1] - outcome[:, 0], table.mu1 - table.mu0
     error = np.abs(effect - true)
-    assert found["sqrt_pehe out"] == pytest.approx(np.sqrt(np.mean(error[50:] ** 2)))
-    assert found["sqrt_pehe in"] == pytest.approx(np.sqrt(np.mean(error[:50] ** 2)))
-    assert found["sqrt_pehe out / sd"] == pytest.approx(found["sqrt_pehe out"] / np.std(true))
-    assert found["ate error out"] == pytest.approx(abs(effect[50:].mean() - true[50:].mean()))
+    assert found["sqrt PEHE out"] == pytest.approx(np.sqrt(np.mean(error[50:] ** 2)))
+    assert found["sqrt PEHE in"] == pytest.approx(np.sqrt(np.mean(error[:50] ** 2)))
+    assert found["sqrt PEHE out / sd"] == pytest.approx(found["sqrt PEHE out"] / np.std(true))
+    assert found["ATE error out"] == pytest.approx(abs(effect[50:].mean() - true[50:].mean()))
     assert found["spearman"] == pytest.approx(stats.spearmanr(std, error).statistic)
     kept = np.argsort(std)[:48]
     ratio = np.sqrt(np.mean(error[kept] ** 2) / np.mean(error**2))
     assert found["withholding 20 %"] == pytest.approx(ratio)
     for level, z in ((90, 1.645), (95, 1.96)):
-        assert found[f"cate coverage {level} %"] == np.mean((effect - z * std <= true) & (true <= effect + z * std))
-    assert found["cate width 90 %"] == pytest.approx(2 * 1.645 * std.mean())
+        assert found[f"CATE coverage {level} %"] == np.mean((effect - z * std <= true) & (true <= effect + z * std))
+    assert found["CATE width 90 %"] == pytest.approx(2 * 1.645 * std.mean())
     grid = np.linspace(-30, 30, 40_001)
     step = grid[1] - grid[0]
     crps = [
         np.sum((stats.norm.cdf(grid, m, s) - (grid >= v)) ** 2) * step
         for m, s, v in zip(effect, std, true, strict=True)
     ]
-    assert found["crps"] == pytest.approx(np.mean(crps), rel=1e-2)
+    assert found["CRPS"] == pytest.approx(np.mean(crps), rel=1e-2)
     assert found["factual loss out"] == pytest.approx(loss_by_hand(Guess(outcome, std), table.rows(PARTS.test)))
-    assert found["ause / random"] > 0
+    assert found["AUSE / random"] > 0
     perfect = measure(Guess(outcome, error), table, PARTS)
     assert perfect["spearman"] == pytest.approx(1)
-    assert perfect["ause / random"] == pytest.approx(0, abs=1e-9)
+    assert perfect["AUSE / random"] == pytest.approx(0, abs=1e-9)
     # Nothing is said of the ranking where all rows are as uncertain.
     assert "spearman" not in measure(Guess(outcome, np.ones(60)), table, PARTS)
 
@@ -257,8 +257,8 @@ def test_a_trial_is_measured_by_the_policys_value():
     assert found["policy risk out"] == pytest.approx(1 - value)
     treated = (table.treatment == 1) & trial
     truth = y[table.treatment == 1].mean() - y[(table.treatment == 0) & trial].mean()
-    assert found["att error"] == pytest.approx(abs((outcome[:, 1] - outcome[:, 0])[treated].mean() - truth))
-    assert not {"sqrt_pehe out", "spearman"} & found.keys()
+    assert found["ATT error"] == pytest.approx(abs((outcome[:, 1] - outcome[:, 0])[treated].mean() - truth))
+    assert not {"sqrt PEHE out", "spearman"} & found.keys()
 
 
 def test_twins_are_measured_by_the_area_under_the_curve():
@@ -271,8 +271,8 @@ def test_twins_are_measured_by_the_area_under_the_curve():
         Guess(outcome, random.random(60)), table, Split(np.arange(10), np.arange(10, 20), np.arange(20, 60))
     )
     seen = outcome[np.arange(20, 60), t[20:]]
-    assert found["auc factual out"] == pytest.approx(roc_auc_score(table.y[20:], seen))
-    assert "sqrt_pehe out" not in found
+    assert found["AUC factual out"] == pytest.approx(roc_auc_score(table.y[20:], seen))
+    assert "sqrt PEHE out" not in found
 
 
 def test_networks_are_measured_with_their_rate_intervals_and_a_probe(table):
@@ -283,13 +283,13 @@ def test_networks_are_measured_with_their_rate_intervals_and_a_probe(table):
     low, high = model.effect_interval(table.x, 0.1, target="ite")
     both = table.potential_outcomes()
     gap, finite = both[:, 1] - both[:, 0], np.isfinite(low) & np.isfinite(high)
-    assert found["ite coverage 90 %"] == np.mean((low <= gap) & (gap <= high))
-    assert found["ite infinite"] == pytest.approx(np.mean(~finite))
-    assert found["ite width 90 %"] == pytest.approx(np.mean((high - low)[finite]))
+    assert found["ITE coverage 90 %"] == np.mean((low <= gap) & (gap <= high))
+    assert found["ITE infinite"] == pytest.approx(np.mean(~finite))
+    assert found["ITE width 90 %"] == pytest.approx(np.mean((high - low)[finite]))
     assert found["spearman"] == pytest.approx(
         stats.spearmanr(model.uncertainty(table.x), np.abs(model.effect(table.x) - table.effect)).statistic
     )
-    assert "probe auc" not in found
+    assert "probe AUC" not in found
 
 
 def test_probes_tell_a_leak_and_no_noise():
@@ -307,7 +307,7 @@ def test_probes_tell_a_leak_and_no_noise():
 
 def cells_of(**methods: list[float]):
     return {
-        method: {d: {"metrics": {"sqrt_pehe out": v}, "setting": {}, "seconds": 0.5} for d, v in enumerate(values)}
+        method: {d: {"metrics": {"sqrt PEHE out": v}, "setting": {}, "seconds": 0.5} for d, v in enumerate(values)}
         for method, values in methods.items()
     }
 
@@ -332,7 +332,7 @@ def test_claims_know_losing_and_metrics_that_are_better_when_higher():
     assert not lost.holds
     assert "better on 0 of 3" in lost.text
     areas = {
-        method: {d: {"metrics": {"auc both out": v}, "setting": {}, "seconds": 0.0} for d, v in enumerate(values)}
+        method: {d: {"metrics": {"AUC both out": v}, "setting": {}, "seconds": 0.0} for d, v in enumerate(values)}
         for method, values in {"cib": [0.8, 0.9, 0.85], "ols2": [0.6, 0.7, 0.6]}.items()
     }
     (won,) = paired("twins", areas)
@@ -389,7 +389,7 @@ def test_a_resumed_comparison_fits_nothing_twice(new_run, monkeypatch):
     assert notes == [("ols2", 2), ("cib", 2), ("ols2", 1), ("cib", 1)]
     assert {m: sorted(by) for m, by in cells.items()} == {"ols2": [0, 1, 2], "cib": [0, 1, 2]}
 
-    row = next(r for r in results if (r.method, r.metric) == ("ols2", "sqrt_pehe out"))
+    row = next(r for r in results if (r.method, r.metric) == ("ols2", "sqrt PEHE out"))
     errors = []
     for draw, table in tables.items():
         parts = split(table, seed=10 + draw)
@@ -398,10 +398,10 @@ def test_a_resumed_comparison_fits_nothing_twice(new_run, monkeypatch):
         errors.append(np.sqrt(np.mean((model.effect(table.x) - table.effect)[parts.test] ** 2)))
     assert row.mean == pytest.approx(np.mean(errors))
     assert row.n == 3
-    median = next(r for r in results if (r.method, r.metric) == ("ols2", "median sqrt_pehe out"))
+    median = next(r for r in results if (r.method, r.metric) == ("ols2", "median sqrt PEHE out"))
     assert median.mean == pytest.approx(np.median(errors))
     assert [claim.value for claim in claims] == [pytest.approx(np.mean(
-        [cells["cib"][d]["metrics"]["sqrt_pehe out"] - errors[d] for d in range(3)]
+        [cells["cib"][d]["metrics"]["sqrt PEHE out"] - errors[d] for d in range(3)]
     ))]  # fmt: skip
 
 
@@ -467,11 +467,11 @@ def test_a_sweep_shows_how_beta_lowers_the_rate_and_sees_no_truth(table, monkeyp
     assert rates[0] > rates[1] > rates[2] >= 0
     assert rates[0] > 3 * rates[2]
     # The probe gets one member's z.
-    assert {point["probe auc"] for point in points} == {2.0}
+    assert {point["probe AUC"] for point in points} == {2.0}
     assert sweep(with_garbage(table), grid, **tiny) == points
     parts = split(table, seed=0, fractions=(0.7, 0.2, 0.1))
     train, held = table.rows(parts.train), table.rows(np.concatenate([parts.validation, parts.test]))
     alone = CIB(**tiny, beta=0.1, gamma=0.1, interval="none").fit(train.x, train.treatment, train.y)
     assert points[1]["factual loss"] == pytest.approx(loss_by_hand(alone, held), rel=1e-3)
     residual = held.y - alone.preprocessor_.transform(held.x)[:, 0] - (held.treatment - 0.4) * alone.effect(held.x)
-    assert points[1]["r loss"] == pytest.approx(np.mean(residual**2), rel=1e-3)
+    assert points[1]["R loss"] == pytest.approx(np.mean(residual**2), rel=1e-3)

@@ -143,14 +143,14 @@ def demo(config: DemoConfig, session: Session) -> Outcome:
         )
     # After an interruption, or where a worker made it, the model is not at hand.
     model = models.get("cib") or fit_method("cib", [tables[0]], [config.seed], tune=False, changes=changes)[0].model
-    drawn = ("sqrt_pehe out / sd", "spearman", "withholding 20 %", "cate coverage 90 %")
-    shown = [r for r in results if r.metric in ("sqrt_pehe out", *drawn)]
+    drawn = ("sqrt PEHE out / sd", "spearman", "withholding 20 %", "CATE coverage 90 %")
+    shown = [r for r in results if r.metric in ("sqrt PEHE out", *drawn)]
     plot_comparison(session.run.artifact("comparison.png"), [r for r in shown if r.metric in drawn])
     _pictures(session, model, tables[0])
     notes = [
         "442 real patients; treatment and outcome are simulated on them (Hill's response surface B, and a corner of",
         "the covariates in which nobody is treated), so that true effects are known. Methods have their default",
-        "settings; 'cib-ite compare' tunes them. sqrt_pehe: root mean squared error of the effects (/ sd: of theirs).",
+        "settings; 'cib-ite compare' tunes them. sqrt PEHE: root mean squared error of the effects (/ sd: of theirs).",
     ]
     return Outcome(shown, claims, notes)
 
@@ -270,6 +270,8 @@ def _shift_cell(table: EffectTable, column: str, seed: int, changes: dict[str, A
 
 
 def _shift(config: CompareConfig, session: Session, tables: dict[int, EffectTable]) -> Outcome:
+    from cib_ite.evaluate import in_words
+
     changes: dict[str, Any] = {"device": str(session.device)}
     changes |= {} if config.steps is None else {"steps": config.steps}
     changes |= {} if config.members is None else {"n_members": config.members}
@@ -278,7 +280,7 @@ def _shift(config: CompareConfig, session: Session, tables: dict[int, EffectTabl
         for draw, table in tables.items()
     }
     with session.progress("shift", len(tables)) as advance:
-        found = session.run.each(work, lambda _, cell: advance(note=f"auroc {cell['auroc']:.3f}"))
+        found = session.run.each(work, lambda _, cell: advance(note=f"AUROC {cell['auroc']:.3f}"))
     cells = list(found.values())
     results: list[Result] = []
     for metric in cells[0]:
@@ -286,7 +288,11 @@ def _shift(config: CompareConfig, session: Session, tables: dict[int, EffectTabl
         better: Literal["lower", "higher"] = "lower" if metric.endswith("_seen") or "pehe" in metric else "higher"
         results.append(
             summarize(
-                values, dataset=f"{config.data}, shift {config.shift}", method="cib", metric=metric, better=better
+                values,
+                dataset=f"{config.data}, shift {config.shift}",
+                method="cib",
+                metric=in_words(metric),
+                better=better,
             )
         )
     mean = sum(max(c["auroc"], c["auroc_rate"]) for c in cells) / len(cells)
@@ -383,9 +389,11 @@ def _keep_metrics(run: Run, evaluation: Any) -> str:
     """Write everything that was measured, and say in a line what describes the rows and is neither good nor bad."""
     import math
 
+    from cib_ite.evaluate import in_words
+
     found = {name: value for name, value in evaluation.metrics.items() if math.isfinite(value)}
     write_json(run.artifact("metrics.json"), found)
-    return ", ".join(f"{name} {value:.4g}" for name, value in found.items() if _describes(name))
+    return ", ".join(f"{in_words(name)} {value:.4g}" for name, value in found.items() if _describes(name))
 
 
 def _describes(metric: str) -> bool:
@@ -395,13 +403,15 @@ def _describes(metric: str) -> bool:
 def _evaluation_rows(evaluation: Any, name: str) -> list[Result]:
     import math
 
+    from cib_ite.evaluate import in_words
+
     higher = ("coverage", "auc", "spearman")
     return [
         summarize(
             [value],
             dataset=name,
             method="cib",
-            metric=metric,
+            metric=in_words(metric),
             better="higher" if any(h in metric for h in higher) else "lower",
         )
         for metric, value in evaluation.metrics.items()
@@ -571,7 +581,7 @@ def tune(config: TuneConfig, session: Session) -> Outcome:
     with session.progress("tune", 1) as advance:
         points = session.run.once("sweep", compute)
         advance()
-    key = "factual loss" if config.criterion == "factual" else "r loss"
+    key = "factual loss" if config.criterion == "factual" else "R loss"
     best = min(points, key=lambda point: point[key])
     results = [
         summarize(
@@ -582,7 +592,7 @@ def tune(config: TuneConfig, session: Session) -> Outcome:
             better="lower",
         )
         for point in points
-        for name in ("factual loss", "r loss", "rate", "probe auc")
+        for name in ("factual loss", "R loss", "rate", "probe AUC")
         if name in point
     ]  # fmt: skip
     chosen = f"beta = {best['beta']!r}\ngamma = {best['gamma']!r}\n"
@@ -594,7 +604,7 @@ def tune(config: TuneConfig, session: Session) -> Outcome:
         [point["beta"] for point in at],
         rate=[point["rate"] for point in at],
         risk=[point[key] for point in at],
-        probe_auc=[point["probe auc"] for point in at],
+        probe_auc=[point["probe AUC"] for point in at],
         risk_label=key,
     )
     notes = [

@@ -33,13 +33,47 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-__all__ = ["CalibrationCurve", "Evaluation", "as_rows", "evaluate_model", "is_training_table"]
+__all__ = ["CalibrationCurve", "Evaluation", "as_rows", "evaluate_model", "in_words", "is_training_table"]
 
 Vector = NDArray[np.float64]
 _LEVELS = (0.5, 0.8, 0.9, 0.95)
 _FINE_LEVELS = tuple(np.round(np.linspace(0.05, 0.95, 19), 2).tolist())
 _BOOTSTRAPS = 500
 _CLIP = 0.02
+_ABBREVIATIONS = {"aipw", "ate", "att", "auc", "auroc", "ause", "cate", "crps", "dr", "ite", "nll", "pehe", "r", "rmse"}
+_SPELLED = {
+    "auroc_rate": "AUROC of the rate",
+    "decide_wrong": "wrong decisions as decided",
+    "jobs_att_error": "ATT error",
+    "sqrt_pehe_normalised": "sqrt PEHE / sd",
+    "wrong_decisions_20": "wrong decisions, 20 % deferred",
+}
+_PHRASES = {
+    "threshold_20_ratio": "withholding_by_threshold_20",
+    "withhold_20_ratio": "withholding_20",
+    "_seen": ",_seen",
+    "_unseen": ",_unseen",
+}
+
+
+def in_words(metric: str) -> str:
+    """Write a metric's name as tables have it: words in lower case, abbreviations in upper case, levels in percent.
+
+    Parameters
+    ----------
+    metric : a key of :attr:`Evaluation.metrics`, or of :class:`~cib_ite.experiments.Shift`
+
+    Examples
+    --------
+    >>> [in_words(name) for name in ("sqrt_pehe_seen", "cate_coverage_90", "factual_withhold_20_ratio", "r_loss")]
+    ['sqrt PEHE, seen', 'CATE coverage 90 %', 'factual withholding 20 %', 'R loss']
+    """
+    if metric in _SPELLED:
+        return _SPELLED[metric]
+    for phrase, spelled in _PHRASES.items():
+        metric = metric.replace(phrase, spelled)
+    words = [word.upper() if word.rstrip(",") in _ABBREVIATIONS else word for word in metric.split("_")]
+    return " ".join(f"{word} %" if word.isdigit() else word for word in words)
 
 
 @dataclass(frozen=True, eq=False)

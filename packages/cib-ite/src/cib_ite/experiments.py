@@ -321,28 +321,28 @@ def measure(model: Any, table: EffectTable, parts: Split, *, probe: bool = False
         true = table.mu1 - table.mu0
         binary_truth = table.outcome == "binary" and set(np.unique(table.mu0)) <= {0.0, 1.0}
         if not binary_truth:
-            found["sqrt_pehe out"] = metrics.sqrt_pehe(effect[test], table.mu0[test], table.mu1[test])
-            found["sqrt_pehe in"] = metrics.sqrt_pehe(effect[fitted], table.mu0[fitted], table.mu1[fitted])
+            found["sqrt PEHE out"] = metrics.sqrt_pehe(effect[test], table.mu0[test], table.mu1[test])
+            found["sqrt PEHE in"] = metrics.sqrt_pehe(effect[fitted], table.mu0[fitted], table.mu1[fitted])
             if (sd := float(true.std())) > 0:
-                found["sqrt_pehe out / sd"] = found["sqrt_pehe out"] / sd
+                found["sqrt PEHE out / sd"] = found["sqrt PEHE out"] / sd
         else:
             outcomes = np.asarray(model.predict_outcomes(table.x))
             areas = metrics.twins_auc(
                 outcomes[test, 0], outcomes[test, 1], table.mu0[test], table.mu1[test], table.treatment[test]
             )
-            found |= {f"auc {name} out": value for name, value in areas.items()}
-        found["ate error out"] = metrics.ate_error(effect[test], table.mu0[test], table.mu1[test])
+            found |= {f"AUC {name} out": value for name, value in areas.items()}
+        found["ATE error out"] = metrics.ate_error(effect[test], table.mu0[test], table.mu1[test])
         found |= _reliability(model, table, effect, true, both)
     if table.randomised is not None:
         found["policy risk out"] = metrics.policy_risk(
             effect[test], table.treatment[test], table.y[test], table.randomised[test]
         )
-        found["att error"] = metrics.jobs_att_error(effect, table.treatment, table.y, table.randomised)
+        found["ATT error"] = metrics.jobs_att_error(effect, table.treatment, table.y, table.randomised)
     found["factual loss out"] = factual_loss(model, table.rows(test))
     if isinstance(model, CIB) and not model.deterministic and hasattr(model, "calibration_"):
         found["rate"] = float(model.calibration_.rate.mean())
     if probe and isinstance(model, CIB):
-        found["probe auc"] = probe_auc(model.sample_latent(table.x[test])[0], table.treatment[test])
+        found["probe AUC"] = probe_auc(model.sample_latent(table.x[test])[0], table.treatment[test])
     return {name: float(value) for name, value in found.items() if np.isfinite(value)}
 
 
@@ -358,24 +358,24 @@ def _reliability(
     found = {
         "spearman": metrics.spearman(uncertainty, error),
         "withholding 20 %": float(np.sqrt(np.mean(error[kept] ** 2) / np.mean(error**2))),
-        "ause / random": curve.ause / curve.ause_random if curve.ause_random > 0 else float("nan"),
+        "AUSE / random": curve.ause / curve.ause_random if curve.ause_random > 0 else float("nan"),
     }
     if hasattr(model, "effect_std"):
         std = np.asarray(model.effect_std(table.x))
         for level, z in ((90, 1.645), (95, 1.96)):
-            found[f"cate coverage {level} %"] = float(np.mean(error <= z * std))
-        found["cate width 90 %"] = float(np.mean(2 * 1.645 * std))
-        found["crps"] = metrics.gaussian_crps(effect, np.maximum(std, 1e-9), true)
+            found[f"CATE coverage {level} %"] = float(np.mean(error <= z * std))
+        found["CATE width 90 %"] = float(np.mean(2 * 1.645 * std))
+        found["CRPS"] = metrics.gaussian_crps(effect, np.maximum(std, 1e-9), true)
     if isinstance(model, CIB) and both is not None:
         low, high = model.effect_interval(table.x, 0.1, target="ite")
         finite = np.isfinite(low) & np.isfinite(high)
-        found["ite coverage 90 %"] = metrics.interval_coverage(low, high, both[:, 1] - both[:, 0])
-        found["ite width 90 %"] = float(np.mean((high - low)[finite])) if finite.any() else float("nan")
-        found["ite infinite"] = float(1 - finite.mean())
+        found["ITE coverage 90 %"] = metrics.interval_coverage(low, high, both[:, 1] - both[:, 0])
+        found["ITE width 90 %"] = float(np.mean((high - low)[finite])) if finite.any() else float("nan")
+        found["ITE infinite"] = float(1 - finite.mean())
     return found
 
 
-_HIGHER = ("auc", "spearman")
+_HIGHER = ("AUC", "spearman")
 
 
 def _better(metric: str) -> Any:
@@ -480,11 +480,11 @@ def _rows(name: str, cells: Mapping[str, Mapping[int, Cell]]) -> list[Result]:
             results.append(
                 summarize(values, dataset=name, method=method, metric=metric, better=_better(metric), seconds=seconds)
             )
-            if metric == "sqrt_pehe out" and len(values) > 2:
+            if metric == "sqrt PEHE out" and len(values) > 2:
                 # A few draws with heavy tails decide the mean.
                 median = float(np.median(values))
                 results.append(
-                    summarize([median], dataset=name, method=method, metric="median sqrt_pehe out", better="lower")
+                    summarize([median], dataset=name, method=method, metric="median sqrt PEHE out", better="lower")
                 )
     return results
 
@@ -632,9 +632,9 @@ def sweep(
                 "beta": float(b),
                 "gamma": float(g),
                 "factual loss": factual_loss(model, held),
-                "r loss": float(risk),
+                "R loss": float(risk),
                 "rate": model.mean_rate(held.x),
-                "probe auc": probe_auc(model.sample_latent(held.x)[0], held.treatment, seed=seed),
+                "probe AUC": probe_auc(model.sample_latent(held.x)[0], held.treatment, seed=seed),
             }
         )
     return points

@@ -40,8 +40,6 @@ __all__ = [
 _DECISIONS = {"control": COLOURS[1], "defer": "#8A8A8A", "treat": COLOURS[0]}
 _ARMS = (COLOURS[1], COLOURS[0])
 _POINTS_AS_VECTORS = 2000
-_WORDS = {word: word.upper() for word in ("ate", "att", "auc", "ause", "cate", "crps", "ite", "nll", "pehe")}
-_WORDS |= {"sqrt": "root"}
 
 
 def plot_effects(
@@ -318,7 +316,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
     -------
     The path.
     """
-    return _plot_comparison(path, results, ours=lambda name: name.lower().startswith("cib"), words=_WORDS)
+    return _plot_comparison(path, results, ours=lambda name: name.lower().startswith("cib"))
 
 
 def plot_history(path: str | Path, history: Sequence[Mapping[str, float]]) -> Path:
