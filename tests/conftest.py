@@ -30,6 +30,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             ("package", "bad_input"), commands, ids=[f"{package.name}: {command}" for package, command in commands]
         )
+    elif "reading" in metafunc.fixturenames:
+        commands = [(package, command) for package in packages for command in package.contract["damage"]["read"]]
+        metafunc.parametrize(
+            ("package", "reading"), commands, ids=[f"{package.name}: {command}" for package, command in commands]
+        )
     elif "package" in metafunc.fixturenames:
         metafunc.parametrize("package", packages, ids=lambda package: package.name)
 

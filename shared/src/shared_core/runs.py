@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from shared_core.errors import DAMAGE, InputError
 from shared_core.workers import Workers
@@ -37,6 +37,8 @@ __all__ = [
     "atomic_path",
     "interval",
     "load_tree",
+    "read_document",
+    "read_lines",
     "save_tree",
     "summarize",
     "write_json",
@@ -550,14 +552,71 @@ def read_summary(path: str | Path) -> Summary:
     """Read a ``summary.json`` (or the run folder that holds one)."""
     path = Path(path)
     path = path / _SUMMARY if path.is_dir() else path
+    return read_document(path, Summary, "a run summary", "a run folder or its summary")
+
+
+def read_document(path: Path, kind: type[_Value], what: str, give: str = "") -> _Value:
+    """Read a JSON document as what it should be: a model of pydantic, a dataclass, ``dict[str, list[float]]``, ...
+
+    Parameters
+    ----------
+    path : the file
+    kind : what it should be; a field's type and limits are checked, however deep
+    what : words for it, as in "it is not {what}"
+    give : words for what to give instead of a file that cannot be read
+
+    Raises
+    ------
+    InputError
+        For a file that cannot be read, and for anything else than `kind`: says where it is wrong.
+
+    Examples
+    --------
+    >>> path = Path(tempfile.mkdtemp()) / "a.json"
+    >>> write_json(path, {"size": 8})
+    >>> read_document(path, dict[str, int], "a table of sizes")
+    {'size': 8}
+    """
     try:
-        return Summary.model_validate_json(path.read_bytes())
+        return TypeAdapter(kind).validate_json(path.read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; give a run folder or its summary") from error
+        hint = f"; give {give}" if give else ""
+        raise InputError(f"cannot read {path}: {error.strerror or error}{hint}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise InputError(f"{path} is not a run summary: {place}: {first['msg']}") from error
+        raise InputError(f"{path} is not {what}: {_first(error)}") from error
+
+
+def read_lines(path: Path, kind: type[_Value], what: str) -> list[_Value]:
+    """Read a file with a JSON document a line, such as ``metrics.jsonl``.
+
+    Parameters
+    ----------
+    path : the file
+    kind : of a line, as in `read_document`
+    what : words for the file
+
+    Raises
+    ------
+    InputError
+        For a file that cannot be read, or a line of another kind: says which.
+    """
+    reader, found = TypeAdapter(kind), list[_Value]()
+    try:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                found.append(reader.validate_json(line))
+            except ValidationError as error:
+                raise InputError(f"{path} is not {what}: line {number}: {_first(error)}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    return found
+
+
+def _first(error: ValidationError) -> str:
+    """Return the first fault in one line, with its place."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the document"
+    return " ".join(f"{place}: {first['msg']}".encode("utf-8", "backslashreplace").decode().split())
 
 
 def _finite(value: float | str | None) -> float | str | None:

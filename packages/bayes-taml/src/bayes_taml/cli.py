@@ -8,13 +8,13 @@ import math
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError, no_such
-from shared_core.runs import Result, atomic_path, read_summary, summarize, write_json
+from shared_core.runs import Result, atomic_path, read_document, read_lines, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -35,6 +35,9 @@ main = line.main
 _MODEL, _FACTS = "model.safetensors", "learner.json"
 _SOURCE = "glyphs, omniglot, hershey, mini-imagenet, cifar-fs, a folder <class>/*.png, or an NPZ"
 _SUPPORT = "labelled examples: folder <class>/*.png, or NPZ with x and y"
+_SplitBy = Literal["class", "group", "official", "script"]
+# A number that is not finite is noted as null.
+_Noted = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 _Mode = Literal["mixed", "class", "task", "step"]
 _MODES = (
     "class: each class its own number of shots; task: one number for all; mixed: either; step: half of the classes the"
@@ -47,7 +50,7 @@ class DataOptions(CommandConfig):
     """Which images, and how they are divided."""
 
     size: int = Field(14, ge=8, description="side of the images, pixels")
-    split_by: Literal["class", "group", "official", "script"] | None = Field(
+    split_by: _SplitBy | None = Field(
         None, description="how classes are divided into training, validation and test (default: each source's own)"
     )
     classes: int | None = Field(None, ge=2, description="keep only so many classes of each split")
@@ -305,14 +308,17 @@ def train(config: TrainConfig, session: Session) -> Outcome:
             world=session.world,
         )
     learner.save(session.run.artifact(_MODEL), network=protocol.network(splits.channels, config.seed))
-    names = ("size", "ways", "low", "high", "queries", "test_queries", "mode", "norm", "split_by", "classes")
-    facts = {
-        "data": config.data if not Path(config.data).exists() else str(Path(config.data).resolve()),
-        "mean": splits.train.mean,
-        "channels": splits.channels,
-        **{name: getattr(config, name) for name in (*names, "instances", "seed")},
-    }
-    write_json(session.run.artifact(_FACTS), facts)
+    names = (
+        *("size", "ways", "low", "high", "queries", "test_queries", "mode", "norm", "split_by", "classes"),
+        *("instances", "seed"),
+    )
+    facts = _Facts(
+        data=config.data if not Path(config.data).exists() else str(Path(config.data).resolve()),
+        mean=splits.train.mean,
+        channels=splits.channels,
+        **{name: getattr(config, name) for name in names},
+    )
+    write_json(session.run.artifact(_FACTS), facts.model_dump())
     if history:
         plot_history(session.run.artifact("history.png"), {config.method: history})
     kind = "training" if judge is None else "validation"
@@ -329,17 +335,44 @@ def train(config: TrainConfig, session: Session) -> Outcome:
     return Outcome([row], notes=notes)
 
 
-def _open(run: Path) -> tuple[MetaLearner, dict[str, Any]]:
+class _Facts(BaseModel):
+    """What a training leaves beside its learner: all that tests of it ask for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str
+    mean: float
+    channels: int = Field(ge=1, le=1024)
+    size: int = Field(ge=1, le=4096)
+    ways: int = Field(ge=2, le=100_000)
+    low: int = Field(ge=1, le=100_000)
+    high: int = Field(ge=1, le=100_000)
+    queries: int = Field(ge=1, le=100_000)
+    test_queries: int = Field(ge=1, le=100_000)
+    mode: _Mode
+    norm: Literal["batch", "support"]
+    split_by: _SplitBy | None
+    classes: int | None = Field(ge=1)
+    instances: int | None = Field(ge=1)
+    seed: int
+
+
+class _Line(BaseModel):
+    """What a training notes of a meta-step; lines of validation have other values."""
+
+    step: int
+    loss: _Noted = math.nan
+    accuracy: _Noted = math.nan
+    kl: _Noted = math.nan
+
+
+def _open(run: Path) -> tuple[MetaLearner, _Facts]:
     from bayes_taml.learner import MetaLearner
 
     for name in (_MODEL, _FACTS):
         if not (run / name).exists():
             raise InputError(f"{run}: has no {name}; give the run folder of 'bayes-taml train'")
-    try:
-        facts: dict[str, Any] = json.loads((run / _FACTS).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{run / _FACTS}: is not JSON ({error})") from error
-    return MetaLearner.load(run / _MODEL), facts
+    return MetaLearner.load(run / _MODEL), read_document(run / _FACTS, _Facts, "what 'bayes-taml train' writes")
 
 
 def _counting(advance: Advance) -> Callable[[int], None]:
@@ -371,9 +404,7 @@ class EvaluateConfig(CommandConfig):
         None, description="what train takes, mnist, digits, cifar-10, svhn or far (default: what it was trained on)"
     )
     split: Literal["train", "validation", "test", "all"] = Field("test", description="classes to test on")
-    split_by: Literal["class", "group", "official", "script"] | None = Field(
-        None, description="how classes are divided"
-    )
+    split_by: _SplitBy | None = Field(None, description="how classes are divided")
     mode: _Mode | None = Field(None, description=f"{_MODES} (default: as trained)")
     ways: int | None = Field(None, ge=2, description="classes of a task (default: as trained)")
     low: int | None = Field(None, ge=1, description="fewest support images of a class (default: as trained)")
@@ -388,23 +419,23 @@ class EvaluateConfig(CommandConfig):
     counts: tuple[int, ...] = Field((), description="test also on tasks with so many images of every class")
 
 
-def _test_images(config: Any, facts: dict[str, Any], least: int) -> Any:
+def _test_images(config: Any, facts: _Facts, least: int) -> Any:
     from bayes_taml.data import load_classes
     from bayes_taml.experiments import FAR, instances_for
 
     own = config.data is None
-    source = facts["data"] if own else config.data
+    source = facts.data if own else config.data
     far = source == FAR
-    needed = instances_for(source, config.instances or (facts["instances"] if own else None), least)
+    needed = instances_for(source, config.instances or (facts.instances if own else None), least)
     return load_classes(
         "hershey" if far else source,
         split=config.split,
-        size=facts["size"],
-        seed=facts["seed"],
-        split_by="script" if far else config.split_by or (facts["split_by"] if own else None),
-        classes=facts["classes"] if own else None,
+        size=facts.size,
+        seed=facts.seed,
+        split_by="script" if far else config.split_by or (facts.split_by if own else None),
+        classes=facts.classes if own else None,
         instances=needed,
-        channels=facts["channels"] if facts["channels"] in (1, 3) else None,
+        channels=facts.channels if facts.channels in (1, 3) else None,
     )
 
 
@@ -417,10 +448,10 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
 
     learner, facts = _open(config.run)
     learner.to(session.device)
-    ways, low, high = (getattr(config, name) or facts[name] for name in ("ways", "low", "high"))
+    ways, low, high = (getattr(config, name) or getattr(facts, name) for name in ("ways", "low", "high"))
     if low > high:
         raise InputError(f"--low: must not be above --high, got {low} and {high}")
-    queries, mode = config.queries or facts["test_queries"], config.mode or facts["mode"]
+    queries, mode = config.queries or facts.test_queries, config.mode or facts.mode
     images = _test_images(config, facts, max((high, *config.counts)) + queries)
     source = AnyShotSource(images, ways, (low, high), queries, mode=mode, seed=config.seed + 1)
     protocol = experiments.Protocol(ways=ways, shots=(low, high), test_queries=queries, episodes=config.episodes)
@@ -532,11 +563,11 @@ class SupportOptions(CommandConfig):
     support: Path = argument(_SUPPORT)
 
 
-def _support(config: Any, facts: dict[str, Any], invert: str = "auto") -> Labelled:
+def _support(config: Any, facts: _Facts, invert: str = "auto") -> Labelled:
     from bayes_taml.pictures import read_support
 
     how: Any = {"auto": "auto", "yes": True, "no": False}[invert]
-    return read_support(config.support, facts["size"], facts["channels"], invert=how, training_mean=facts["mean"])
+    return read_support(config.support, facts.size, facts.channels, invert=how, training_mean=facts.mean)
 
 
 class AdaptConfig(SupportOptions):
@@ -585,7 +616,7 @@ def adapt(config: AdaptConfig, session: Session) -> Outcome:
     learner, facts = _open(config.run)
     learner.to(session.device)
     known = _support(config, facts, config.invert)
-    asked = read_query(config.query, facts["size"], facts["channels"], known)
+    asked = read_query(config.query, facts.size, facts.channels, known)
     notes = [*known.notes, *asked.notes]
     assert known.labels is not None
     with _noting(notes):
@@ -611,7 +642,7 @@ def adapt(config: AdaptConfig, session: Session) -> Outcome:
     if learner.method.algorithm == "maml":
         made = explained(learner, known.images, known.labels, steps=config.test_steps, seed=config.seed)
         write_json(session.run.artifact("explanation.json"), made.record())
-    if facts["norm"] == "batch" and len(asked.files) < len(names):
+    if facts.norm == "batch" and len(asked.files) < len(names):
         notes.append(
             "few pictures: they are normalised by their own batch; a learner trained with --norm support is not"
         )
@@ -706,9 +737,9 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
     if learner.inference is None:
         raise InputError(f"{config.run}: method '{learner.method_name}' infers nothing; there is no balance to draw")
     asked = EvaluateConfig.model_validate({"run": config.run})
-    images = _test_images(asked, facts, facts["high"] + facts["test_queries"])
+    images = _test_images(asked, facts, facts.high + facts.test_queries)
     source = AnyShotSource(
-        images, facts["ways"], (facts["low"], facts["high"]), facts["test_queries"], mode=facts["mode"],
+        images, facts.ways, (facts.low, facts.high), facts.test_queries, mode=facts.mode,
         seed=config.seed + 1,
     )  # fmt: skip
 
@@ -744,13 +775,9 @@ def _draw_sizes(run: Path, methods: Sequence[str], path: Path) -> None:
 def _history(run: Path) -> list[Any]:
     from bayes_taml.learner import Step
 
-    try:
-        entries = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{run / 'metrics.jsonl'}: is not JSON ({error})") from error
-    entries = [entry for entry in entries if "loss" in entry]
-    values = [{k: math.nan if v is None else v for k, v in entry.items()} for entry in entries]
-    return [Step(int(e["step"]), len(values), e["loss"], e["accuracy"], e["kl"], 0) for e in values]
+    lines = read_lines(run / "metrics.jsonl", _Line, "a training's history")
+    lines = [line for line in lines if "loss" in line.model_fields_set]
+    return [Step(line.step, len(lines), line.loss, line.accuracy, line.kl, 0) for line in lines]
 
 
 class ExportConfig(SupportOptions):
@@ -778,11 +805,11 @@ def export(config: ExportConfig, session: Session) -> Outcome:
         )
     path = config.output or session.run.artifact("model.onnx")
     export_onnx(task, path, support=known.images)
-    shape = f"(n, {facts['channels']}, {facts['size']}, {facts['size']})"
+    shape = f"(n, {facts.channels}, {facts.size}, {facts.size})"
     notes.append(f"wrote {path}: images {shape} -> log-probabilities of {', '.join(map(str, task.classes_.tolist()))}")
     if known.inverted:
         notes.append("light and dark were exchanged: do so with the images that you ask it, too (1 - x)")
-    if facts["norm"] == "batch":
+    if facts.norm == "batch":
         notes.append("trained to normalise queries by their own batch; the file normalises by the support instead")
     return Outcome(notes=notes)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError
-from shared_core.runs import Result, Run, atomic_path, read_summary, summarize, write_json
+from shared_core.runs import Result, Run, atomic_path, read_document, read_lines, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +28,9 @@ line = CommandLine(
 main = line.main
 
 _MODEL, _FACTS = "model.safetensors", "learner.json"
+_SplitBy = Literal["class", "group", "official", "script"]
+# A number that is not finite is noted as null.
+_Noted = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 _SOURCE = "glyphs, omniglot, mini-imagenet, cifar-fs, a folder <class>/*.png, or an NPZ"
 
 
@@ -34,7 +38,7 @@ class DataOptions(CommandConfig):
     """Which images, and how they are divided."""
 
     size: int = Field(20, ge=8, description="side of the images, pixels")
-    split_by: Literal["class", "group", "official", "script"] | None = Field(
+    split_by: _SplitBy | None = Field(
         None, description="how classes are divided into training, validation and test (default: each source's own)"
     )
     classes: int | None = Field(None, ge=2, description="keep only so many classes of each split")
@@ -288,14 +292,14 @@ def train(config: TrainConfig, session: Session) -> Outcome:
         )
     network = protocol.network(splits.channels, config.seed)
     learner.save(session.run.artifact(_MODEL), network=network)
-    facts = {
-        "data": config.data if not Path(config.data).exists() else str(Path(config.data).resolve()),
-        "mean": splits.train.mean,
-        "channels": splits.channels,
-        **{name: getattr(config, name) for name in ("size", "ways", "shots", "queries", "norm", "split_by", "classes")},
-        "seed": config.seed,
-    }
-    write_json(session.run.artifact(_FACTS), facts)
+    names = ("size", "ways", "shots", "queries", "norm", "split_by", "classes", "seed")
+    facts = _Facts(
+        data=config.data if not Path(config.data).exists() else str(Path(config.data).resolve()),
+        mean=splits.train.mean,
+        channels=splits.channels,
+        **{name: getattr(config, name) for name in names},
+    )
+    write_json(session.run.artifact(_FACTS), facts.model_dump())
     if history:
         plot_history(session.run.artifact("history.png"), {config.method: history})
     kind = "training" if judge is None else "validation"
@@ -308,17 +312,39 @@ def train(config: TrainConfig, session: Session) -> Outcome:
     return Outcome([row], notes=[*notes, f"± {100 * found.half_width:.2f} over {len(found.accuracy)} episodes"])
 
 
-def _open(run: Path) -> tuple[MetaLearner, dict[str, Any]]:
+class _Facts(BaseModel):
+    """What a training leaves beside its learner: all that tests of it ask for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str
+    mean: float
+    channels: int = Field(ge=1, le=1024)
+    size: int = Field(ge=1, le=4096)
+    ways: int = Field(ge=2, le=100_000)
+    shots: int = Field(ge=1, le=100_000)
+    queries: int = Field(ge=1, le=100_000)
+    norm: Literal["batch", "support"]
+    split_by: _SplitBy | None
+    classes: int | None = Field(ge=1)
+    seed: int
+
+
+class _Line(BaseModel):
+    """What a training notes of a meta-step."""
+
+    step: int
+    loss: _Noted
+    accuracy: _Noted
+
+
+def _open(run: Path) -> tuple[MetaLearner, _Facts]:
     from meta_dropout.learner import MetaLearner
 
     for name in (_MODEL, _FACTS):
         if not (run / name).exists():
             raise InputError(f"{run}: has no {name}; give the run folder of 'meta-dropout train'")
-    try:
-        facts: dict[str, Any] = json.loads((run / _FACTS).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{run / _FACTS}: is not JSON ({error})") from error
-    return MetaLearner.load(run / _MODEL), facts
+    return MetaLearner.load(run / _MODEL), read_document(run / _FACTS, _Facts, "what 'meta-dropout train' writes")
 
 
 def _counting(advance: Advance) -> Callable[[int], None]:
@@ -356,9 +382,7 @@ class EvaluateConfig(CommandConfig):
     run: Path = argument("run folder of train")
     data: str | None = Field(None, description=f"{_SOURCE} (default: what it was trained on)")
     split: Literal["train", "validation", "test", "all"] = Field("test", description="classes to test on")
-    split_by: Literal["class", "group", "official", "script"] | None = Field(
-        None, description="how classes are divided"
-    )
+    split_by: _SplitBy | None = Field(None, description="how classes are divided")
     ways: int | None = Field(None, ge=2, description="classes of a task (default: as trained)")
     shots: int | None = Field(None, ge=1, description="support images of each class (default: as trained)")
     queries: int | None = Field(None, ge=1, description="query images of each class (default: as trained)")
@@ -372,7 +396,7 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     learner, source, facts = _test_source(config, session)
     with session.progress("evaluate", config.episodes) as advance:
         found = learner.evaluate(source, episodes=config.episodes, samples=config.samples, on_batch=_counting(advance))
-    dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
+    dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts.norm} statistics"
 
     method = learner.method_name
     results = [
@@ -387,24 +411,24 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     return Outcome(results, notes=[f"protocol: {json.dumps(found.protocol)}"])
 
 
-def _test_source(config: Any, session: Session) -> tuple[MetaLearner, Any, dict[str, Any]]:
+def _test_source(config: Any, session: Session) -> tuple[MetaLearner, Any, _Facts]:
     from meta_dropout.data import TaskSource, load
 
     learner, facts = _open(config.run)
     learner.to(session.device)
     images = load(
-        config.data or facts["data"],
+        config.data or facts.data,
         split=config.split,
-        size=facts["size"],
-        seed=facts["seed"],
-        split_by=config.split_by or (facts["split_by"] if config.data is None else None),
-        classes=facts["classes"] if config.data is None else None,
-        channels=facts["channels"] if facts["channels"] in (1, 3) else None,
+        size=facts.size,
+        seed=facts.seed,
+        split_by=config.split_by or (facts.split_by if config.data is None else None),
+        classes=facts.classes if config.data is None else None,
+        channels=facts.channels if facts.channels in (1, 3) else None,
     )
-    ways, shots, queries = (getattr(config, n, None) or facts[n] for n in ("ways", "shots", "queries"))
-    if ways != facts["ways"]:
+    ways, shots, queries = (getattr(config, n, None) or getattr(facts, n) for n in ("ways", "shots", "queries"))
+    if ways != facts.ways:
         raise InputError(
-            f"ways: the head was trained for {facts['ways']} classes; evaluate with as many, or use 'adapt', which"
+            f"ways: the head was trained for {facts.ways} classes; evaluate with as many, or use 'adapt', which"
             " makes a head for any number"
         )
     return learner, TaskSource(images, ways, shots, queries, seed=config.seed + 1), facts
@@ -430,9 +454,9 @@ def adapt(config: AdaptConfig, session: Session) -> Outcome:
     learner, facts = _open(config.run)
     learner.to(session.device)
     invert = {"auto": "auto", "yes": True, "no": False}[config.invert]
-    channels: Any = facts["channels"]
-    known = read_labelled(config.support, facts["size"], channels, invert=invert, training_mean=facts["mean"])  # type: ignore[arg-type]
-    asked = read_unlabelled(config.query, facts["size"], channels, invert=known.inverted)
+    channels: Any = facts.channels
+    known = read_labelled(config.support, facts.size, channels, invert=invert, training_mean=facts.mean)  # type: ignore[arg-type]
+    asked = read_unlabelled(config.query, facts.size, channels, invert=known.inverted)
     task = learner.adapt(
         known.images.to(session.device), known.labels, spread=config.models, steps=config.steps, seed=config.seed
     )
@@ -447,7 +471,7 @@ def adapt(config: AdaptConfig, session: Session) -> Outcome:
             writer.writerow([file, names[best], f"{p[best]:.4f}", f"{s[best]:.4f}", *(f"{v:.4f}" for v in p)])
     counts = ", ".join(f"{name} {int((found.label == k).sum())}" for k, name in enumerate(names))
     notes = [*known.notes, *asked.notes, f"wrote {path}: {len(asked.files)} pictures; {counts}"]
-    if facts["norm"] == "batch" and len(asked.files) < len(names):
+    if facts.norm == "batch" and len(asked.files) < len(names):
         notes.append(
             "few pictures: they are normalised by their own batch; a learner trained with --norm support is not"
         )
@@ -475,14 +499,14 @@ def attack(config: AttackConfig, session: Session) -> Outcome:
     from meta_dropout.plots import plot_robustness
 
     learner, source, facts = _test_source(config, session)
-    radii = config.radii or _radii(config.norm, facts["size"])
+    radii = config.radii or _radii(config.norm, facts.size)
     with session.progress("attack", config.episodes) as advance:
         found = robustness(
             learner, source, config.norm, radii, episodes=config.episodes, steps=config.attack_steps,
             seed=config.seed, kind=config.kind, on_batch=_counting(advance),
         )  # fmt: skip
     all_radii = (0.0, *radii)
-    dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
+    dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts.norm} statistics"
     results: list[Result] = []
     for radius, row in zip(all_radii, found, strict=True):
         metric = f"accuracy at {config.norm} {radius:g}"
@@ -519,7 +543,7 @@ def diagnose(config: DiagnoseConfig, session: Session) -> Outcome:
             learner, source, samples=counts, draws=config.draws, episodes=config.episodes, seed=config.seed,
             on_batch=_counting(advance),
         )  # fmt: skip
-    dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts['norm']} statistics"
+    dataset = f"{source.images.name}, {source.ways}-way {source.shots}-shot, {facts.norm} statistics"
     results: list[Result] = []
     for variant, accuracy in found.items():
         results.append(_over_episodes(100 * accuracy.mean(0), dataset, variant, "accuracy"))
@@ -557,16 +581,16 @@ def plot(config: PlotConfig, session: Session) -> Outcome:
     if kind == "history":
         from meta_dropout.learner import Step
 
-        lines = [json.loads(text) for text in (config.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        steps = [Step(int(entry["step"]), len(lines), entry["loss"], entry["accuracy"], 0) for entry in lines]
+        lines = read_lines(config.run / "metrics.jsonl", _Line, "a training's history")
+        steps = [Step(line.step, len(lines), line.loss, line.accuracy, 0) for line in lines]
         plots.plot_history(path, {learner.method_name: steps})
         return Outcome(notes=[f"wrote {path}"])
     from meta_dropout import diagnose
     from meta_dropout.data import TaskSource, load
 
-    images = load(facts["data"], split="test", size=facts["size"], seed=facts["seed"], split_by=facts["split_by"],
-                  classes=facts["classes"], channels=facts["channels"])  # fmt: skip
-    tasks = TaskSource(images, facts["ways"], facts["shots"], facts["queries"], seed=config.seed).batch(0, 1)
+    images = load(facts.data, split="test", size=facts.size, seed=facts.seed, split_by=facts.split_by,
+                  classes=facts.classes, channels=facts.channels if facts.channels in (1, 3) else None)  # fmt: skip
+    tasks = TaskSource(images, facts.ways, facts.shots, facts.queries, seed=config.seed).batch(0, 1)
     if kind == "gates":
         plots.plot_gates(path, tasks.support[0, 0], diagnose.gates(learner, tasks.support[0]))
     else:
@@ -597,14 +621,12 @@ def export(config: ExportConfig, session: Session) -> Outcome:
     from meta_dropout.export import export_onnx
 
     learner, facts = _open(config.run)
-    channels: Any = facts["channels"]
-    known = read_labelled(config.support, facts["size"], channels, training_mean=facts["mean"])
+    channels: Any = facts.channels
+    known = read_labelled(config.support, facts.size, channels, training_mean=facts.mean)
     task = learner.adapt(known.images, known.labels, spread=0, seed=config.seed)
     path = config.output or session.run.artifact("model.onnx")
     export_onnx(task, path, example=known.images, classes=known.class_names)
-    return Outcome(
-        notes=[*known.notes, f"wrote {path}: images (n, {channels}, {facts['size']}, {facts['size']}) -> logits"]
-    )
+    return Outcome(notes=[*known.notes, f"wrote {path}: images (n, {channels}, {facts.size}, {facts.size}) -> logits"])
 
 
 class DataConfig(DataOptions):
