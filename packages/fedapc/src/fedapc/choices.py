@@ -7,12 +7,14 @@ from typing import Literal
 
 from shared_core.errors import InputError
 
-__all__ = ["AdaptiveInit", "AttentionInit", "Norm", "Retroactive", "Score", "Transfer", "sampled_parts"]
+__all__ = ["AdaptiveInit", "AttentionInit", "Norm", "Retroactive", "Score", "Start", "Transfer", "sampled_parts"]
 
 Transfer = Literal["learned", "mean", "none"]
 AdaptiveInit = Literal["scaled", "zeros"]
 AttentionInit = Literal["probe", "scaled", "zeros"]
 Norm = Literal["refuse", "per-task", "frozen"]
+# Where weights begin: drawn, or those of the network given.
+Start = Literal["fan-in", "module"]
 Retroactive = Literal["shared", "joint", "none"]
 Score = Literal["gated-norm", "abs-raw-mask"]
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from fedapc.choices import Norm, Start
 from fedapc.config import FedAPCConfig, FedAPCFields
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError
-from shared_core.runs import Result, atomic_path, summarize, write_json
+from shared_core.runs import Result, atomic_path, read_document, summarize, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -285,10 +285,10 @@ class FitConfig(FedAPCFields, CommandConfig):
     network: str | None = Field(
         None, description="mlp, lenet, resnet18, package.module:function or file.py:function (default: tasks.toml's)"
     )
-    norm: Literal["refuse", "per-task", "frozen"] = Field(
+    norm: Norm = Field(
         "refuse", description="running statistics of batch norms: each task its own, or those of the network given"
     )
-    start: Literal["fan-in", "module"] = Field("fan-in", description="weights to begin with: drawn, or the network's")
+    start: Start = Field("fan-in", description="weights to begin with: drawn, or the network's")
     threads: int = Field(1, ge=1, description="threads that clients are spread over")
     processes: int = Field(0, ge=0, description="processes that clients are spread over instead; method fedapc only")
 
@@ -299,19 +299,34 @@ def _settings(config: FitConfig) -> FedAPCConfig:
     return FedAPCConfig.preset(config.preset, **given)
 
 
-def _federation(facts: Mapping[str, Any], files: Any, settings: FedAPCConfig, device: str) -> Federation:
+class _Facts(BaseModel):
+    """What ``fit`` leaves beside its federation: all it takes to make it again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: Path
+    network: str
+    method: str
+    norm: Norm
+    start: Start
+    seed: int
+    settings: FedAPCConfig
+    labels: dict[str, list[list[str]]]
+
+
+def _federation(facts: _Facts, files: Any, device: str) -> Federation:
     from fedapc.federation import Federation
     from fedapc.networks import network
 
     first = next(iter(files.tasks.values()))[0]
-    body = network(facts["network"], first.x[:1], first.classes)
+    body = network(facts.network, first.x[:1], first.classes)
     return Federation(
         body,
-        facts["method"],
-        config=settings,
-        norm=facts["norm"],
-        start=facts["start"],
-        seed=facts["seed"],
+        facts.method,
+        config=facts.settings,
+        norm=facts.norm,
+        start=facts.start,
+        seed=facts.seed,
         device=device,
     )
 
@@ -327,19 +342,19 @@ def fit(config: FitConfig, session: Session) -> Outcome:
     find_method(config.method)
     settings = _settings(config)
     files = read_tasks(config.tasks)
-    facts = {
-        "tasks": str(config.tasks.resolve()),
-        "network": config.network or files.network,
-        "method": config.method,
-        "norm": config.norm,
-        "start": config.start,
-        "seed": config.seed,
-        "settings": settings.model_dump(),
-        "labels": {client: [list(names) for names in own] for client, own in files.labels.items()},
-    }
+    facts = _Facts(
+        tasks=config.tasks.resolve(),
+        network=config.network or files.network,
+        method=config.method,
+        norm=config.norm,
+        start=config.start,
+        seed=config.seed,
+        settings=settings,
+        labels={client: [list(names) for names in own] for client, own in files.labels.items()},
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SparsityWarning)
-        federation = _federation(facts, files, settings, str(session.device))
+        federation = _federation(facts, files, str(session.device))
         # The same is said once a client; here once.
         settings.learning()
     for text in dict.fromkeys(str(warning.message) for warning in caught):
@@ -369,7 +384,7 @@ def fit(config: FitConfig, session: Session) -> Outcome:
                 on_round=after,
             )
     federation.save(session.run.artifact(_SAVED))
-    write_json(session.run.artifact(_FACTS), facts)
+    write_json(session.run.artifact(_FACTS), facts.model_dump(mode="json"))
     _keep(session, report)
     results = results_of(config.tasks.stem, {config.method: {config.seed: measure(report)}})
     results += _client_rows(config.tasks.stem, report)
@@ -435,22 +450,17 @@ def _events(report: Report) -> list[str]:
     return [f"the ledger has {count} x '{event}'" for event, count in counts.items()]
 
 
-def _opened(run: Path, device: str, *, with_tasks: bool = True) -> tuple[Federation, Any, dict[str, Any]]:
+def _opened(run: Path, device: str, *, with_tasks: bool = True) -> tuple[Federation, Any]:
     from fedapc.data import read_tasks
 
     for name in (_SAVED, _FACTS):
         if not (run / name).exists():
             raise InputError(f"{run}: has no {name}; give the run folder of 'fedapc fit'")
-    try:
-        facts: dict[str, Any] = json.loads((run / _FACTS).read_text(encoding="utf-8"))
-        settings = FedAPCConfig(**facts["settings"])
-        tasks = Path(facts["tasks"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{run / _FACTS}: is damaged ({str(error).splitlines()[0]})") from error
-    files = read_tasks(tasks)
-    federation = _federation(facts, files, settings, device)
+    facts = read_document(run / _FACTS, _Facts, "what 'fedapc fit' writes")
+    files = read_tasks(facts.tasks)
+    federation = _federation(facts, files, device)
     federation.load(run / _SAVED, files.tasks if with_tasks else None)
-    return federation, files, facts
+    return federation, files
 
 
 class EvaluateConfig(CommandConfig):
@@ -462,7 +472,7 @@ class EvaluateConfig(CommandConfig):
 @line.command(EvaluateConfig)
 def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     """Test every client again on all its tasks, as it is now."""
-    federation, files, _ = _opened(config.run, str(session.device))
+    federation, files = _opened(config.run, str(session.device))
     results: list[Result] = []
     for name, client in federation.clients.items():
         for number, value in enumerate(client.evaluate()):
@@ -497,7 +507,7 @@ def predict(config: PredictConfig, session: Session) -> Outcome:
     """Predict the classes of new inputs, with probabilities, in the user's own labels."""
     import torch
 
-    federation, files, _ = _opened(config.run, str(session.device))
+    federation, files = _opened(config.run, str(session.device))
     x = files.inputs(config.client, config.task - 1, config.input)
     shares = torch.softmax(federation.predict(config.client, x, config.task - 1).double(), 1)
     labels = files.labels[config.client][config.task - 1]
@@ -525,7 +535,7 @@ def export(config: ExportConfig, session: Session) -> Outcome:
     """Write the plain network of one task of one client, and check that it computes the same."""
     from fedapc.export import export_network
 
-    federation, files, _ = _opened(config.run, str(session.device))
+    federation, files = _opened(config.run, str(session.device))
     net = federation.export(config.client, config.task - 1).cpu()
     target = config.output or session.run.artifact("model.safetensors")
     example = files.tasks[config.client][config.task - 1].x[:8]

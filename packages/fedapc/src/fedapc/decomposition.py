@@ -17,14 +17,14 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fedapc import wire
-from fedapc.choices import AdaptiveInit, AttentionInit, Norm, Transfer
+from fedapc.choices import AdaptiveInit, AttentionInit, Norm, Start, Transfer
 from fedapc.errors import ModelMismatchError, TaskError
 from fedapc.seeds import generator
 from fedapc.sparse import SparseStack, SparseTensor
@@ -169,9 +169,7 @@ def fingerprint(layers: Mapping[str, Sequence[int]]) -> int:
     return zlib.crc32(repr([(name, tuple(shape)) for name, shape in layers.items()]).encode())
 
 
-def initial_base(
-    module: nn.Module, layout: Layout, seed: int = 0, how: Literal["fan-in", "module"] = "fan-in"
-) -> Tensors:
+def initial_base(module: nn.Module, layout: Layout, seed: int = 0, how: Start = "fan-in") -> Tensors:
     """Draw the base that the server begins with.
 
     Parameters

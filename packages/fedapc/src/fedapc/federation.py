@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fedapc.baselines import Training, build
+from fedapc.choices import Start
 from fedapc.client import Client
 from fedapc.config import FedAPCConfig
 from fedapc.decomposition import Layout, Norm, initial_base
@@ -102,7 +103,7 @@ class Federation:
         head: str | None = None,
         exclude: Sequence[str] = (),
         norm: Norm = "refuse",
-        start: Literal["fan-in", "module"] = "fan-in",
+        start: Start = "fan-in",
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -111,7 +112,7 @@ class Federation:
         self.training = training or training_of(self.config)
         self.seed = seed
         self.device = resolve_device(device)
-        self._start: Literal["fan-in", "module"] = start
+        self._start: Start = start
         given = dict(body) if isinstance(body, Mapping) else {"": body}
         if not given:
             raise InputError("body: no network; give one, or one by client")

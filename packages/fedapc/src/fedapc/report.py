@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
+from pydantic import BaseModel, ConfigDict
 
 from fedapc import metrics
 from fedapc.ledger import Ledger
 from shared_core.errors import InputError, UnknownKeyError, no_such
-from shared_core.runs import atomic_path, write_json
+from shared_core.runs import atomic_path, read_document, write_json
 
 __all__ = ["Attention", "Report", "plain_numbers"]
 
@@ -157,43 +157,63 @@ class Report:
         InputError
             For a folder without these files, or files that are damaged.
         """
-        file = Path(folder) / _FILE
+        for name in (_FILE, _LEDGER):
+            if not (Path(folder) / name).exists():
+                raise InputError(f"{folder}: has no {name}; give the run folder of 'fedapc fit'")
+        file, beside = Path(folder) / _FILE, Path(folder) / _LEDGER
+        found = read_document(file, _Document, "a report of a federation")
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            ledger = Ledger.from_jsonl((Path(folder) / _LEDGER).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            missing = Path(error.filename).name
-            raise InputError(f"{folder}: has no {missing}; give the run folder of 'fedapc fit'") from error
+            ledger = Ledger.from_jsonl(beside.read_text(encoding="utf-8"))
         except OSError as error:
-            raise InputError(f"{error.filename}: {error.strerror}; give the run folder of 'fedapc fit'") from error
+            raise InputError(f"{beside}: {error.strerror}; give the run folder of 'fedapc fit'") from error
         except UnicodeDecodeError as error:
-            raise InputError(f"{file}: byte {error.start} is not UTF-8 text; it is damaged") from error
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}: line {error.lineno} is no JSON ({error.msg}); it is damaged") from error
-        except RecursionError as error:
-            raise InputError(f"{file}: is nested too deeply; it is damaged") from error
+            raise InputError(f"{beside}: byte {error.start} is not UTF-8 text; it is damaged") from error
+        attentions: dict[tuple[str, int], Attention] = {}
+        for row in found.attention:
+            layers = attentions.setdefault((row.client, row.task), {})
+            layers.setdefault(row.layer, {})[row.of, row.of_task] = row.weight
         try:
-            attentions: dict[tuple[str, int], Attention] = {}
-            for row in found["attention"]:
-                layers = attentions.setdefault((row["client"], row["task"]), {})
-                layers.setdefault(row["layer"], {})[row["of"], row["of_task"]] = float(row["weight"])
-            clients = tuple(found["clients"])
-            tasks = {client: tuple(found["tasks"][client]) for client in clients}
-            most = max(map(len, tasks.values()))
+            tasks = {client: found.tasks[client] for client in found.clients}
+            many, most = len(tasks), max(map(len, tasks.values()))
             return cls(
-                clients,
+                found.clients,
                 tasks,
-                _array(found["matrix"], (len(clients), most, most)),
+                _array(found.matrix, (many, most, most)),
                 ledger,
                 attentions,
-                _array(found["gains"], (len(clients), most)),
-                _array(found["densities"], (len(clients), most)),
-                found["method"],
-                float(found["seconds"]),
-                _array(found["capacities"], (len(clients),)),
+                _array(found.gains, (many, most)),
+                _array(found.densities, (many, most)),
+                found.method,
+                found.seconds,
+                _array(found.capacities, (many,)),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file}: is no report of a federation ({error}); it is damaged") from error
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{file} is not a report of a federation: {error}") from error
+
+
+class _Weight(BaseModel):
+    client: str
+    task: int
+    layer: str
+    of: str
+    of_task: int
+    weight: float
+
+
+class _Document(BaseModel):
+    """What `Report.save` writes; null is NaN."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    seconds: float
+    clients: tuple[str, ...]
+    tasks: dict[str, tuple[str, ...]]
+    matrix: list[list[list[float | None]]]
+    gains: list[list[float | None]]
+    densities: list[list[float | None]]
+    capacities: list[float | None]
+    attention: list[_Weight]
 
 
 def plain_numbers(values: Float64[np.ndarray, "..."]) -> Any:

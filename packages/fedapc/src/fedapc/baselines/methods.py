@@ -15,6 +15,7 @@ from fedapc.baselines.network import LocalClient, NetworkClient, initial_body
 from fedapc.baselines.scaffold import ControlVariates, ScaffoldServer
 from fedapc.baselines.strategy import Strategy
 from fedapc.baselines.training import Training
+from fedapc.choices import Start
 from fedapc.client import Client, Learning
 from fedapc.decomposition import Layout, initial_base
 from fedapc.roles import Coordinator, Participant
@@ -266,7 +267,7 @@ def build(
     rounds: int = 20,
     fraction: float = 1.0,
     seed: int = 0,
-    start: Literal["fan-in", "module"] = "fan-in",
+    start: Start = "fan-in",
     counts: Mapping[str, int] | None = None,
 ) -> tuple[list[Participant], Coordinator]:
     """Make the two sides of a federation, for `fedapc.simulate` and every other engine.

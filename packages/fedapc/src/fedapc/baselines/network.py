@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from torch.nn import functional
 from fedapc import messages, wire
 from fedapc.baselines.fisher import diagonal_fisher
 from fedapc.baselines.strategy import Strategy
+from fedapc.choices import Start
 from fedapc.client import Client, Learning
 from fedapc.decomposition import DecomposedModel, FinishedTask, Layout, RunningTask, initial_base
 from fedapc.errors import ProtocolError
@@ -55,9 +56,7 @@ def body_layout(module: nn.Module, layout: Layout) -> Layout:
     return replace(layout, layers=shapes, own=tuple(name for name in layout.own if name not in shapes), biases=())
 
 
-def initial_body(
-    module: nn.Module, layout: Layout, seed: int = 0, how: Literal["fan-in", "module"] = "fan-in"
-) -> dict[str, Tensor]:
+def initial_body(module: nn.Module, layout: Layout, seed: int = 0, how: Start = "fan-in") -> dict[str, Tensor]:
     """Draw the body that all clients begin with; its weights are those of `initial_base`.
 
     Parameters
