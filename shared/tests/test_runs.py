@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from shared_core.runs import (
     atomic_path,
     interval,
     load_tree,
+    read_document,
+    read_lines,
     read_summary,
     save_tree,
     summarize,
@@ -213,3 +216,37 @@ def test_all_but_the_first_process_write_nothing(tmp_path):
     other.artifact("model.txt").write_text("elsewhere")
     other.finish()
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "r").iterdir()) == before
+
+
+# ---- documents of other kinds
+
+
+@dataclass(frozen=True)
+class Facts:
+    size: int
+    names: tuple[str, ...] = ()
+
+
+def test_documents_are_what_they_should_be(tmp_path):
+    path = tmp_path / "facts.json"
+    write_json(path, {"size": 8, "names": ["a", "b"]})
+    assert read_document(path, Facts, "facts") == Facts(8, ("a", "b"))
+    write_json(path, {"size": "many"})
+    with pytest.raises(InputError, match=r"facts.json is not facts: size: Input should be a valid integer"):
+        read_document(path, Facts, "facts")
+    path.write_bytes(b'{"size": 8, "names": ["\xff"]}')
+    with pytest.raises(InputError, match=r"facts\.json is not facts: "):
+        read_document(path, Facts, "facts")
+    with pytest.raises(InputError, match=r"cannot read .*other.json: No such file or directory; give a folder"):
+        read_document(tmp_path / "other.json", Facts, "facts", "a folder")
+
+
+def test_a_wrong_line_is_named(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1.5}\n{"a": 2}\n')
+    assert read_lines(path, dict[str, float], "a history") == [{"a": 1.5}, {"a": 2.0}]
+    path.write_text('{"a": 1.5}\n{"a": [2]}\n')
+    with pytest.raises(InputError, match=r"lines.jsonl is not a history: line 2: a: Input should be a valid number"):
+        read_lines(path, dict[str, float], "a history")
+    with pytest.raises(InputError, match="cannot read"):
+        read_lines(tmp_path, dict[str, float], "a history")

@@ -176,14 +176,14 @@ def test_workers_do_not_change_a_comparison(done):
     small = ("--methods", "pixels,maml", "--seeds", 1, "--tune", "--trials", 2, "--steps", 3, *attack)
     one, two = (done("compare", "own", *TASK, *small, "--workers", n, "--out", f"w{n}") for n in (1, 2))
     assert [row for row in figures(two) if row.unit != "ms"] == [row for row in figures(one) if row.unit != "ms"]
-    assert "area under accuracy (linf)" in {row.metric for row in two.results}
+    assert "area under accuracy (Linf)" in {row.metric for row in two.results}
 
 
 def test_comparisons_with_attacks_and_trials(done, home):
     attack = ("--attack", "linf", "--radii", "0.2", "--attack-episodes", 2, "--attack-steps", 2)
     methods = ("--methods", "pixels,maml,meta-dropout")
     found = done("compare", "own", *TASK, *methods, *attack, "--seeds", 2, "--tune", "--trials", 2, "--out", "c")
-    assert {row.metric for row in found.results} >= {"accuracy", "meta-step", "area under accuracy (linf)"}
+    assert {row.metric for row in found.results} >= {"accuracy", "meta-step", "area under accuracy (Linf)"}
     assert len(found.claims) == 2
     assert set(json.loads((home / "c/cells.json").read_text())) == {"pixels", "maml", "meta-dropout"}
     assert done("plot", "c", "--out", "pc").artifacts == ["comparison.png"]

@@ -135,14 +135,14 @@ def test_the_same_arguments_give_the_same_bytes(name, ending, start, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_comparison_sets_ours_off_and_writes_abbreviations(tmp_path, drawn):
+def test_a_comparison_sets_ours_off(tmp_path, drawn):
     methods = ("maml", "meta-dropout", "metasgd-dropout")
-    metrics = ("ece", "area under accuracy (linf)")
+    metrics = ("calibration error", "area under accuracy (Linf)")
     plots.plot_comparison(tmp_path / "c.png", results(metrics=metrics, methods=methods))
     labels = [axis.get_xlabel() for axis in drawn[0].axes]
     assert labels == [
-        "ECE [%] (higher is better)",
-        "area under accuracy ($\\ell_\\infty$) [%]\n(higher is better)",
+        "calibration error [%] (higher is better)",
+        "area under accuracy (Linf) [%]\n(higher is better)",
     ]
     bold = {label.get_text() for label in drawn[0].axes[0].get_yticklabels() if label.get_fontweight() == "bold"}
     assert bold == {"meta-dropout", "metasgd-dropout"}

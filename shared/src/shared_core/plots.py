@@ -5,7 +5,7 @@ The only module of the core that imports matplotlib, which is not among its depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -222,7 +222,6 @@ def plot_comparison(
     results: Sequence[Result],
     *,
     ours: Callable[[str], bool] = lambda _: False,
-    words: Mapping[str, str] | None = None,
     leave_out: Collection[str] = (),
 ) -> Path:
     """Draw every method's mean with its 95 % interval, best on top: a row for each data set, a column for each metric.
@@ -232,7 +231,6 @@ def plot_comparison(
     path : PNG, SVG or PDF to write
     results : rows of a run's summary
     ours : says which methods are highlighted
-    words : how words of the metrics' names are written, such as ``{"nll": "NLL"}``
     leave_out : metrics that belong into the table only
 
     Returns
@@ -269,14 +267,14 @@ def plot_comparison(
             if key is None:
                 axis.set_axis_off()
                 continue
-            _compare(axis, groups[key], ours, words or {})
+            _compare(axis, groups[key], ours)
             axis.set_title(key[0] if len(datasets) > 1 else "")
         if len(datasets) == 1:
             figure.suptitle(datasets[0], fontsize="medium")
         return save_figure(figure, path)
 
 
-def _compare(axis: Axes, rows: Sequence[Result], ours: Callable[[str], bool], words: Mapping[str, str]) -> None:
+def _compare(axis: Axes, rows: Sequence[Result], ours: Callable[[str], bool]) -> None:
     better = rows[0].better
     ordered = sorted(rows, key=lambda row: row.mean, reverse=better == "lower")
     means = np.array([row.mean for row in ordered])
@@ -305,8 +303,7 @@ def _compare(axis: Axes, rows: Sequence[Result], ours: Callable[[str], bool], wo
     else:
         # Long numbers would run into each other.
         axis.xaxis.set_major_locator(MaxNLocator(5 if max(abs(means)) < 10_000 else 3))
-    metric = " ".join(words.get(word, word) for word in rows[0].metric.replace("_", " ").split())
-    unit = rows[0].unit
+    metric, unit = rows[0].metric, rows[0].unit
     if unit not in {"1", "", *metric.split()}:
         metric += f" [{unit}]"
     # Panels are as wide as numbers need, which some metrics' names are not.

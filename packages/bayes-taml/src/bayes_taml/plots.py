@@ -49,7 +49,6 @@ __all__ = [
 ]
 
 _OURS = "bayesian-taml"
-_WORDS = {"ece": "ECE", "nll": "NLL", "ood": "OOD"}
 
 Vector = NDArray[np.float64]
 
@@ -156,7 +155,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
     -------
     The path.
     """
-    return _plot_comparison(path, results, ours=lambda name: name == _OURS, words=_WORDS)
+    return _plot_comparison(path, results, ours=lambda name: name == _OURS)
 
 
 def plot_history(path: str | Path, histories: Mapping[str, Sequence[StepLike]], window: int | None = None) -> Path:

@@ -12,15 +12,15 @@ from contextlib import closing
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, cast
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from ial_nap.choices import ExportFormat, Picture, TaskKind, chosen_methods, written
 from ial_nap.config import EstimatorFields, RankingFields, SimulationFields
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError, no_such
-from shared_core.runs import Result, atomic_path, read_summary, summarize, write_json
+from shared_core.runs import Result, atomic_path, read_document, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -1369,16 +1369,33 @@ def _over_cells(run: list[Round]) -> float:
     return area / span if span else run[-1].score
 
 
+_Some = Field(min_length=1)
+
+
+class _Row(BaseModel):
+    method: str
+    round: int = Field(ge=0)
+    cells: int = Field(ge=0)
+    score: float
+    seconds: float
+
+
+class _Rounds(BaseModel):
+    """What ``simulate`` and ``compare`` leave of their rounds."""
+
+    metric: Literal["auroc", "accuracy", "rmse"]
+    better: Literal["lower", "higher"]
+    title: str
+    rounds: dict[str, Annotated[list[Annotated[list[_Row], _Some]], _Some]]
+
+
 def _read_rounds(source: Path) -> tuple[dict[str, list[list[Round]]], dict[str, Any]]:
     path = source / _ROUNDS if source.is_dir() else source
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        facts = {name: found[name] for name in ("metric", "better", "title")}
-        return {name: [_as_rounds(run) for run in runs] for name, runs in found["rounds"].items()}, facts
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; give the run folder of 'ial-nap simulate'") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: is not what 'ial-nap simulate' writes ({error!r})") from None
+    found = read_document(path, _Rounds, "what 'ial-nap simulate' writes", "the run folder of 'ial-nap simulate'")
+    rounds = {
+        name: [_as_rounds(row.model_dump() for row in run) for run in runs] for name, runs in found.rounds.items()
+    }
+    return rounds, found.model_dump(exclude={"rounds"})
 
 
 # ---- data

@@ -226,7 +226,7 @@ def compare(config: CompareConfig, session: Session) -> Outcome:
             whole = np.asarray(per_seed, dtype=np.float64)
             at = (0.0, *radii[norm])
             areas = (np.trapezoid(whole.mean(2), at, axis=1) / at[-1]).tolist()
-            metric = f"area under accuracy ({norm})"
+            metric = f"area under accuracy ({norm.capitalize()})"
             results.append(summarize(areas, dataset=dataset, method=name, metric=metric, better="higher"))
             curves[norm][name] = RobustnessCurve(
                 norm,

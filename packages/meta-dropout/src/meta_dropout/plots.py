@@ -40,14 +40,6 @@ __all__ = [
 _UNKNOWN = "#8A8A8A"
 _OURS = ("meta-dropout", "metasgd-dropout")
 _NORMS = {"l1": "$\\ell_1$", "l2": "$\\ell_2$", "linf": "$\\ell_\\infty$"}
-_WORDS = {
-    "auc": "AUC",
-    "ece": "ECE",
-    "nll": "NLL",
-    "mse": "MSE",
-    **_NORMS,
-    **{f"({n})": f"({s})" for n, s in _NORMS.items()},
-}
 _LEAST_SPAN = 0.05
 
 
@@ -63,7 +55,7 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
     -------
     The path.
     """
-    return _plot_comparison(path, results, ours=_OURS.__contains__, words=_WORDS)
+    return _plot_comparison(path, results, ours=_OURS.__contains__)
 
 
 def plot_history(path: str | Path, histories: Mapping[str, Sequence[Step]], window: int | None = None) -> Path:
