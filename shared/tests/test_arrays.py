@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import zipfile
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_core.arrays import read_arrays
+from shared_core.arrays import open_bytes, read_arrays
 from shared_core.errors import InputError
 from shared_core.testing import fuzz, fuzz_file
 
@@ -86,3 +87,21 @@ def test_fuzz(tmp_path, data):
     path = tmp_path / "a.npz"
     np.savez(path, **ARRAYS)
     fuzz_file(data, path, lambda: {name: array.tolist() for name, array in read_arrays(path).items()})
+
+
+def test_a_small_file_that_holds_too_much_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(gzip.compress(b"x,y\n" + b"1,2\n" * 50_000))
+    with open_bytes(path) as stream:
+        assert stream.readline() == b"x,y\n"
+        assert len(stream.read()) == 200_000
+    with (
+        pytest.raises(InputError, match=r"a\.csv: holds more than 1,000 bytes"),
+        open_bytes(path, most_bytes=1000) as stream,
+    ):
+        stream.read()
+    path.write_bytes(b"x,y\n")
+    with open_bytes(path, most_bytes=1) as stream:
+        assert stream.read() == b"x,y\n"
+    with pytest.raises(OSError, match="No such file"):
+        open_bytes(tmp_path / "b.csv")

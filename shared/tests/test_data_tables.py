@@ -28,7 +28,7 @@ def fails(expected: str, name: str, root, **options) -> None:
 @pytest.mark.parametrize("name", ["breast-cancer", "wine", "diabetes"])
 def test_embedded_tables(name):
     data = load(name, expect=TableData)
-    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    x, y = getattr(datasets, f"load_{name.replace('-', '_')}")(return_X_y=True)
     np.testing.assert_array_equal(data.x, x)
     np.testing.assert_array_equal(data.y, y)
     assert len(data.feature_names) == x.shape[1]

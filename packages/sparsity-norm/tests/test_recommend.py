@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from shared_core.data import RatingData, load
 from shared_core.errors import InputError, UnknownKeyError
 from shared_core.runs import load_tree, save_tree
+from sparsity_norm.models import load_model
 from sparsity_norm.ratings import RatingMatrix, hold_out_users, split_ratings
 from sparsity_norm.recommend import AutoRecRecommender, ridge_column
 from sparsity_norm.serving import count_groups, pooled_errors, rank_rows
@@ -388,6 +389,17 @@ def test_what_is_loaded_predicts_what_was_saved(tmp_path, options):
         "model.json",
         "model.safetensors",
     ]
+
+
+def test_what_was_fitted_on_another_machine_computes_on_this(tmp_path):
+    saved = fit()
+    saved.save(tmp_path)
+    config = json.loads((tmp_path / "model.json").read_text())
+    config["params"]["device"] = "cuda:99"
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="is not on this machine"):
+        load_model(tmp_path)
+    np.testing.assert_array_equal(every_cell(load_model(tmp_path, device="cpu")), every_cell(saved))
 
 
 def damage(path, kind):

@@ -1,7 +1,9 @@
-"""Users' own arrays: NPZ and NPY files, read whole or refused in one line."""
+"""Users' own arrays: NPZ and NPY files, read whole or refused in one line; and bytes of files that may be gzipped."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from shared_core.errors import DAMAGE, InputError
 
-__all__ = ["check_characters", "read_arrays"]
+__all__ = ["check_characters", "open_bytes", "read_arrays"]
 
 _MOST_BYTES = 8 << 30
 _KINDS = "biufcSUmM"
@@ -102,3 +104,45 @@ def check_characters(array: NDArray[Any], place: str) -> None:
         points = np.ascontiguousarray(array).reshape(-1).view(np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
         if ((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any():
             raise InputError(f"{place} holds texts that are damaged; save them again")
+
+
+def open_bytes(path: str | Path, *, most_bytes: int = _MOST_BYTES) -> io.BufferedReader:
+    """Open a file for reading, through gzip when its first two bytes say so; its name does not matter.
+
+    Parameters
+    ----------
+    path : the file
+    most_bytes : that are unpacked: a megabyte of gzip can hold a gigabyte
+
+    Raises
+    ------
+    InputError
+        When it is read, once more has been unpacked.
+    OSError
+        For a file that cannot be read.
+    """
+    path = Path(path)
+    with path.open("rb") as stream:
+        zipped = stream.read(2) == b"\x1f\x8b"
+    return io.BufferedReader(_Unpacked(path, most_bytes)) if zipped else path.open("rb")
+
+
+class _Unpacked(io.RawIOBase):
+    """What a gzipped file holds, up to a limit."""
+
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        self._stream, self._path, self._most, self._left = gzip.open(path, "rb"), path, most_bytes, most_bytes  # noqa: SIM115
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise InputError(f"{self._path}: holds more than {self._most:,} bytes, which is as much as is unpacked")
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()

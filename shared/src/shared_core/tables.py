@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Float, Int64, Shaped
 from pydantic import BaseModel, Field, ValidationError
 
-from shared_core.arrays import read_arrays
+from shared_core.arrays import open_bytes, read_arrays
 from shared_core.errors import DAMAGE, InputError
 
 __all__ = ["Column", "Scale", "TableSchema", "Task", "learn_scale", "numeric_columns", "read_sparse", "read_table"]
@@ -59,9 +59,15 @@ def read_table(path: str | Path) -> pd.DataFrame:
             case ".csv" | ".csv.gz" | ".tsv" | ".tsv.gz" | ".txt" | ".data":
                 separator = "\t" if ".tsv" in ending.lower() else ("," if ".csv" in ending.lower() else None)
                 engine: Any = "python" if separator is None else "c"
-                frame = pd.read_csv(
-                    path, sep=separator, engine=engine, na_values=_MISSING, skipinitialspace=True, encoding="utf-8-sig"
-                )
+                with open_bytes(path) as stream:
+                    frame = pd.read_csv(
+                        stream,
+                        sep=separator,
+                        engine=engine,
+                        na_values=_MISSING,
+                        skipinitialspace=True,
+                        encoding="utf-8-sig",
+                    )
             case _:
                 raise InputError(f"{path}: cannot tell what '{path.suffix}' is; give .csv, .tsv, .parquet or .npz")
     except InputError:

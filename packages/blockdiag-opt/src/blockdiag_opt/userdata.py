@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import inspect
+import io
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from blockdiag_opt.tasks import Metric, Task
-from shared_core.arrays import read_arrays
+from shared_core.arrays import open_bytes, read_arrays
 from shared_core.errors import DAMAGE, InputError, no_such
 from shared_core.objects import load_function, one_line
 
@@ -83,8 +83,7 @@ def read_table(path: str | Path) -> Table:
         if endings[-1:] == [".npz"]:
             return _read_npz(path)
         if ".csv" in endings[-2:] or ".tsv" in endings[-2:]:
-            opener = gzip.open if endings[-1] == ".gz" else open
-            with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
                 return _read_rows(path, file, "\t" if ".tsv" in endings else ",")
     except InputError:
         raise

@@ -417,7 +417,7 @@ def evaluate(config: EvaluateConfig, session: Session) -> Outcome:
     from sparsity_norm.data import load_ratings
     from sparsity_norm.models import TableModel, load_model
 
-    model = load_model(config.model)
+    model = load_model(config.model, device=str(session.device))
     if isinstance(model, TableModel):
         return Outcome(_table_results(model, read_table(config.data), config.data.stem, session))
     test = load_ratings(config.data)
@@ -441,7 +441,7 @@ def predict(config: PredictConfig, session: Session) -> Outcome:
     from shared_core.tables import read_table
     from sparsity_norm.models import TableModel, load_model
 
-    model = load_model(config.model)
+    model = load_model(config.model, device=str(session.device))
     frame = read_table(config.data)
     if isinstance(model, TableModel):
         predictions = model.predict(frame, str(config.data))
@@ -493,7 +493,7 @@ def recommend(config: RecommendConfig, session: Session) -> Outcome:
     from shared_core.tables import read_table
     from sparsity_norm.models import TableModel, load_model
 
-    model = load_model(config.model)
+    model = load_model(config.model, device=str(session.device))
     if isinstance(model, TableModel):
         raise InputError(f"{config.model}: is a model of a table; recommend needs one of ratings")
     rows: list[tuple[str, int, str, float]] = []
@@ -644,7 +644,7 @@ def export(config: ExportConfig, session: Session) -> Outcome:
     from sparsity_norm.models import graph_of, load_model
 
     file = session.run.artifact(f"model.{config.format}")
-    graph, features = graph_of(load_model(config.model))
+    graph, features = graph_of(load_model(config.model, device=str(session.device)))
     difference = export_graph(graph, features, file, kind=config.format)
     note = "not checked: onnxruntime is not installed" if difference is None else f"largest difference {difference:.1e}"
     return Outcome(notes=[f"inputs x and mask (1 = known); {note}"])

@@ -123,8 +123,13 @@ def graph_of(model: TableModel | AutoRecRecommender) -> tuple[nn.Module, int]:
     return model.estimator.graph(), model.estimator.n_features_in_
 
 
-def load_model(folder: str | Path) -> TableModel | AutoRecRecommender:
+def load_model(folder: str | Path, *, device: str | None = None) -> TableModel | AutoRecRecommender:
     """Load a model from its folder, or from the run folder of the ``fit`` that made it.
+
+    Parameters
+    ----------
+    folder : of the model or of the run
+    device : where a recommender computes, instead of where it was fitted; networks of tables predict on the CPU
 
     Raises
     ------
@@ -138,7 +143,7 @@ def load_model(folder: str | Path) -> TableModel | AutoRecRecommender:
     if not inside.is_dir() or not (inside / "model.json").is_file():
         raise InputError(f"{folder}: has no model.json; give the run folder of 'sparsity-norm fit'")
     if not (inside / _SCHEMA).is_file():
-        return AutoRecRecommender.load(inside)
+        return AutoRecRecommender.load(inside, device=device)
     try:
         schema = TableSchema.from_json(json.loads((inside / _SCHEMA).read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, RecursionError) as error:

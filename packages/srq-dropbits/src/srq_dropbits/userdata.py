@@ -8,8 +8,8 @@ model so that :func:`read_rows` can give it new rows later.
 from __future__ import annotations
 
 import csv
-import gzip
 import importlib
+import io
 import math
 import zipfile
 import zlib
@@ -24,7 +24,7 @@ from jaxtyping import Float32, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared_core.arrays import read_arrays
+from shared_core.arrays import open_bytes, read_arrays
 from shared_core.data import ImageData, MissingFilesError, TableData, available, load
 from shared_core.data._files import Source
 from shared_core.data._images import cifar, mnist
@@ -668,11 +668,8 @@ class _Table:
 
     @classmethod
     def read(cls, path: Path, target: str | None = None) -> _Table:
-        with path.open("rb") as stream:
-            zipped = stream.read(2) == b"\x1f\x8b"
-        opener = gzip.open if zipped else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            return cls.parse(path, cast("Iterable[str]", file), "\t" if _ending(path) == "tsv" else None, target)
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
+            return cls.parse(path, file, "\t" if _ending(path) == "tsv" else None, target)
 
     @classmethod
     def parse(cls, path: Path, text: Iterable[str], separator: str | None, target: str | None) -> _Table:

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_core._pictures import PICTURES, Scan, decoded, has_colour
+from shared_core.arrays import open_bytes
 from shared_core.arrays import read_arrays as load_arrays
 from shared_core.data import MissingFilesError
-from shared_core.data._files import open_binary, reading
+from shared_core.data._files import reading
 from shared_core.data._images import optional
 from shared_core.errors import InputError
 from stamp._rows import Found, Rows, Values, Wanted, in_memory, official, standardised
@@ -263,7 +264,7 @@ def _channels_first(x: Values, place: str) -> Values:
 
 def read_table(path: Path, wanted: Wanted) -> Found:
     """Read a table of numbers whose last column is the class."""
-    with reading(path), open_binary(path) as stream:
+    with reading(path), open_bytes(path) as stream:
         text = stream.read().decode("utf-8-sig")
     lines = [(place, line) for place, line in enumerate(text.splitlines(), start=1) if line.strip()]
     # Lines of KEEL's files that say what the columns are.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import os
@@ -20,6 +19,7 @@ from typing import Literal, cast
 
 import numpy as np
 
+from shared_core.arrays import open_bytes
 from shared_core.data._datasets import Dataset, Provenance
 from shared_core.errors import DAMAGE, InputError
 
@@ -61,13 +61,6 @@ def reading(place: str | Path) -> Generator[None]:
         elif isinstance(error, FileNotFoundError | PermissionError):
             what = "no such file" if isinstance(error, FileNotFoundError) else "may not be read (permission denied)"
         raise InputError(f"{place}: {what}") from error
-
-
-def open_binary(path: Path) -> io.BufferedIOBase:
-    """Open a file for reading, through gzip when its first two bytes say so (the name does not matter)."""
-    with path.open("rb") as stream:
-        zipped = stream.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else path.open("rb")
 
 
 def is_archive(path: Path) -> bool:
@@ -116,7 +109,7 @@ def _walk(where: Path) -> Iterator[tuple[str, str, Callable[[int], bytes]]]:
     for path in paths:
         if not is_archive(path):
             name = path.name if path == where else path.relative_to(where).as_posix()
-            yield name.removesuffix(".gz"), str(path), partial(_bounded, partial(open_binary, path), str(path))
+            yield name.removesuffix(".gz"), str(path), partial(_bounded, partial(open_bytes, path), str(path))
     for path in filter(is_archive, paths):
         for member in archived(path):
             if member.kind == "file":

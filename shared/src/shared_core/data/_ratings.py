@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_core.arrays import open_bytes
 from shared_core.data._datasets import Provenance, RatingData
-from shared_core.data._files import open_binary, reading, sha256_of
+from shared_core.data._files import reading, sha256_of
 from shared_core.data._text import PlainTable, parse_number
 from shared_core.errors import InputError
 
@@ -100,7 +101,7 @@ def read_ratings(
         raise InputError(f"max_rows: must be at least 1, got {max_rows}")
     place = name or (str(path) if isinstance(path, str | Path) else "ratings")
     with reading(place):
-        stream = open_binary(Path(path)) if isinstance(path, str | Path) else path
+        stream = open_bytes(Path(path)) if isinstance(path, str | Path) else path
     with stream:
         parts = list(_parse(stream, place, columns, sep, header, max_rows))
     if not parts:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from shared_core.arrays import open_bytes
 from shared_core.data import _datasets
 from shared_core.data._datasets import Dataset
 from shared_core.data._files import (
@@ -20,7 +21,6 @@ from shared_core.data._files import (
     Source,
     data_root,
     is_archive,
-    open_binary,
     reading,
 )
 from shared_core.errors import InputError, UnknownKeyError
@@ -175,7 +175,7 @@ class Report:
 def digest(path: Path, checksum: str = "sha256:") -> str:
     """Return the checksum of a file as ``Entry.downloads`` has it, by the algorithm of the one given."""
     algorithm = algorithm_of(checksum)
-    with reading(path), open_binary(path) if algorithm.endswith("-gunzipped") else path.open("rb") as stream:
+    with reading(path), open_bytes(path) if algorithm.endswith("-gunzipped") else path.open("rb") as stream:
         total = hashlib.new(algorithm.removesuffix("-gunzipped"), usedforsecurity=False)
         while chunk := stream.read(1 << 20):
             total.update(chunk)
