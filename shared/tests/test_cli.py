@@ -16,7 +16,7 @@ import pytest
 
 from shared_core.cli import CommandConfig, CommandLine, Outcome, argument
 from shared_core.runs import Run, Summary
-from shared_core.testing import Caller
+from shared_core.testing import Caller, in_two_processes
 
 TOY = textwrap.dedent('''
     import os, signal, time
@@ -239,12 +239,8 @@ def test_sigint_from_outside_before_anything_was_written(tmp_path):
 
 
 def test_two_processes_share_one_run_folder(tmp_path):
-    (tmp_path / "toy.py").write_text(TOY)
     (tmp_path / "t.csv").write_text("1\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "toy.py"]
-    args = ["fit", "t.csv", "--out", "r", "--json", "--device", "cpu"]
-    done = subprocess.run([*launch, *args], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = in_two_processes(tmp_path, TOY, "fit", "t.csv", "--out", "r", "--json", "--device", "cpu")
     summary = Summary.model_validate_json(done.stdout)
     assert summary.results[0].mean == 3.0
     assert len((tmp_path / "r/metrics.jsonl").read_text().splitlines()) == 3

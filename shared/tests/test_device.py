@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import random
 import runpy
-import subprocess
 import sys
 import textwrap
 
@@ -22,6 +21,7 @@ from shared_core.device import (
     seed_everything,
 )
 from shared_core.errors import InputError
+from shared_core.testing import in_two_processes
 
 
 def test_auto_is_a_device_that_works():
@@ -142,10 +142,7 @@ def test_two_gloo_processes_train_to_the_same_weights_as_one(tmp_path, monkeypat
     script.write_text(TRAIN)
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "one.safetensors")])
     runpy.run_path(str(script))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*torchrun, script, tmp_path / "two.safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(tmp_path, TRAIN, tmp_path / "two.safetensors")
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-9, atol=1e-12)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from bayes_taml.cli import line
 from bayes_taml.learner import MetaLearner
 from shared_core.classes import load_classes
 from shared_core.runs import Summary
-from shared_core.testing import Caller, figures
+from shared_core.testing import Caller, figures, in_two_processes
 
 TASK = ("--size", 16, "--ways", 3, "--high", 4, "--queries", 2, "--test-queries", 3, "--filters", 4, "--blocks", 2,
         "--inner-steps", 2, "--test-steps", 2, "--samples", 2, "--steps", 4, "--meta-batch", 2, "--episodes", 6,
@@ -151,12 +149,8 @@ def test_too_few_classes_for_validation_do_not_lose_a_training(done, call, home)
 
 def test_two_processes_share_the_tasks_and_learn_the_same(trained, home):
     """``torchrun --nproc-per-node=2``: each takes its part of every batch of tasks."""
-    script = home / "main.py"
-    script.write_text("from bayes_taml.cli import main\n\nmain()\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    arguments = ["train", "own", *map(str, TASK), "--device", "cpu", "--out", "two"]
-    result = subprocess.run([*torchrun, *arguments], cwd=home, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
+    program = "from bayes_taml.cli import main\n\nmain()\n"
+    in_two_processes(home, program, "train", "own", *TASK, "--device", "cpu", "--out", "two")
     one, two = (MetaLearner.load(home / run / "model.safetensors").parameters() for run in ("m", "two"))
     for name, value in one.items():
         # A convolution's bias is without effect before a normalisation: what Adam makes of its gradient is rounding.

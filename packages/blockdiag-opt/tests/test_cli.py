@@ -15,7 +15,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from blockdiag_opt.cli import CompareConfig, line
 from blockdiag_opt.training import load_trained
 from shared_core.runs import Summary, load_tree, read_summary
-from shared_core.testing import Caller, figures
+from shared_core.testing import Caller, figures, in_two_processes
 
 
 @pytest.fixture
@@ -123,13 +123,7 @@ def test_two_processes_share_every_batch_and_learn_the_same(done, cancer, tmp_pa
     """``torchrun --nproc-per-node=2``: each takes its rows of a batch, the last of which has only one."""
     arguments = ["train", "cancer.csv", "--target", "y", "--epochs", "2", "--batch-size", "227", "--device", "cpu"]
     done(*arguments, "--out", "one")
-    script = tmp_path / "main.py"
-    script.write_text("from blockdiag_opt.cli import main\n\nmain()\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    result = subprocess.run(
-        [*torchrun, *arguments, "--out", "two"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    in_two_processes(tmp_path, "from blockdiag_opt.cli import main\n\nmain()\n", *arguments, "--out", "two")
     one, two = (load_trained(tmp_path / run / "model.safetensors")[0].state_dict() for run in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from cib_ite.estimator import CIB
 from cib_ite.evaluate import in_words
 from shared_core.cli import Outcome
 from shared_core.runs import Run, Summary, read_summary
-from shared_core.testing import Caller, figures
+from shared_core.testing import Caller, figures, in_two_processes
 
 FAST = ("--members", 2, "--width", 8, "--latent", 2, "--device", "cpu")
 COLUMNS = ("--treatment", "arm", "--outcome", "days", "--exclude", "id")
@@ -403,21 +401,10 @@ def test_an_interrupted_fit_resumes_to_the_same_bytes(call, fitted, home, monkey
 # ---- several processes
 
 
-def torchrun(home: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    script = home / "main.py"
-    script.write_text(
-        "from cib_ite import overlap\nfrom cib_ite.cli import main\n\noverlap._TREES = 25\nmain()\n", encoding="utf-8"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    return subprocess.run(
-        [*command, *map(str, args)], cwd=home, capture_output=True, text=True, check=False, timeout=300
-    )
-
-
 def test_two_processes_share_the_members_and_fit_the_same(fitted, home, table):
     """``torchrun --nproc-per-node=2``: each trains its part of the members, and only one writes."""
-    result = torchrun(home, "fit", "patients.csv", *COLUMNS, *FAST, "--steps", 275, "--out", "two")
-    assert result.returncode == 0, result.stderr
+    program = "from cib_ite import overlap\nfrom cib_ite.cli import main\n\noverlap._TREES = 25\nmain()\n"
+    result = in_two_processes(home, program, "fit", "patients.csv", *COLUMNS, *FAST, "--steps", 275, "--out", "two")
     one, two = (CIB.load(home / run / "model.safetensors") for run in ("m", "two"))
     for (name, value), other in zip(one.stack_.named_parameters(), two.stack_.parameters(), strict=True):
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=name)

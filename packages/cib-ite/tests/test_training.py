@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from cib_ite.network import CIBStack, StackedMLP
 from cib_ite.settings import PRESETS, Settings
 from cib_ite.training import Member, Rows, Trainer, TrainingDiverged, _Adam
 from shared_core.errors import InputError
+from shared_core.testing import in_two_processes
 
 SMALL = Settings(
     trunk=(8, 8), heads=(8,), discriminator=(8,), latent=3, samples=2, batch_size=20, steps=75, patience=50
@@ -412,11 +410,7 @@ with process_group(resolve_device("cpu")) as world:
 
 
 def test_processes_that_share_the_members_train_what_one_does_and_go_on_after_an_interruption(tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "shared.py"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(tmp_path, SHARED, path=Path(__file__).parent)
 
 
 def test_a_member_that_diverges_is_trained_again_with_smaller_steps_or_named():

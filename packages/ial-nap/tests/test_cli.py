@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from ial_nap.cli import line
 from ial_nap.saving import load
 from ial_nap.store import AnnotationStore
 from shared_core.runs import Summary
-from shared_core.testing import Caller, figures
+from shared_core.testing import Caller, figures, in_two_processes
 
 FEATURES = ("LDL", "HDL", "age", "ward")
 SMALL = ("--hidden", 6, "--latent", 3, "--epochs", 8, "--samples", 4, "--device", "cpu")
@@ -138,12 +137,8 @@ def test_training_on_a_table_leaves_a_model_and_what_it_was_trained_on(fitted, h
 
 def test_two_processes_share_every_batch_and_learn_the_same(fitted, home):
     """``torchrun --nproc-per-node=2``: each takes its part of the instances of a batch."""
-    script = home / "main.py"
-    script.write_text("from ial_nap.cli import main\n\nmain()\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    arguments = [str(word) for word in ("fit", "own.csv", *COLUMNS, *SMALL, "--out", "two")]
-    result = subprocess.run([*torchrun, *arguments], cwd=home, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
+    program = "from ial_nap.cli import main\n\nmain()\n"
+    in_two_processes(home, program, "fit", "own.csv", *COLUMNS, *SMALL, "--out", "two")
     one, two = (load(home / run / "model.safetensors", device="cpu").model_.state_dict() for run in ("m", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)

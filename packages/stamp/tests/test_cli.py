@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from shared_core.errors import InputError
 from shared_core.runs import Run, Summary
-from shared_core.testing import Caller
+from shared_core.testing import Caller, in_two_processes
 from stamp.cli import CompareConfig, MetaFitConfig, line
 from stamp.meta import MetaConfig
 from stamp.plan import PrunePlan
@@ -286,10 +286,7 @@ def test_two_processes_train_what_one_does(fitted, done, home):
     for name, command in commands.items():
         done(*command, "--device", "cpu", "--out", f"{name}-1")
     every = [[*map(str, command), "--device", "cpu", "--out", f"{name}-2"] for name, command in commands.items()]
-    (home / "all.py").write_text(ALL.format(every))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "all.py"]
-    result = subprocess.run(torchrun, cwd=home, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
+    in_two_processes(home, ALL.format(every))
 
     def trained(name: str, file: str) -> tuple[dict[str, torch.Tensor], ...]:
         return tuple(load_file(home / f"{name}-{count}" / file) for count in (1, 2))

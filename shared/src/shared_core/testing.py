@@ -46,6 +46,7 @@ __all__ = [
     "figures",
     "fuzz",
     "fuzz_file",
+    "in_two_processes",
     "keep_figures",
     "misplaced",
     "mutations",
@@ -268,6 +269,34 @@ class Caller:
         assert result.stdout == ""
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
         return result.stderr
+
+
+def in_two_processes(
+    folder: Path, program: str, *args: object, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes that train together, by ``torchrun``, and see that it goes well.
+
+    Parameters
+    ----------
+    folder : to write it into, and to run it in
+    program : Python
+    args : its arguments
+    path : a folder that it may import from
+    """
+    (folder / "together.py").write_text(program, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "together.py"]
+    more = {} if path is None else {"PYTHONPATH": str(path)}
+    result = subprocess.run(  # noqa: S603
+        [*launch, *map(str, args)],
+        cwd=folder,
+        env=os.environ | more,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 # ---- damaged and hostile files
