@@ -10,6 +10,8 @@ PACKAGE ?=
 TORCH ?= auto
 RUNS ?= runs
 CLAIMS ?=
+WORKERS ?=
+RAY ?=
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 PROJECTS := $(sort $(patsubst packages/%/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)))
@@ -106,8 +108,9 @@ flower: .venv-flower/.ready  ## fedapc on Flower, workers on Ray, in an environm
 	  -e './shared[glyphs]' -e './packages/fedapc[flower-simulation]' --group packages/fedapc/pyproject.toml:test
 	@touch $@
 
-reproduce: $(VENV)/.ready  ## the experiments at full size; their JSON goes to docs/results/ and feeds the READMEs
-	@for p in $(CHOSEN); do $(BIN)/python scripts/reproduce.py $$p $(BIN) $(RUNS); done
+reproduce: $(VENV)/.ready  ## the experiments at full size, their JSON to docs/results/; WORKERS=4, RAY=auto spread them
+	@for p in $(CHOSEN); do $(BIN)/python scripts/reproduce.py $$p $(BIN) $(RUNS) \
+	  $(if $(WORKERS),--workers $(WORKERS)) $(if $(RAY),--ray $(RAY)); done
 
 docs: .venv-docs/.ready  ## build the site into build/site: tutorials are run, links are checked
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
