@@ -48,7 +48,6 @@ __all__ = [
     "plot_sizes",
 ]
 
-_OURS = "bayesian-taml"
 
 Vector = NDArray[np.float64]
 
@@ -149,13 +148,13 @@ def plot_comparison(path: str | Path, results: Sequence[Result]) -> Path:
     Parameters
     ----------
     path : PNG, SVG or PDF to write
-    results : rows of a run's summary; ``bayesian-taml`` is highlighted
+    results : rows of a run's summary; those that balance, ``bayesian-taml`` and its parts, are highlighted
 
     Returns
     -------
     The path.
     """
-    return _plot_comparison(path, results, ours=lambda name: name == _OURS)
+    return _plot_comparison(path, results, ours=lambda name: name.endswith("-taml"))
 
 
 def plot_history(path: str | Path, histories: Mapping[str, Sequence[StepLike]], window: int | None = None) -> Path:
