@@ -25,7 +25,7 @@ def drawn(monkeypatch) -> list[Figure]:
     return keep_figures(monkeypatch, plots)
 
 
-def results(datasets=("glyphs",), metrics=("accuracy", "ece"), methods=METHODS) -> list[Result]:
+def results(datasets=("glyphs",), metrics=("accuracy", "calibration error"), methods=METHODS) -> list[Result]:
     random = np.random.default_rng(0)
     return [
         Result(
@@ -141,7 +141,7 @@ def test_a_comparison_sets_ours_off(tmp_path, drawn):
     plots.plot_comparison(tmp_path / "c.png", results(metrics=metrics, methods=methods))
     labels = [axis.get_xlabel() for axis in drawn[0].axes]
     assert labels == [
-        "calibration error [%] (higher is better)",
+        "calibration error [%]\n(higher is better)",
         "area under accuracy (Linf) [%]\n(higher is better)",
     ]
     bold = {label.get_text() for label in drawn[0].axes[0].get_yticklabels() if label.get_fontweight() == "bold"}
