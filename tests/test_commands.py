@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -174,14 +173,9 @@ def test_demo_is_whole_repeatable_and_survives_an_interruption(package: Package,
     assert output == ""
     assert "Traceback" not in errors
     assert f"{package.name} demo --resume --out part" in errors
-    done = package.script("demo", "--resume", "--out", "part", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert comparable(Summary.model_validate_json(done.stdout)) == comparable(whole)
-    assert not Run.interrupted(part)
-
-
-def test_artifacts_stay_in_the_run_folder(package: Package, tmp_path):
-    done = package.script("demo", *quick(package), "--quiet", "--out", "r", cwd=tmp_path)
+    done = package.script("demo", "--resume", "--out", "part", "--quiet", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert [path.name for path in tmp_path.iterdir()] == ["r"]
-    assert not [path for path in Path(tmp_path / "r").iterdir() if path.name.startswith(".")]
+    assert comparable(Summary.model_validate_json((part / "summary.json").read_text())) == comparable(whole)
+    assert not Run.interrupted(part)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"]
+    assert not [path for folder in tmp_path.iterdir() for path in folder.iterdir() if path.name.startswith(".")]
