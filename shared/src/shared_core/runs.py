@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from shared_core.errors import DAMAGE, InputError
 from shared_core.workers import Workers
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Claim",
+    "Noted",
     "Result",
     "Run",
     "Summary",
@@ -45,6 +46,10 @@ __all__ = [
 ]
 
 _Value = TypeVar("_Value")
+
+Noted = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number of ``metrics.jsonl``, to be read by `read_lines`: what is not finite is noted as null there, and is NaN."""
+
 _CHECKPOINT, _CELLS, _METRICS, _SUMMARY = "checkpoint.safetensors", "cells.jsonl", "metrics.jsonl", "summary.json"
 
 

@@ -8,13 +8,13 @@ import math
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError, no_such
-from shared_core.runs import Result, atomic_path, read_document, read_lines, read_summary, summarize, write_json
+from shared_core.runs import Noted, Result, atomic_path, read_document, read_lines, read_summary, summarize, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -36,8 +36,6 @@ _MODEL, _FACTS = "model.safetensors", "learner.json"
 _SOURCE = "glyphs, omniglot, hershey, mini-imagenet, cifar-fs, a folder <class>/*.png, or an NPZ"
 _SUPPORT = "labelled examples: folder <class>/*.png, or NPZ with x and y"
 _SplitBy = Literal["class", "group", "official", "script"]
-# A number that is not finite is noted as null.
-_Noted = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 _Mode = Literal["mixed", "class", "task", "step"]
 _MODES = (
     "class: each class its own number of shots; task: one number for all; mixed: either; step: half of the classes the"
@@ -308,15 +306,11 @@ def train(config: TrainConfig, session: Session) -> Outcome:
             world=session.world,
         )
     learner.save(session.run.artifact(_MODEL), network=protocol.network(splits.channels, config.seed))
-    names = (
-        *("size", "ways", "low", "high", "queries", "test_queries", "mode", "norm", "split_by", "classes"),
-        *("instances", "seed"),
-    )
     facts = _Facts(
         data=config.data if not Path(config.data).exists() else str(Path(config.data).resolve()),
         mean=splits.train.mean,
         channels=splits.channels,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in _Facts.model_fields.keys() - {"data", "mean", "channels"}},
     )
     write_json(session.run.artifact(_FACTS), facts.model_dump())
     if history:
@@ -361,9 +355,9 @@ class _Line(BaseModel):
     """What a training notes of a meta-step; lines of validation have other values."""
 
     step: int
-    loss: _Noted = math.nan
-    accuracy: _Noted = math.nan
-    kl: _Noted = math.nan
+    loss: Noted = math.nan
+    accuracy: Noted = math.nan
+    kl: Noted = math.nan
 
 
 def _open(run: Path) -> tuple[MetaLearner, _Facts]:

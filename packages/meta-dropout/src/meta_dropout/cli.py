@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from shared_core.cli import CommandConfig, CommandLine, Outcome, Session, argument
 from shared_core.errors import InputError
-from shared_core.runs import Result, Run, atomic_path, read_document, read_lines, read_summary, summarize, write_json
+from shared_core.runs import (
+    Noted,
+    Result,
+    Run,
+    atomic_path,
+    read_document,
+    read_lines,
+    read_summary,
+    summarize,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +38,6 @@ main = line.main
 
 _MODEL, _FACTS = "model.safetensors", "learner.json"
 _SplitBy = Literal["class", "group", "official", "script"]
-# A number that is not finite is noted as null.
-_Noted = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 _SOURCE = "glyphs, omniglot, mini-imagenet, cifar-fs, a folder <class>/*.png, or an NPZ"
 
 
@@ -292,12 +299,11 @@ def train(config: TrainConfig, session: Session) -> Outcome:
         )
     network = protocol.network(splits.channels, config.seed)
     learner.save(session.run.artifact(_MODEL), network=network)
-    names = ("size", "ways", "shots", "queries", "norm", "split_by", "classes", "seed")
     facts = _Facts(
         data=config.data if not Path(config.data).exists() else str(Path(config.data).resolve()),
         mean=splits.train.mean,
         channels=splits.channels,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in _Facts.model_fields.keys() - {"data", "mean", "channels"}},
     )
     write_json(session.run.artifact(_FACTS), facts.model_dump())
     if history:
@@ -334,8 +340,8 @@ class _Line(BaseModel):
     """What a training notes of a meta-step."""
 
     step: int
-    loss: _Noted
-    accuracy: _Noted
+    loss: Noted
+    accuracy: Noted
 
 
 def _open(run: Path) -> tuple[MetaLearner, _Facts]:
