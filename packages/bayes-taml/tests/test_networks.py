@@ -103,6 +103,40 @@ def test_a_block_may_pool_before_it_normalises(norm):
     torch.testing.assert_close(block(x), slow_block(block, x))
 
 
+def derivatives(make, leaves):
+    """Value, gradients of a sum of squares, and gradients of the sum of their squares."""
+    made = make()
+    first = torch.autograd.grad(made.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(v.square().sum() for v in first), leaves)
+    return [made, *first, *second]
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (5, 2, 7, 9), (3, 1, 4, 300), (2, 3, 6, 6)])
+def test_a_block_by_hand_is_torchs_to_the_second_derivative(shape, monkeypatch):
+    """Equal neighbours are no exception: the first of them takes the gradient, as torch has it."""
+    monkeypatch.setattr(networks, "_LARGE", 0)
+    block = shaken(Block(shape[1], 4))
+    # Few values, so that most windows hold equal ones, and a corner without any difference.
+    x = drawn(*shape).round()
+    x[..., :4, :4] = 0
+    x.requires_grad_()
+    leaves = [x, block.conv.weight, block.conv.bias]
+    with running(Pass(alone=True)):
+        y = networks._convolution(block.conv, x)
+        found = derivatives(lambda: networks._pool(networks._convolution(block.conv, x)), leaves)
+        whole = derivatives(lambda: block(x), leaves)
+        pooled = derivatives(lambda: networks._pool(x), [x])
+    weight, bias = leaves[1:]
+    expected = derivatives(lambda: functional.max_pool2d(functional.conv2d(x, weight, bias, padding=1), 2), leaves)
+    assert y.shape == (shape[0], 4, *shape[2:])
+    for a, b in zip(pooled, derivatives(lambda: functional.max_pool2d(x, 2), [x]), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip(whole, derivatives(lambda: block(x), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_the_backbone_is_the_papers():
     net = conv_features(channels=3, size=84)
     assert net(torch.rand(2, 3, 84, 84)).shape == (2, 800)

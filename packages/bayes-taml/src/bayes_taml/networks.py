@@ -83,6 +83,10 @@ def running(told: Pass) -> Generator[None]:
 
 
 _LARGE = 1 << 18
+# Channels of images up to which a convolution is computed as a product with the patches; with three it gains nothing.
+_FEW = 2
+# Columns of an image up to which a byte holds a step to the corner across of a window.
+_WIDE = 254
 
 
 class _Moments(torch.autograd.Function):
@@ -98,7 +102,8 @@ class _Moments(torch.autograd.Function):
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         axes = (0, *range(2, x.dim()))
         mean = x.mean(axes)
-        return mean, (x - _channels(mean, x)).square().mean(axes)
+        off = x - _channels(mean, x)
+        return mean, off.mul_(off).mean(axes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -201,12 +206,50 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "n inputs height width"]) -> Float[Tensor, "n filters half_height half_width"]:
         """Map images to half their size."""
-        y = self.conv(x)
+        y = _convolution(self.conv, x)
         norm = self.norm
         if isinstance(norm, BatchStatistics) and norm.weight is None:
             moments = norm.moments(y)
-            return norm.normalise(nn.functional.max_pool2d(y, 2), moments).relu()
-        return nn.functional.max_pool2d(norm(y).relu(), 2)
+            return norm.normalise(_pool(y), moments).relu()
+        return _pool(norm(y).relu())
+
+
+def _by_hand(x: Tensor) -> bool:
+    """Whether plain operations beat torch's own kernels where arrays are large: those of one task, on a CPU."""
+    return _CURRENT.get().alone and x.device.type == "cpu"
+
+
+def _convolution(conv: nn.Conv2d, x: Float[Tensor, "n inputs h w"]) -> Float[Tensor, "n filters h w"]:
+    """Convolve 3x3 within a border of zeros.
+
+    Few input channels, those of images, as a product with the patches: torch's kernel fills its vectors with channels,
+    and its second derivative goes on to that of the images, which nobody asks for.
+    """
+    few = x.shape[1] <= _FEW and _by_hand(x)
+    if conv.bias is None or not few or len(x) * conv.out_channels * x[0, 0].numel() <= _LARGE:
+        return conv(x)
+    weight = conv.weight.view(1, conv.out_channels, -1).expand(len(x), -1, -1)
+    y = torch.baddbmm(conv.bias.view(1, -1, 1), weight, nn.functional.unfold(x, 3, padding=1))
+    return y.view(len(x), conv.out_channels, *x.shape[2:])
+
+
+def _pool(y: Float[Tensor, "n filters h w"]) -> Float[Tensor, "n filters half_h half_w"]:
+    """Take the largest of each 2x2 window, the first in reading order where several are."""
+    width, rows, columns = y.shape[-1], y.shape[-2] // 2, y.shape[-1] // 2
+    if not (_by_hand(y) and y.numel() > _LARGE and width <= _WIDE):
+        return nn.functional.max_pool2d(y, 2)
+    with torch.no_grad():
+        upper, lower = y[..., 0 : 2 * rows : 2, : 2 * columns], y[..., 1 : 2 * rows : 2, : 2 * columns]
+        larger = torch.maximum(upper, lower)
+        largest = torch.maximum(larger[..., 0::2], larger[..., 1::2])
+        first, second, third = (
+            (corner != largest).view(torch.uint8) for corner in (upper[..., 0::2], upper[..., 1::2], lower[..., 0::2])
+        )
+        # Corners in reading order are 0, 1, `width` and `width + 1` after the first one.
+        after = first * (1 + second * (width - 1 + third))
+        corner = torch.arange(rows).unsqueeze(1) * (2 * width) + torch.arange(columns) * 2
+        winner = corner + after
+    return y.flatten(-2).gather(-1, winner.flatten(-2)).view_as(winner)
 
 
 def conv_features(
