@@ -60,8 +60,8 @@ else
 	@$(BIN)/python scripts/demos.py $(BIN) $(RUNS)
 endif
 
-test: $(VENV)/.ready  ## the fast tests
-	@$(BIN)/pytest -m "not claims" $(TESTS)
+test: $(VENV)/.ready  ## the fast tests, on every core; WORKERS=0 runs them in one process, one after another
+	@$(BIN)/pytest -m "not claims" -n $(or $(WORKERS),logical) --dist worksteal $(TESTS)
 
 claims: $(VENV)/.ready  ## the papers' claims on real data, over several seeds (minutes)
 	@JAXTYPING_DISABLE=1 $(BIN)/pytest -m claims $(TESTS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from shared_core.cli import CommandLine
+from shared_core.testing import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,10 +46,9 @@ class Package:
     def line(self) -> CommandLine:
         return import_module(f"{self.import_name}.cli").line
 
-    def script(self, *args: object, **options: object) -> subprocess.CompletedProcess[str]:
-        """Run the command line in a process of its own."""
-        command = [sys.executable, "-c", f"from {self.import_name}.cli import main; main()", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **options)
+    def script(self, *args: object, folder: Path) -> Program:
+        """Begin to run the command line in a process of its own."""
+        return Program(f"from {self.import_name}.cli import main; main()", *args, folder=folder)
 
 
 ALL = [Package(path.parent) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))]

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 from typing import Literal, get_args, get_origin
@@ -151,7 +150,7 @@ def comparable(summary: Summary) -> list[dict[str, object]]:
 
 def test_demo_is_whole_repeatable_and_survives_an_interruption(package: Package, tmp_path):
     args = ["demo", *quick(package), "--json", "--seed", "3"]
-    done = package.script(*args, "--out", "whole", cwd=tmp_path)
+    done = package.script(*args, "--out", "whole", folder=tmp_path).finish()
     assert done.returncode == 0, done.stderr
     whole = Summary.model_validate_json(done.stdout)
     assert whole == Summary.model_validate_json((tmp_path / "whole/summary.json").read_text())
@@ -162,18 +161,17 @@ def test_demo_is_whole_repeatable_and_survives_an_interruption(package: Package,
         assert (tmp_path / "whole" / name).stat().st_size > 0
 
     part = tmp_path / "part"
-    command = [sys.executable, "-c", f"from {package.import_name}.cli import main; main()", *args, "--out", "part"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not Run.interrupted(part):
-            time.sleep(0.02)
-        assert process.poll() is None, "the run ended before it kept anything: it cannot be interrupted"
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert output == ""
-    assert "Traceback" not in errors
-    assert f"{package.name} demo --resume --out part" in errors
-    done = package.script("demo", "--resume", "--out", "part", "--quiet", cwd=tmp_path)
+    program = package.script(*args, "--out", "part", folder=tmp_path)
+    while program.status is None and not Run.interrupted(part):
+        time.sleep(0.02)
+    assert program.status is None, "the run ended before it kept anything: it cannot be interrupted"
+    program.send(signal.SIGINT)
+    done = program.finish(120)
+    assert done.returncode == 130, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert f"{package.name} demo --resume --out part" in done.stderr
+    done = package.script("demo", "--resume", "--out", "part", "--quiet", folder=tmp_path).finish()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert comparable(Summary.model_validate_json((part / "summary.json").read_text())) == comparable(whole)
     assert not Run.interrupted(part)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from contract import ROOT, Package
+from shared_core.testing import Program
 
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -96,7 +97,7 @@ def test_core_docstring_examples_run():
 def run_code(text: str, folder: Path) -> None:
     code = "\n".join(blocks(text, "python"))
     assert code
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    done = Program(code, folder=folder).finish()
     assert done.returncode == 0, done.stderr
 
 

@@ -240,7 +240,7 @@ def test_sigint_from_outside_before_anything_was_written(tmp_path):
 
 def test_two_processes_share_one_run_folder(tmp_path):
     (tmp_path / "t.csv").write_text("1\n")
-    done = in_two_processes(tmp_path, TOY, "fit", "t.csv", "--out", "r", "--json", "--device", "cpu")
+    done = in_two_processes(tmp_path, TOY, "fit", "t.csv", "--out", "r", "--json", "--device", "cpu", torchrun=True)
     summary = Summary.model_validate_json(done.stdout)
     assert summary.results[0].mean == 3.0
     assert len((tmp_path / "r/metrics.jsonl").read_text().splitlines()) == 3

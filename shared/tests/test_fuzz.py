@@ -53,7 +53,7 @@ def packed(folder, **arrays):
 @readers
 def mnist(folder):
     images, labels = idx(RANDOM.integers(0, 256, (4, 28, 28))), idx(np.arange(4))
-    files = {"mnist/train-images-idx3-ubyte.gz": gzip.compress(images), "mnist/train-labels-idx1-ubyte": labels}
+    files = {"mnist/train-images-idx3-ubyte.gz": gzip.compress(images, mtime=0), "mnist/train-labels-idx1-ubyte": labels}
     return of_set("mnist", folder, files)
 
 
@@ -130,7 +130,7 @@ def physionet(folder):
 def tables(folder):
     files = [
         write(folder / "a.csv", "age,sex,y\n3,f,0.5\n4,m,\n5.5,?,1\n"),
-        write(folder / "b.tsv.gz", gzip.compress(b"age\tsex\ty\n3\tf\t0.5\n4\tm\t2\n")),
+        write(folder / "b.tsv.gz", gzip.compress(b"age\tsex\ty\n3\tf\t0.5\n4\tm\t2\n", mtime=0)),
         write(folder / "c.data", "1 2 3\n4 5 6\n"),
         write(folder / "d.npz", packed(folder, x=RANDOM.random((3, 2)), y=np.arange(3), feature_names=["a", "b"])),
     ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from fedapc.report import Report
 from fedapc.sparse import SparseTensor
 from fedapc.wire import encode, encode_sparse
 from shared_core.runs import Summary
-from shared_core.testing import Caller
+from shared_core.testing import Caller, Program
 
 FAST = ("--rounds", 2, "--epochs", 1, "--batch-size", 20, "--lr", 9e-4, "--device", "cpu")
 SMALL = ("--clients", 2, "--tasks", 2, "--rounds", 1, "--epochs", 1, "--per-class", 5, "--device", "cpu")
@@ -100,8 +98,8 @@ main()
 
 
 def test_a_fresh_process_evaluates_and_flower_is_missed_only_when_it_is_used(fitted, home):
-    command = [sys.executable, "-c", FRESH, "evaluate", "run", "--out", "ev", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)
+    result = Program(FRESH, "evaluate", "run", "--out", "ev", "--json", folder=home).finish()
+    assert result.returncode == 0, result.stderr
     found = {(r["dataset"], r["metric"]): r["mean"] for r in json.loads(result.stdout)["results"]}
     report = Report.load(home / "run")
     for place, client in enumerate(report.clients):

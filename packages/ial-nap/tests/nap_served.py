@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-SOURCE = Path(__file__).parent.parent / "src"
+from shared_core.testing import Program
+
+HERE = str(Path(__file__).parent)
 PLANTED = """
 import json, sys
 from ial_nap.store import AnnotationStore
@@ -123,25 +124,21 @@ class Served:
         data: str = "",
         model: Path | None = None,
     ) -> None:
-        search = os.pathsep.join([str(SOURCE), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        what = [PLANTED, str(path), str(port), people, str(instances), str(patience)]
+        what = [PLANTED, path, port, people, instances, patience]
         if model is not None:
-            what = [TRAINED, str(path), str(port), people, data, str(model)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", *what],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": search},
-        )
-        self.links: dict[str, str] = json.loads(self.process.stdout.readline())
+            what = [f"import sys; sys.path.insert(0, {HERE!r})" + TRAINED, path, port, people, data, model]
+        self.program = Program(*what)
+        while not self.program.said.endswith("\n"):
+            assert self.program.status is None, self.program.finish().stderr
+            time.sleep(0.02)
+        self.links: dict[str, str] = json.loads(self.program.said)
         self.address = next(iter(self.links.values())).partition("/?")[0]
         self.port = int(self.address.rpartition(":")[2])
         self.tokens = {name: link.rpartition("=")[2] for name, link in self.links.items()}
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self.program.send(signal.SIGKILL)
+        self.program.finish()
 
 
 class Threaded:

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch.autograd import gradcheck
 from torch.utils.data import DataLoader, TensorDataset
 
 from shared_core.errors import InputError
+from shared_core.testing import Program
 from sparsity_norm.functional import masked_conv2d, observed_count, sparsity_normalize
 from sparsity_norm.nn import (
     HiddenSparsityNorm,
@@ -134,13 +133,13 @@ class TestFit:
             torch.save({"K": layer.K, "center": layer.center, "n_seen": layer.n_seen}, f"{folder}/found.pt")
             torch.distributed.destroy_process_group()
         """)
-        other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+        other = Program(script, tmp_path)
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=2)
         try:
             layer = SparsityNorm(center="column").fit_loader(x[::2].split(7))
         finally:
             torch.distributed.destroy_process_group()
-        assert other.wait() == 0
+        assert other.finish().returncode == 0
         one = SparsityNorm(center="column").fit(x)
         for found in (
             {"K": layer.K, "center": layer.center, "n_seen": layer.n_seen},

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import socket
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from shared_core.testing import Program
 from srq_dropbits.bits import freeze_bits
 from srq_dropbits.config import METHODS, DropBits, LearnBits, QuantConfig
 from srq_dropbits.deploy import convert, size_table
@@ -765,26 +763,17 @@ DISTRIBUTED = """
 @pytest.fixture(scope="module")
 def errors_of_scripts(tmp_path_factory) -> dict[str, list[str]]:
     """Run both scripts side by side, in processes of their own, where annotations are not checked."""
-    folder = tmp_path_factory.mktemp("scripts")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    workers: list[tuple[str, subprocess.Popen[str]]] = []
-    for name, script, *arguments in (("compiled", COMPILED), ("ddp", DISTRIBUTED, "0"), ("ddp", DISTRIBUTED, "1")):
-        path = folder / f"{name}.py"
-        path.write_text(textwrap.dedent(script))
-        command = [sys.executable, str(path), *arguments, port]
-        workers.append((name, subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)))
+    scripts = (("compiled", COMPILED), ("ddp", DISTRIBUTED, "0"), ("ddp", DISTRIBUTED, "1"))
+    folder = tmp_path_factory.mktemp("scripts")
+    workers = [(name, Program(textwrap.dedent(script), *rank, port, folder=folder)) for name, script, *rank in scripts]
     found: dict[str, list[str]] = {"compiled": [], "ddp": []}
-    try:
-        for name, worker in workers:
-            text = worker.communicate(timeout=240)[1]
-            if worker.returncode:
-                found[name].append(text)
-    finally:
-        for _, worker in workers:
-            worker.kill()
+    for name, worker in workers:
+        done = worker.finish(240)
+        if done.returncode:
+            found[name].append(done.stderr)
     return found
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 
 from shared_core.errors import InputError
 from shared_core.runs import Run, Summary
-from shared_core.testing import Caller, in_two_processes
+from shared_core.testing import Caller, Program, in_two_processes
 from stamp.cli import CompareConfig, MetaFitConfig, line
 from stamp.meta import MetaConfig
 from stamp.plan import PrunePlan
@@ -179,9 +177,7 @@ def test_pruning_writes_a_plan_and_the_small_weights(pruned, home):
 def test_a_process_of_its_own_reads_the_generator_and_says_the_same(pruned, home):
     code = "from stamp.cli import main; main()"
     command = ("prune", "net", "new.npz", "--generator", "gen", "--budget", "0.4", "--json", "--out", "cut-apart")
-    there = subprocess.run(
-        [sys.executable, "-c", code, *command], cwd=home, capture_output=True, text=True, check=False, timeout=120
-    )
+    there = Program(code, *command, folder=home).finish()
     assert there.returncode == 0, there.stderr
     found = Summary.model_validate_json(there.stdout)
     ratio = "macs of the dense network"

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ import zoo
 from torch import nn
 
 from shared_core.errors import InputError
+from shared_core.testing import Program
 from stamp.examples import Examples
 from stamp.groups import trace
 from stamp.networks import resnet20, smallconv, vit
@@ -195,7 +194,7 @@ def test_a_fresh_process_makes_the_same_network_without_tracing(tmp_path):
     plan.save(tmp_path / "plan.json")
     save_weights(small, tmp_path / "small.safetensors")
     save_file({"x": x}, tmp_path / "x.safetensors")
-    run = subprocess.run([sys.executable, "-c", READER], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = Program(READER, folder=tmp_path).finish()
     assert run.stdout == "False\n"
     assert torch.equal(load_file(tmp_path / "y.safetensors")["y"], small(x))
 

@@ -179,6 +179,8 @@ class CommandLine:
     def __init__(self, package: str, *, help: str) -> None:  # noqa: A002
         self.package = package
         self.configs: dict[str, type[CommandConfig]] = {}
+        # The parser, made at the first call: those who call often, tests and notebooks, wait for it once.
+        self._built: Any = None
         self.app = typer.Typer(
             name=package, help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
         )
@@ -228,6 +230,7 @@ class CommandLine:
             run.__annotations__ = {p.name: p.annotation for p in parameters}
             run.__doc__ = function.__doc__
             self.app.command(command)(run)
+            self._built = None
             return function
 
         return register
@@ -235,7 +238,10 @@ class CommandLine:
     def main(self, args: Sequence[str] | None = None) -> NoReturn:
         """Run the command line and leave with the status the house's contract gives."""
         try:
-            status = self.app(args=None if args is None else list(args), prog_name=self.package, standalone_mode=False)
+            if self._built is None:
+                self._built = typer.main.get_command(self.app)
+            given = None if args is None else list(args)
+            status = self._built.main(args=given, prog_name=self.package, standalone_mode=False)
         except KeyboardInterrupt:
             _stop_interrupted(f"{self.package}: interrupted before anything was written")
         except Exception as error:

@@ -10,17 +10,23 @@ Needs pytest and hypothesis; nothing else of the core imports it. A package's ``
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Caller",
+    "Program",
     "Readers",
     "check_shapes",
     "data_folder",
@@ -271,32 +278,162 @@ class Caller:
         return result.stderr
 
 
-def in_two_processes(
-    folder: Path, program: str, *args: object, path: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a program in two processes that train together, by ``torchrun``, and see that it goes well.
+# ---- programs in processes of their own
+
+# What they find imported when they begin, most of the seconds that a new interpreter would take: forks of a process
+# that has done nothing else.
+_IMPORTED = (
+    "shared_core.testing",
+    "torch._dynamo",
+    "torch.distributed.nn",
+    "matplotlib.figure",
+    "scipy.stats",
+    "sklearn.model_selection",
+)
+_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+
+
+class Program:
+    """Python source in a process of its own, as by ``python -c``, except that torch and such are imported already.
+
+    Not for one that starts workers: their pool waits for the end of an interpreter, and this one is left at once.
 
     Parameters
     ----------
-    folder : to write it into, and to run it in
+    source : Python; it runs as ``__main__``
+    args : of the command line
+    folder : to run it in
+    environment : variables besides those of this process
+
+    Examples
+    --------
+    >>> Program("import sys; print(sys.argv[1])", "hello").finish().stdout.split()
+    ['hello']
+    """
+
+    def __init__(
+        self, source: str, *args: object, folder: Path | str = ".", environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.args = [str(arg) for arg in args]
+        self._written = tempfile.TemporaryDirectory()
+        self._files = [Path(self._written.name) / name for name in ("out", "err")]
+        context = multiprocessing.get_context(_METHOD)
+        context.set_forkserver_preload(list(_IMPORTED))
+        variables = dict(os.environ) | dict(environment or {})
+        told = (source, self.args, str(Path(folder).resolve()), variables, [str(file) for file in self._files])
+        self._process = context.Process(target=_begin, args=told)
+        self._process.start()
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, minus the number of the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    @property
+    def said(self) -> str:
+        """What it has written so far."""
+        return self._files[0].read_text(encoding="utf-8") if self._files[0].exists() else ""
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless it has ended.
+
+        Parameters
+        ----------
+        number : of the signal
+        """
+        if self.status is None and self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
+
+    def finish(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Wait until it ends, and return exit status and output; kill it when that takes too long.
+
+        Parameters
+        ----------
+        timeout : seconds
+
+        Raises
+        ------
+        TimeoutError
+            When it had to be killed.
+        """
+        self._process.join(timeout)
+        status = self._process.exitcode
+        if status is None:
+            self._process.kill()
+            self._process.join()
+        # A process that was killed at its very start has not opened them.
+        out, err = (file.read_text(encoding="utf-8") if file.exists() else "" for file in self._files)
+        self._written.cleanup()
+        if status is None:
+            raise TimeoutError(f"a program ran longer than {timeout:g} s; it wrote {out!r} and {err!r}")
+        return subprocess.CompletedProcess(self.args, status, out, err)
+
+
+def _begin(source: str, args: list[str], folder: str, variables: dict[str, str], written: list[str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    for number, path in enumerate(written, 1):
+        with open(path, "wb") as file:  # noqa: PTH123
+            os.dup2(file.fileno(), number)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.argv = ["-c", *args]
+    sys.path.insert(0, folder)
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        exec(compile(source, "<program>", "exec"), main.__dict__)  # noqa: S102
+    finally:
+        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
+
+
+def in_two_processes(
+    folder: Path, program: str, *args: object, path: Path | None = None, torchrun: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes that train together, and see that it goes well.
+
+    Parameters
+    ----------
+    folder : to run it in
     program : Python
     args : its arguments
     path : a folder that it may import from
+    torchrun : start them by that, as users do, which takes several times as long
     """
-    (folder / "together.py").write_text(program, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "together.py"]
     more = {} if path is None else {"PYTHONPATH": str(path)}
-    result = subprocess.run(  # noqa: S603
-        [*launch, *map(str, args)],
-        cwd=folder,
-        env=os.environ | more,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+    if torchrun:
+        (folder / "together.py").write_text(program, encoding="utf-8")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "together.py"]
+        result = subprocess.run(  # noqa: S603
+            [*launch, *map(str, args)],
+            cwd=folder,
+            env=os.environ | more,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        return result
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    search = "" if path is None else f"import sys\nsys.path.insert(0, {str(path)!r})\n"
+    both = [
+        Program(search + program, *args, folder=folder, environment=where | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    while None in (states := [one.status for one in both]) and not any(states):
+        time.sleep(0.02)
+    if any(states):
+        # The other would wait for the one that failed.
+        for one in both:
+            one.send(signal.SIGKILL)
+    ended = [one.finish() for one in both]
+    assert not any(one.returncode for one in ended), "\n".join(one.stderr for one in ended)
+    out, err = "".join(one.stdout for one in ended), "".join(one.stderr for one in ended)
+    return subprocess.CompletedProcess(both[0].args, 0, out, err)
 
 
 # ---- damaged and hostile files
