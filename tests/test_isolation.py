@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import email
+import functools
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from contract import ALL, ROOT, Package
 HEAVY = {"fastapi", "flwr", "matplotlib", "onnx", "onnxruntime", "pandas", "ray", "rich", "sklearn", "typer"}
 
 
+@functools.cache
 def modules_after(statement: str) -> set[str]:
     code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -53,7 +53,8 @@ def packed(folder, **arrays):
 @readers
 def mnist(folder):
     images, labels = idx(RANDOM.integers(0, 256, (4, 28, 28))), idx(np.arange(4))
-    files = {"mnist/train-images-idx3-ubyte.gz": gzip.compress(images, mtime=0), "mnist/train-labels-idx1-ubyte": labels}
+    zipped = gzip.compress(images, mtime=0)
+    files = {"mnist/train-images-idx3-ubyte.gz": zipped, "mnist/train-labels-idx1-ubyte": labels}
     return of_set("mnist", folder, files)
 
 
