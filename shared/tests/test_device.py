@@ -19,6 +19,7 @@ from shared_core.device import (
     process_group,
     resolve_device,
     seed_everything,
+    seeded,
 )
 from shared_core.errors import InputError
 from shared_core.testing import in_two_processes
@@ -44,6 +45,42 @@ def test_generator_leaves_the_global_state_alone():
     first, second = (torch.randn(3, generator=generator(5)) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_seeded_draws_as_manual_seed_does_and_gives_the_state_back():
+    before = torch.get_rng_state()
+    with seeded(7) as own:
+        found, other = torch.nn.Linear(3, 2), torch.rand(3, generator=own)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        assert torch.equal(torch.nn.Linear(3, 2).weight, found.weight)
+    assert torch.equal(torch.rand(3, generator=generator(7)), other)
+    with pytest.raises(RuntimeError), seeded(7):
+        torch.rand(-1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_of_several_numbers_differ_by_each_and_by_their_order():
+    def drawn(*numbers: int) -> float:
+        with seeded(numbers, torch.device("cpu")):
+            return torch.rand(()).item()
+
+    assert drawn(3, 4) == drawn(3, 4)
+    assert len({drawn(3, 4), drawn(4, 3), drawn(3, 5), drawn(3), drawn(3, 4, 1)}) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_seeded_touches_only_the_cards_it_is_told():
+    card = torch.device("cuda:0")
+    before = torch.cuda.get_rng_state(card)
+    with seeded(7):
+        assert torch.equal(torch.cuda.get_rng_state(card), before)
+    with seeded(7, card):
+        one = torch.rand(3, device=card)
+    with seeded(7, card):
+        assert torch.equal(torch.rand(3, device=card), one)
+    assert torch.equal(torch.cuda.get_rng_state(card), before)
 
 
 def test_seed_everything_repeats():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ __all__ = [
     "process_group",
     "resolve_device",
     "seed_everything",
+    "seeded",
 ]
 
 
@@ -78,6 +79,50 @@ def seed_everything(seed: int) -> torch.Generator:
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
     return generator(seed)
+
+
+@contextmanager
+def seeded(seed: int | Sequence[int], *devices: torch.device) -> Generator[torch.Generator]:
+    """Seed torch's global state inside the body, and restore it: initial weights, dropout and such draw from it.
+
+    States of devices that are not named are neither touched nor restored, unlike by ``torch.manual_seed``.
+
+    Parameters
+    ----------
+    seed : or several numbers, which are mixed: that of a run and of an epoch, say
+    devices : besides the CPU
+
+    Yields
+    ------
+    A generator on the CPU, seeded alike, for what takes one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> before = torch.get_rng_state()
+    >>> with seeded(3):
+    ...     one = torch.nn.Linear(2, 1)
+    >>> with seeded(3):
+    ...     other = torch.nn.Linear(2, 1)
+    >>> torch.equal(one.weight, other.weight), torch.equal(torch.get_rng_state(), before)
+    (True, True)
+    """
+    import numpy as np
+    import torch
+
+    if not isinstance(seed, int):
+        seed = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]) >> 1
+    cards = [device for device in devices if device.type == "cuda"]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cards))
+        torch.default_generator.manual_seed(seed)
+        for card in cards:
+            with torch.cuda.device(card):
+                torch.cuda.manual_seed(seed)
+        if any(device.type == "mps" for device in devices):
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+            torch.mps.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from blockdiag_opt import native
 from blockdiag_opt.layout import GROUPINGS, Layout, lay_out
 from blockdiag_opt.optimizer import BlockDiagonal
+from shared_core.device import seeded
 from shared_core.errors import InputError, no_such
 
 __all__ = ["Alternative", "Plan", "PlanRow", "block_groups", "cluster", "discover_groups", "plan"]
@@ -772,11 +773,10 @@ def _probe(
     wanted = {name: param for name, param in trained.named_parameters() if name in set(names)}
     params = [param for param in trained.parameters() if param.requires_grad]
     optimizer = torch.optim.Adam(params, lr=lr) if lr > 0 else None
-    devices = sorted({param.device.index or 0 for param in params if param.device.type == "cuda"})
+    devices = {param.device for param in params}
     stream = iter(batches)
     done = 0
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(seed, *devices):
         while done < steps:
             batch = next(stream, None)
             if batch is None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shared_core.data import ImageData, TableData, load
+from shared_core.device import seeded
 from shared_core.errors import InputError, no_such
 
 __all__ = ["TASKS", "Batch", "Metric", "Task", "english_text", "make_task"]
@@ -86,12 +87,11 @@ class Task:
         return self.metrics[0]
 
 
-def _seeded(make: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+def _drawn(make: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
     """Give layers, which draw their weights from the global state, a seed without touching that state."""
 
     def build(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return make()
 
     return build
@@ -244,7 +244,7 @@ def _autoencoder(name: str, description: str, images: _Images, sizes: Sequence[i
     return Task(
         name=name,
         description=description,
-        build=_seeded(make),
+        build=_drawn(make),
         batches=lambda seed, steps: _shuffled([train], batch_size, seed, steps),
         loss=loss,
         evaluate=evaluate,
@@ -300,7 +300,7 @@ def _classifier(
     return Task(
         name=name,
         description=description,
-        build=_seeded(make),
+        build=_drawn(make),
         batches=lambda seed, steps: _shuffled([x, y], batch_size, seed, steps),
         loss=loss,
         evaluate=evaluate,
@@ -470,7 +470,7 @@ def char_lstm(text: str | Path | None = None, *, hidden: int = 64, length: int =
     return Task(
         name="char-lstm",
         description=f"LSTM with {hidden} units on {len(written):,} characters of {source}",
-        build=_seeded(lambda: _CharacterModel(len(code) + 1, hidden)),
+        build=_drawn(lambda: _CharacterModel(len(code) + 1, hidden)),
         batches=batches,
         loss=loss,
         evaluate=evaluate,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from blockdiag_opt.tasks import Metric, Task
 from shared_core.arrays import open_bytes, read_arrays
+from shared_core.device import seeded
 from shared_core.errors import DAMAGE, InputError, no_such
 from shared_core.objects import load_function, one_line
 
@@ -305,8 +306,7 @@ def build_model(name: str, inputs: int, outputs: int, seed: int, shape: tuple[in
     )
     """
     kind, _, tail = name.partition(":")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if kind in {"mlp", "linear", "cnn", "ae"}:
             try:
                 sizes = [int(size) for size in tail.split(",") if size] or ([64, 32] if kind == "mlp" else [32])

@@ -27,6 +27,7 @@ from fedapc.sparse import SparseTensor
 from fedapc.states import State, bytes_of, described, description, tensor_of
 from fedapc.stepping import Steps
 from fedapc.tasks import Task
+from shared_core.device import seeded
 from shared_core.errors import InputError
 
 __all__ = ["Client", "Learning"]
@@ -448,9 +449,8 @@ class Client:
         optimizer = self._optimizer(running)
         steps = Steps(optimizer)
         sparse = [*running.adaptive.values(), *self._retention.moved.values()]
-        with torch.random.fork_rng(devices=[]):
-            # What the network itself draws, e.g. dropout, comes from the global state.
-            torch.manual_seed(derive(self._seed, self.name, "network", message.round))
+        # What the network itself draws, e.g. dropout, comes from the global state.
+        with seeded(derive(self._seed, self.name, "network", message.round), task.x.device):
             for epoch in range(learning.epochs):
                 if self._pace.lr < learning.least_lr:
                     break

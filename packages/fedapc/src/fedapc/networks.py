@@ -16,6 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shared_core.device import seeded
 from shared_core.errors import InputError, UnknownKeyError, no_such
 from shared_core.objects import load_function, one_line
 
@@ -235,8 +236,7 @@ def network(name: str, example: Shaped[Tensor, "batch ..."], classes: int, seed:
     """
     shape = tuple(example.shape[1:])
     made = NETWORKS.get(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         net: Any = made(shape, classes) if made else _called(name, _found(name), shape, classes)
     if not isinstance(net, nn.Module):
         raise InputError(f"network '{name}': returned a {type(net).__name__}, expected a torch.nn.Module")

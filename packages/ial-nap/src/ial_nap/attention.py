@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shared_core.device import seeded
 from shared_core.errors import InputError
 
 __all__ = [
@@ -220,8 +221,7 @@ class Retain(nn.Module):
         super().__init__()
         self.features, self.outputs, self.keep = features, outputs, keep
         width = embed or features
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.embedding = nn.Linear(features, width)
             self.rnn_alpha = lstm_or_gru(rnn, width, hidden)
             self.rnn_beta = lstm_or_gru(rnn, width, hidden)
@@ -354,8 +354,7 @@ class Uncertain(Retain):
                 layer.bias.zero_()
         self.output_spread: nn.Linear | None = None
         if plus:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(seed):
                 self.output_spread = nn.Linear(embed or features, outputs)
 
     def forward(

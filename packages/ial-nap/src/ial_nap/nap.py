@@ -21,6 +21,7 @@ from ial_nap.attention import Attended, Contributions, lstm_or_gru, masked_softm
 from ial_nap.context import Context, check_masks, counts, preference
 from ial_nap.instances import Around, Likeness, Reads, Shown
 from ial_nap.series import Kind, Series
+from shared_core.device import seeded
 from shared_core.errors import InputError
 
 __all__ = ["Condition", "ContextEncoder", "FeatureNAP", "Latent", "Predicted", "Read", "open_gate", "probabilities"]
@@ -308,8 +309,7 @@ class FeatureNAP(nn.Module):
         self.hidden, self.latent, self.keep, self.kappa = hidden, latent, keep, kappa
         self.hard, self.limit, self.schema, self.seed = hard, limit, schema, seed
         self.gated, self.context = gated, context
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.rnn_alpha = lstm_or_gru(rnn, features, hidden)
             self.rnn_beta = lstm_or_gru(rnn, features, hidden)
             self.to_alpha = nn.Linear(hidden + latent, 1)

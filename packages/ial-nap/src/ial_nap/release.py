@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ial_nap.attention import Retain, lstm_or_gru, normal_like, positive, reverse_by_length
 from ial_nap.context import Context
+from shared_core.device import seeded
 from shared_core.errors import InputError
 
 __all__ = ["ReleaseNAP"]
@@ -71,8 +72,7 @@ class ReleaseNAP(Retain):
         super().__init__(features, outputs, hidden=hidden, embed=embed, keep=keep, rnn=rnn, seed=seed)
         width = embed or features
         self.steps, self.masks_at_once, self.legacy_time = steps, masks_at_once, legacy_time
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
+        with seeded(seed + 1):
             self.for_beta = _Process(features, width, hidden, width, rnn)
             self.for_alpha = _Process(1, 1, hidden, 1, rnn)
             self.to_alpha = nn.Linear(hidden + 1, 1)

@@ -26,7 +26,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from shared_core.device import resolve_device
+from shared_core.device import resolve_device, seeded
 from shared_core.errors import DAMAGE, InputError
 from shared_core.objects import one_line
 from shared_core.runs import atomic_path, load_tree, write_json
@@ -265,19 +265,6 @@ class _Graph(nn.Module):
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int, epoch: int) -> Generator[torch.Generator]:
-    """Seed everything random in one epoch from (seed, epoch) alone, and leave the global state as it was.
-
-    An epoch that starts from stored weights is then the same epoch, whatever ran before it in the process.
-    """
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]) >> 1
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(mixed)
-        yield torch.Generator().manual_seed(mixed)
-
-
-@contextmanager
 def _threads_for(network: nn.Module, batch_size: int, device: torch.device) -> Generator[None]:
     """Train a small network on one thread, and leave torch's setting as it was."""
     before = torch.get_num_threads()
@@ -465,7 +452,7 @@ class _SNEstimator(BaseEstimator):
         if held_out is not None:
             watched = self._filled(held_out[0]).to(device), self._encode(held_out[1]).to(device)
 
-        with _seeded(device, seed, 0):
+        with seeded((seed, 0), device):
             self.network_ = self._build(table.shape[1])
         self.network_.input.fit(x.cpu())
         self.network_.to(device)
@@ -556,7 +543,8 @@ class _SNEstimator(BaseEstimator):
         while len(progress.history) < self.epochs and not self._exhausted():
             epoch = len(progress.history) + 1
             network.train()
-            with _seeded(x.device, progress.seed, epoch) as generator:
+            # From seed and epoch alone: one that starts from stored weights is the same, whatever ran before it.
+            with seeded((progress.seed, epoch), x.device) as generator:
                 info = {"train_loss": self._epoch(model, x, target, generator)}
             network.eval()
             if watched is not None:

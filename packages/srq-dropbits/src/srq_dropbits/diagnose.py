@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shared_core.device import seeded
 from shared_core.errors import no_such
 from srq_dropbits.config import METHODS, Estimator
 from srq_dropbits.errors import InvalidBitsError, SrqError
@@ -593,8 +594,7 @@ def _gradients(
     device = next(iter(weights.values())).device
     hooks = [part.register_forward_hook(keep) for part in weights]
     try:
-        with _estimating(model, name, inputs), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with _estimating(model, name, inputs), seeded(seed, device):
             for x, y, *_ in pairs:
                 for tensors in taken.values():
                     tensors.clear()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shared_core.device import seeded
 from shared_core.errors import DAMAGE, InputError, UnknownKeyError, no_such
 from shared_core.objects import load_function, one_line
 
@@ -400,8 +401,7 @@ def build(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> nn.Mo
     'LeNet5'
     """
     name, _, options = spec.partition(":")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if name in _MODELS:
             return _MODELS[name](tuple(shape), classes, options)
         if not options:

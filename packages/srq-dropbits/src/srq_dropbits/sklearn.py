@@ -19,7 +19,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from shared_core.device import one_thread
+from shared_core.device import one_thread, seeded
 from shared_core.errors import InputError
 from srq_dropbits.bits import Report
 from srq_dropbits.config import QuantConfig
@@ -150,8 +150,7 @@ class QuantizedMLPClassifier(ClassifierMixin, BaseEstimator):
         config = QuantConfig.method(self.method, self.weight_bits, self.act_bits)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with one_thread(data.x_train.device.type == "cpu"):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(seed):
                 network = MLP(data.shape, data.classes, tuple(self.hidden)).to(data.x_train.device)
             shared: dict[str, Any] = {
                 "batch_size": self.batch_size,

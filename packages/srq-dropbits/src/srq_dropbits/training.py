@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shared_core.device import World
+from shared_core.device import World, seeded
 from shared_core.errors import InputError
 from srq_dropbits.bits import Report, bit_penalty, freeze_bits, report, update_controller
 from srq_dropbits.config import QuantConfig
@@ -227,7 +225,7 @@ def fit(
     for epoch in range(len(training.history), epochs):
         if prepared and epoch == frozen_from:
             freeze_bits(model)
-        with _seeded(device, seed, epoch) as generator:
+        with seeded((seed, epoch), device) as generator:
             order = torch.randperm(len(data.y_train), generator=generator).to(device)
             model.train()
             sums = torch.zeros(3, device=device)
@@ -305,15 +303,6 @@ def _restore(training: Training, state: Mapping[str, Any], frozen_from: int) -> 
     # A copy: the optimizer keeps the tensors it is given, and would change the caller's.
     training.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
     training.history.extend(copy.deepcopy(state["history"]))
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int, epoch: int) -> Generator[torch.Generator]:
-    """Seed all that is random in an epoch, dropout of the user's layers too, and leave the global state as it was."""
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]) >> 1
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(mixed)
-        yield torch.Generator().manual_seed(mixed)
 
 
 def _bounds(rows: int, batch_size: int, world: World) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shared_core.device import seeded
 from shared_core.errors import InputError, UnknownKeyError, no_such
 from shared_core.objects import load_function, one_line
 
@@ -42,8 +43,7 @@ def _seeded(make: Callable[_P, nn.Module]) -> Callable[_P, nn.Module]:
     @wraps(make)
     def made(*args: _P.args, **kwargs: _P.kwargs) -> nn.Module:
         seed = kwargs.get("seed", 0)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(cast("int", seed))
+        with seeded(cast("int", seed)):
             return make(*args, **kwargs)
 
     return made
@@ -539,8 +539,7 @@ def build(text: str, **options: object) -> nn.Module:
     names = {p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     everything = any(p.kind is p.VAR_KEYWORD for p in taken)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(cast("int", options.get("seed", 0))))
+        with seeded(int(cast("int", options.get("seed", 0)))):
             model = make(**{name: value for name, value in options.items() if everything or name in names})
     except InputError:
         raise

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from shared_core.device import World
+from shared_core.device import World, seeded
 from shared_core.errors import InputError
 from stamp.attention import NarrowAttention
 from stamp.drawing import drawn_linear
@@ -562,7 +562,7 @@ def finetune(
         while run.step < last and not reached():
             number = run.step // of_epoch + 1
             start = time.perf_counter()
-            with _seeded(trained[0].device, seed * 1_000_003 + number):
+            with seeded(seed * 1_000_003 + number, trained[0].device):
                 loss = run.epoch(number, scheduled, last)
             run.seconds += time.perf_counter() - start
             if not math.isfinite(loss):
@@ -600,18 +600,6 @@ def _modes(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Generator[None]:
-    """Seed the generators that dropout draws from, and give the global state back."""
-    index = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=index):
-        torch.default_generator.manual_seed(seed)
-        if index:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _head(model: nn.Module, name: str) -> nn.Linear:

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import StratifiedKFold
 
 from cib_ite.baselines.classical import EffectEstimator, LogisticPropensity, Outcome
+from shared_core.device import seeded
 from shared_core.errors import InputError, not_installed
 
 __all__ = ["BCF", "CEVAE", "EXTERNAL", "CausalForest"]
@@ -383,8 +384,7 @@ class CEVAE(EffectEstimator):
         self._center, self._scale = (0.0, 1.0) if self._binary else (float(y.mean()), float(y.std()))
         rows = [torch.as_tensor(part, dtype=torch.float32) for part in (X, arm, (y - self._center) / self._scale)]
         # Neither torch's generator nor pyro's store of parameters is left changed, nor shared with another fit.
-        with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), _quiet(cevae.__name__):
-            torch.manual_seed(self._seed)
+        with seeded(self._seed), pyro.get_param_store().scope(), _quiet(cevae.__name__):
             model = cevae.CEVAE(
                 feature_dim=X.shape[1],
                 outcome_dist="bernoulli" if self._binary else self.outcome_dist,
@@ -410,8 +410,7 @@ class CEVAE(EffectEstimator):
         model, guide = self.model_.model, self.model_.guide
         block = max(1, _PREDICT_ELEMENTS // (len(X) * self.hidden_dim))
         total = np.zeros((len(X), 2))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
+        with torch.no_grad(), seeded(self._seed):
             table = self.model_.whiten(torch.as_tensor(X, dtype=torch.float32))
             for start in range(0, self.num_samples, block):
                 # Both arms from the same draws of z, which the guide makes by way of its own t and y.
