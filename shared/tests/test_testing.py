@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -112,6 +113,13 @@ def test_a_program_may_be_interrupted_and_is_killed_when_it_takes_too_long():
     program.send(signal.SIGINT)
     with pytest.raises(TimeoutError, match=r"longer than 0\.5 s; it wrote .ready"):
         Program(source).finish(0.5)
+
+
+def test_a_program_that_nobody_waits_for_is_killed():
+    process = Program("import time; time.sleep(600)")._process
+    gc.collect()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_where_one_of_two_processes_fails_the_other_does_not_wait_for_it(tmp_path):

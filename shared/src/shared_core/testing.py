@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -323,6 +324,8 @@ class Program:
         told = (source, self.args, str(Path(folder).resolve()), variables, [str(file) for file in self._files])
         self._process = context.Process(target=_begin, args=told)
         self._process.start()
+        # One that nobody waits for, because a test failed before, must not hold up the end of all tests.
+        weakref.finalize(self, self._process.kill)
 
     @property
     def status(self) -> int | None:
