@@ -56,6 +56,8 @@ def test_seeded_draws_as_manual_seed_does_and_gives_the_state_back():
         torch.manual_seed(7)
         assert torch.equal(torch.nn.Linear(3, 2).weight, found.weight)
     assert torch.equal(torch.rand(3, generator=generator(7)), other)
+    with seeded(np.int64(7)):
+        assert torch.equal(torch.nn.Linear(3, 2).weight, found.weight)
     with pytest.raises(RuntimeError), seeded(7):
         torch.rand(-1)
     assert torch.equal(torch.get_rng_state(), before)

@@ -177,7 +177,7 @@ def test_pruning_writes_a_plan_and_the_small_weights(pruned, home):
 def test_a_process_of_its_own_reads_the_generator_and_says_the_same(pruned, home):
     code = "from stamp.cli import main; main()"
     command = ("prune", "net", "new.npz", "--generator", "gen", "--budget", "0.4", "--json", "--out", "cut-apart")
-    there = Program(code, *command, folder=home).finish()
+    there = Program(code, *command, folder=home).finish(120)
     assert there.returncode == 0, there.stderr
     found = Summary.model_validate_json(there.stdout)
     ratio = "macs of the dense network"

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsInt
 
 from shared_core.errors import InputError
 
@@ -82,7 +82,7 @@ def seed_everything(seed: int) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int | Sequence[int], *devices: torch.device) -> Generator[torch.Generator]:
+def seeded(seed: SupportsInt | Sequence[int], *devices: torch.device) -> Generator[torch.Generator]:
     """Seed torch's global state inside the body, and restore it: initial weights, dropout and such draw from it.
 
     States of devices that are not named are neither touched nor restored, unlike by ``torch.manual_seed``.
@@ -110,8 +110,10 @@ def seeded(seed: int | Sequence[int], *devices: torch.device) -> Generator[torch
     import numpy as np
     import torch
 
-    if not isinstance(seed, int):
+    if isinstance(seed, Sequence):
         seed = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]) >> 1
+    # NumPy's integers are welcome too, as they are to `torch.manual_seed`.
+    seed = int(seed)
     cards = [device for device in devices if device.type == "cuda"]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cards))
@@ -122,7 +124,7 @@ def seeded(seed: int | Sequence[int], *devices: torch.device) -> Generator[torch
         if any(device.type == "mps" for device in devices):
             stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
             torch.mps.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
+        yield generator(seed)
 
 
 @contextmanager

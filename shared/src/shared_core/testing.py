@@ -404,14 +404,14 @@ def in_two_processes(
     path : a folder that it may import from
     torchrun : start them by that, as users do, which takes several times as long
     """
-    more = {} if path is None else {"PYTHONPATH": str(path)}
+    if path is not None:
+        program = f"import sys\nsys.path.insert(0, {str(path)!r})\n{program}"
     if torchrun:
         (folder / "together.py").write_text(program, encoding="utf-8")
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "together.py"]
         result = subprocess.run(  # noqa: S603
             [*launch, *map(str, args)],
             cwd=folder,
-            env=os.environ | more,
             capture_output=True,
             text=True,
             check=False,
@@ -422,17 +422,15 @@ def in_two_processes(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    search = "" if path is None else f"import sys\nsys.path.insert(0, {str(path)!r})\n"
     both = [
-        Program(search + program, *args, folder=folder, environment=where | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
+        Program(program, *args, folder=folder, environment=where | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
-    while None in (states := [one.status for one in both]) and not any(states):
+    until = time.monotonic() + 300
+    while None in (states := [one.status for one in both]) and not any(states) and time.monotonic() < until:
         time.sleep(0.02)
-    if any(states):
-        # The other would wait for the one that failed.
-        for one in both:
-            one.send(signal.SIGKILL)
+    # The other would wait for the one that failed.
+    for one in both:
+        one.send(signal.SIGKILL)
     ended = [one.finish() for one in both]
     assert not any(one.returncode for one in ended), "\n".join(one.stderr for one in ended)
     out, err = "".join(one.stdout for one in ended), "".join(one.stderr for one in ended)
